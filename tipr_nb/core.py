@@ -6,22 +6,23 @@
 __all__ = ['TiprError', 'os_errors', 'atomic_path', 'write_text', 'write_json', 'read_json', 'cache_dir', 'locked', 'file_sha256',
            'progress', 'ensure_torchvision', 'shipped_weights', 'resolve_model']
 
-# %% ../nbs/00_core.ipynb #bed26ae2
+# %% ../nbs/00_core.ipynb #cell-003
 import contextlib, errno, hashlib, json, os, sys, tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
-# %% ../nbs/00_core.ipynb #515736db
+# %% ../nbs/00_core.ipynb #cell-007
 class TiprError(ValueError):
     "Something the user can mend: one line that names the file, row or argument and the remedy."
 
-# %% ../nbs/00_core.ipynb #0f124f25
+# %% ../nbs/00_core.ipynb #cell-011
 _REMEDIES = {errno.ENOSPC: "no space left on the disk; free some or choose another folder",
              errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
              errno.EROFS: "the file system is read-only; choose a folder you can write to",
              errno.EACCES: "no permission to write there; choose a folder you can write to",
              errno.EPERM: "not permitted to write there; choose a folder you can write to",
+             errno.EEXIST: "a file of that name is in the way; choose another path",
              errno.ENOTDIR: "a part of this path is a file, not a folder; choose another path"}
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def os_errors(path:str|Path # what was being written, for the message
         if e.errno not in _REMEDIES: raise
         raise TiprError(f"{path}: {_REMEDIES[e.errno]}") from e
 
-# %% ../nbs/00_core.ipynb #65f550b1
+# %% ../nbs/00_core.ipynb #cell-013
 @contextlib.contextmanager
 def atomic_path(path:str|Path # the file (or, with `folder=True`, the folder) to appear whole or not at all
                , folder:bool=False # make a folder instead of a file
@@ -50,7 +51,7 @@ def atomic_path(path:str|Path # the file (or, with `folder=True`, the folder) to
             _activate(inner, path)
         finally: _remove(tmp)
 
-# %% ../nbs/00_core.ipynb #6c156def
+# %% ../nbs/00_core.ipynb #cell-014
 def _activate(new:Path, path:Path):
     "Rename `new` over `path`; a folder cannot replace a full one, so that one steps aside first."
     if new.is_dir() and path.exists():
@@ -67,7 +68,7 @@ def _remove(tree:Path):
     import shutil
     shutil.rmtree(tree, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #98d97889
+# %% ../nbs/00_core.ipynb #cell-017
 def write_text(path:str|Path, text:str):
     "Write `text` to `path` as UTF-8, atomically."
     with atomic_path(path) as p: p.write_text(text, encoding="utf-8")
@@ -81,7 +82,7 @@ def _plain(o):
     if isinstance(o, Path): return str(o)
     raise TypeError(f"{type(o).__name__} cannot be written as JSON")
 
-# %% ../nbs/00_core.ipynb #0632c21f
+# %% ../nbs/00_core.ipynb #cell-018
 def read_json(path:str|Path, remedy:str="restore it from a good copy") -> Any:
     "Read JSON from `path`; a missing or truncated file is a one-line `TiprError` that ends in `remedy`."
     path = Path(path)
@@ -91,7 +92,7 @@ def read_json(path:str|Path, remedy:str="restore it from a good copy") -> Any:
         where = f" at line {e.lineno}" if isinstance(e, json.JSONDecodeError) else ""
         raise TiprError(f"{path}: not complete JSON{where} (a download cut short?); {remedy}") from None
 
-# %% ../nbs/00_core.ipynb #f4a95488
+# %% ../nbs/00_core.ipynb #cell-022
 def cache_dir() -> Path:
     "Where things that can be rebuilt are kept: `$TIPR_CACHE`, or the system's cache folder for `tipr_nb`."
     from platformdirs import user_cache_path
@@ -109,12 +110,12 @@ def locked(path:str|Path # the file or folder being built; the lock lies beside 
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(str(path.with_name(f".{path.name}.lock"))): yield
 
-# %% ../nbs/00_core.ipynb #7a0c7335
+# %% ../nbs/00_core.ipynb #cell-024
 def file_sha256(path:str|Path) -> str:
     "SHA-256 of a file's bytes, as hex."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #d1e6788e
+# %% ../nbs/00_core.ipynb #cell-028
 def progress(items:Iterable|None=None # what to walk over
             , desc:str="" # what is being done, in a few words
             , total:int|None=None # how many, where `items` cannot say
@@ -124,7 +125,7 @@ def progress(items:Iterable|None=None # what to walk over
     quiet = os.environ.get("TIPR_QUIET") == "1" or not sys.stderr.isatty()
     return tqdm(items, desc=desc, total=total, disable=kwargs.pop("disable", quiet), mininterval=.5, dynamic_ncols=True, **kwargs)
 
-# %% ../nbs/00_core.ipynb #3e78e257
+# %% ../nbs/00_core.ipynb #cell-032
 _SCHEMAS = {"nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
             "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"}
 _libraries = []
@@ -140,7 +141,7 @@ def ensure_torchvision():
             lib.define(schema)
             _libraries.append(lib)   # the declaration lives as long as this object
 
-# %% ../nbs/00_core.ipynb #2daba51a
+# %% ../nbs/00_core.ipynb #cell-033
 def _declared(name:str) -> bool:
     import torch
     return any(s.name == f"torchvision::{name}" for s in torch._C._jit_get_all_schemas())
@@ -155,7 +156,7 @@ def _compiled_ops_load() -> bool:
     except (OSError, RuntimeError): return False
     return True
 
-# %% ../nbs/00_core.ipynb #a6798292
+# %% ../nbs/00_core.ipynb #cell-037
 def shipped_weights() -> dict[str, Path]:
     "Alias -> folder of the weights that ship with the package."
     home = Path(str(files("tipr_nb")))/"weights"
@@ -174,7 +175,7 @@ def resolve_model(source:str|Path # a folder, the alias of shipped weights, or a
         if not (path/name).exists(): raise TiprError(f"{source}: {name} is missing in that folder; save the model again with save_pretrained")
     return path
 
-# %% ../nbs/00_core.ipynb #7adac1d4
+# %% ../nbs/00_core.ipynb #cell-038
 def _looks_local(path:Path, text:str) -> bool:
     return path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.parent.is_dir()
 

@@ -1,0 +1,40 @@
+"""Are notebooks, library and README in step? Exports into a copy and compares; checks that notebooks carry outputs. `python scripts/check_sync.py`."""
+import filecmp, json, os, re, shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ["settings.ini", "pyproject.toml", "README.md", "nbs", "tipr_nb"]
+
+
+def exported_elsewhere(folder: Path) -> list[str]:
+    "Modules that `nbdev_export` would write differently from what is committed."
+    for name in NEEDED:
+        src, dst = ROOT / name, folder / name
+        if src.is_dir(): shutil.copytree(src, dst, ignore=shutil.ignore_patterns("__pycache__", "weights", ".ipynb_checkpoints"))
+        elif src.exists(): shutil.copy(src, dst)
+    subprocess.run([str(Path(sys.executable).parent / "nbdev_export")], cwd=folder, check=True, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True)
+    ours, theirs = [{p.relative_to(base / "tipr_nb") for p in (base / "tipr_nb").rglob("*.py")} for base in (ROOT, folder)]
+    return sorted(f"tipr_nb/{p}" for p in ours | theirs if p not in ours or p not in theirs or not filecmp.cmp(ROOT / "tipr_nb" / p, folder / "tipr_nb" / p, shallow=False))
+
+
+def notebook_findings() -> list[str]:
+    found = []
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        name = path.relative_to(ROOT)
+        if any(p.startswith((".", "_")) for p in name.parts): continue
+        code = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        source = lambda c: "".join(c["source"])
+        shown = [c for c in code if source(c).strip() and not re.search(r"#\|\s*(exporti?|hide|default_exp|eval:\s*false)", source(c))]
+        if shown and not any(c.get("outputs") for c in shown): found.append(f"{name}: no cell carries an output; run `make nbs`")
+        if any(o.get("output_type") == "error" for c in code for o in c.get("outputs", [])): found.append(f"{name}: a cell holds an error")
+        if any(isinstance(c["source"], str) and "\n" in c["source"] for c in code): found.append(f"{name}: a cell's source is one string; save it with nbformat")
+    return found
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as tmp: stale = exported_elsewhere(Path(tmp))
+    findings = [f"{s} differs from what its notebook exports; run `nbdev_export`" for s in stale] + notebook_findings()
+    if subprocess.run([sys.executable, str(ROOT / "scripts/make_readme.py"), "--check"]).returncode: findings.append("README.md: see above")
+    for f in findings: print(f, file=sys.stderr)
+    if findings: sys.exit(1)
+    print("notebooks, library and README are in step")
