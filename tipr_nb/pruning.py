@@ -102,7 +102,7 @@ def prune_caption(caption:str # one caption
     if not caption.strip(): raise TiprError("caption is empty, nothing to prune; remove such rows (`tipr data check` lists them)")
     return _pruned(caption, _extras(keep), tagger, tuple(fixes.items()) if isinstance(fixes, Mapping) else fixes)
 
-# %% ../nbs/07_pruning.ipynb #cell-062
+# %% ../nbs/07_pruning.ipynb #cell-061
 class CaptionPruner:
     "A caption transform: with probability `p` the caption is pruned, else left alone (SEN trains with p = 0.2)."
     def __init__(self
@@ -118,7 +118,7 @@ class CaptionPruner:
 
     def __repr__(self): return f"CaptionPruner(p={self.p}" + (f", keep={','.join(self.keep)!r}" if self.keep else "") + ")"
 
-# %% ../nbs/07_pruning.ipynb #cell-067
+# %% ../nbs/07_pruning.ipynb #cell-066
 try: from tipr_nb.data import CAPTION_TRANSFORMS
 except ImportError: CAPTION_TRANSFORMS = {}
 CAPTION_TRANSFORMS["prune"] = CaptionPruner
