@@ -331,7 +331,7 @@ def decode_picture(data:bytes, max_pixels:int=MAX_PIXELS, shrink_to:tuple[int, i
         if w*h > max_pixels: raise PhotoError(f"{w} x {h} pixels, more than {max_pixels/1e6:.0f} million")
         if w < 4 or h < 4: raise PhotoError(f"only {w} x {h} pixels")
         if shrink_to and picture.format == "JPEG": picture.draft("RGB", (2*max(shrink_to),)*2)
-        exif = picture.getexif()
+        exif = _exif(picture)
         taken, turned = _taken(exif), exif.get(0x0112, 1) in (5, 6, 7, 8)
         return _rgb(ImageOps.exif_transpose(picture) if exif else picture), ((h, w) if turned else (w, h)), taken
     except PhotoError: raise
@@ -342,6 +342,14 @@ def decode_picture(data:bytes, max_pixels:int=MAX_PIXELS, shrink_to:tuple[int, i
 
 # %% ../nbs/10a_photos.ipynb #cell-049
 def _first_line(e:BaseException) -> str: return (str(e).splitlines() or [""])[0][:100] or type(e).__name__
+
+def _exif(picture):
+    "The header's facts; a damaged header is none, and no reason to refuse the picture."
+    try:
+        exif = picture.getexif()
+        exif.get_ifd(0x8769)
+        return exif
+    except Exception: return {}
 
 def _taken(exif):
     "When the picture was taken; None if its header does not say."
@@ -426,7 +434,7 @@ def _detected(detector, picture):
     try: return [tuple(round(float(v)) for v in list(b)[:4]) for b in detector(picture)]
     except Exception as e: raise PhotoError(f"the detector failed on it ({type(e).__name__}: {_first_line(e)})") from None
 
-# %% ../nbs/10a_photos.ipynb #cell-060
+# %% ../nbs/10a_photos.ipynb #cell-059
 def looks_like_scene(width:int, height:int) -> bool:
     "Whether a picture is too wide to be one upright person."
     return height < 1.3*width
@@ -437,7 +445,7 @@ def scene_warning(n_scenes:int, n:int, example:str) -> str|None:
     return (f"{n_scenes} of {n} pictures look like full scenes rather than one person each (such as {example}); "
             "the model expects person crops: give boxes (CSV or JSON) or a detector")
 
-# %% ../nbs/10a_photos.ipynb #cell-064
+# %% ../nbs/10a_photos.ipynb #cell-063
 def open_ahead(photos:Iterable[Photo]
               , size:tuple[int, int] # (height, width) the model wants
               , workers:int=2 # threads
