@@ -6,10 +6,10 @@
 __all__ = ['MAX_FILTER', 'FAISS_KINDS', 'QUANTISERS', 'MILVUS_TYPES', 'Test', 'Every', 'Some', 'opposite', 'parse_filter',
            'Column', 'column_kind', 'typed_value', 'Selection', 'word_test', 'test_mask', 'sort_hits', 'ExactEngine',
            'top_k', 'largest', 'faiss_recipe', 'build_faiss', 'calibrate', 'overlap', 'search_params', 'FaissEngine',
-           'milvus_expression', 'Milvus', 'build_milvus', 'MilvusEngine']
+           'milvus_expression', 'Milvus', 'milvus_errors', 'build_milvus', 'MilvusEngine']
 
 # %% ../nbs/10b_engines.ipynb #cell-003
-import ast, difflib, math, operator, os, time
+import ast, contextlib, difflib, math, operator, os, time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
@@ -466,6 +466,16 @@ class Milvus:
 
 def _last_words(e): return (str(getattr(e, "message", "") or e).splitlines() or [type(e).__name__])[-1][:160]
 
+# %% ../nbs/10b_engines.ipynb #d05d4d1d
+@contextlib.contextmanager
+def milvus_errors(uri:str):
+    "Milvus's exceptions as one line."
+    try: yield
+    except TiprError: raise
+    except Exception as e:
+        if not type(e).__module__.startswith(("pymilvus", "grpc", "milvus_lite")): raise
+        raise TiprError(f"{uri}: Milvus refused ({_last_words(e)})") from e
+
 # %% ../nbs/10b_engines.ipynb #cell-062
 MILVUS_TYPES = {"int": "INT64", "float": "DOUBLE", "bool": "BOOL", "time": "INT64", "text": "VARCHAR"}
 
@@ -497,17 +507,6 @@ def build_milvus(features:np.ndarray # (n, d) unit rows
     return dict(kind="milvus", uri=uri, collection=collection, index=index)
 
 # %% ../nbs/10b_engines.ipynb #cell-063
-import contextlib
-
-@contextlib.contextmanager
-def milvus_errors(uri:str):
-    "Milvus's exceptions as one line."
-    try: yield
-    except TiprError: raise
-    except Exception as e:
-        if not type(e).__module__.startswith(("pymilvus", "grpc", "milvus_lite")): raise
-        raise TiprError(f"{uri}: Milvus refused ({_last_words(e)})") from e
-
 def _milvus_rows(features, columns, start, stop):
     block = np.asarray(features[start:stop], np.float32)
     rows = [dict(row=start + i, feature=f.tolist()) for i, f in enumerate(block)]
