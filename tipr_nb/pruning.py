@@ -11,6 +11,7 @@ import functools, re
 from typing import Callable, Iterable, Mapping, Sequence
 
 from .core import TiprError
+from .data import CAPTION_TRANSFORMS
 
 # %% ../nbs/07_pruning.ipynb #cell-008
 Tagger = Callable[[str], Sequence[tuple[str, str]]]   # text -> [(word, Penn Treebank tag)]
@@ -119,6 +120,4 @@ class CaptionPruner:
     def __repr__(self): return f"CaptionPruner(p={self.p}" + (f", keep={','.join(self.keep)!r}" if self.keep else "") + ")"
 
 # %% ../nbs/07_pruning.ipynb #cell-066
-try: from tipr_nb.data import CAPTION_TRANSFORMS
-except ImportError: CAPTION_TRANSFORMS = {}
 CAPTION_TRANSFORMS["prune"] = CaptionPruner
