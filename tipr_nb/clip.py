@@ -82,10 +82,10 @@ class ShortTokenizer(SimpleTokenizer):
                  , context_length:int=77 # most tokens of a caption
                 ):
         super().__init__(context_length=context_length)
-        n = vocab_size - 514
-        if not 0 < n <= len(self.bpe_ranks): raise TiprError(f"vocab_size {vocab_size}: must lie between 515 and {len(self.bpe_ranks) + 514}")
-        merges = list(self.bpe_ranks)[:n]
-        words = [w for w, i in self.encoder.items() if i < 512] + ["".join(m) for m in merges] + _MARKS
+        n, merges, ids = vocab_size - 514, list(vars(self)["bpe_ranks"]), vars(self)["encoder"]
+        if not 0 < n <= len(merges): raise TiprError(f"vocab_size {vocab_size}: must lie between 515 and {len(merges) + 514}")
+        merges = merges[:n]
+        words = [w for w, i in ids.items() if i < 512] + ["".join(m) for m in merges] + _MARKS
         self.encoder, self.decoder = {w: i for i, w in enumerate(words)}, dict(enumerate(words))
         self.bpe_ranks, self.vocab_size = {m: i for i, m in enumerate(merges)}, vocab_size
         self.sot_token_id, self.eot_token_id = self.all_special_ids = [self.encoder[m] for m in _MARKS]
@@ -119,7 +119,8 @@ def require_hub(repo:str, *names:str # any of these files will do
 # %% ../nbs/02_clip.ipynb #cell-018
 class SelfAttention(nn.MultiheadAttention):
     "`nn.MultiheadAttention` with the same parameters and a leaner path for self-attention."
-    causal, keep_weights, weights = False, False, None
+    causal = keep_weights = False
+    weights:Any = None
     def forward(self, query:Tensor, key:Tensor, value:Tensor, key_padding_mask=None, need_weights=True, attn_mask=None,
                 average_attn_weights=True, is_causal=False): # (b, l, d) each -> (b, l, d), None
         if need_weights or key_padding_mask is not None or query is not key or key is not value:
@@ -127,7 +128,8 @@ class SelfAttention(nn.MultiheadAttention):
                                    average_attn_weights=average_attn_weights, is_causal=is_causal)
         b, l, d = query.shape
         qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias).view(b, l, 3, self.num_heads, -1)
-        out = self._attend(*qkv.permute(2, 0, 3, 1, 4).unbind(0), attn_mask)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = self._attend(q, k, v, attn_mask)
         return self.out_proj(out.transpose(1, 2).reshape(b, l, d)), None
 
     def _attend(self, q:Tensor, k:Tensor, v:Tensor, mask:Tensor|None) -> Tensor: # (b, heads, l, d/heads)
@@ -173,7 +175,7 @@ def lean_attention(clip:nn.Module):
     for m in text.transformer.modules():
         if isinstance(m, SelfAttention): m.causal = True
 
-def text_tower(clip:nn.Module) -> nn.Module:
+def text_tower(clip:nn.Module) -> Any:
     "Where the text tower's parts live: in `clip.text`, or in the older layout in `clip` itself."
     return getattr(clip, "text", clip)
 
@@ -258,13 +260,13 @@ def native_text_features(clip:nn.Module, tokens:Tensor # (b, L) ids, padded to a
     end = pooled_position(tower, tokens)
     return x[torch.arange(len(x), device=x.device), end], x, token_mask(clip, tokens)
 
-def _pool_type(tower:nn.Module) -> str: return getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", "")
+def _pool_type(tower:Any) -> str: return str(getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", ""))
 
 def pooled_position(tower:nn.Module, tokens:Tensor # (b, L)
                    ) -> Tensor: # (b,)
     "The token at which a native text tower reads off its feature."
-    kind, eos = _pool_type(tower), getattr(tower, "text_eos_id", getattr(tower, "eos_id", None))
-    if kind == "eos": return (tokens == eos).int().argmax(-1)
+    kind, eos = _pool_type(tower), getattr(tower, "text_eos_id", getattr(tower, "eos_id", -1))
+    if kind == "eos": return tokens.eq(eos).int().argmax(-1)
     return tokens.argmax(-1) if kind == "argmax" else torch.full_like(tokens[:, 0], 0 if kind == "first" else tokens.shape[1] - 1)
 
 def token_mask(clip:nn.Module, tokens:Tensor # (b, L)
@@ -363,8 +365,10 @@ class Towers(nn.Module):
         self.arch, self.model_cfg, self.mean, self.std = arch, model_cfg, tuple(mean), tuple(std)
         self.dim, self.patch_size = cfg["embed_dim"], _patch_size(cfg["vision_cfg"])
         self.image_size = check_image_size(image_size or (cfg["vision_cfg"]["image_size"] if arch in own_archs() else (384, 128)), self.patch_size)
-        self.clip = build_clip(arch, self.image_size, cfg)
-        self.tokenizer = make_tokenizer(arch, cfg)
+        self.clip:Any = build_clip(arch, self.image_size, cfg)
+        self.tokenizer:Any = make_tokenizer(arch, cfg)
+        self.addons = nn.ModuleDict() # modules that travel with the checkpoint, see `Saving.attach`
+        self.spare:dict[str, Tensor] = {} # a checkpoint's tensors for add-ons that nobody has attached
         self.patch_dropout = 0. # share of the patches that `forward` leaves out in training (FLIP)
 
     @property
@@ -412,7 +416,7 @@ class Towers(nn.Module):
                    , keep:Tensor # (b, m) indices of patches, row by row from the top left
                    ) -> Tensor: # (b, 1 + m, d)
         "Tokens of the kept patches alone; the rest enters neither stem nor tower."
-        return self.image_features(images, keep)[1]
+        return self.image_features(images, keep)[1] # type: ignore[return-value]
 
     def random_keep(self, b:int, drop:float|None=None # share of patches to leave out; `patch_dropout` when None
                    , generator:torch.Generator|None=None) -> Tensor: # (b, m) in order
@@ -471,9 +475,10 @@ def write_safetensors(file:str|Path, state:dict[str, Tensor]):
     "Write tensors atomically; shared ones are written twice, since the format knows no sharing."
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    seen:set[int] = set()
-    own = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    own = {k: v.clone() if v.data_ptr() in seen or seen.add(v.data_ptr()) else v for k, v in own.items()}
+    own, seen = {k: v.detach().cpu().contiguous() for k, v in state.items()}, set()
+    for k, v in own.items():
+        if v.data_ptr() in seen: own[k] = v.clone()
+        seen.add(v.data_ptr())
     with atomic_path(file) as tmp, os_errors(file):
         try: save_file(own, tmp, metadata={"format": "pt"})
         except SafetensorError as e:
@@ -489,7 +494,7 @@ def load_strict(module:nn.Module, state:dict[str, Tensor], file:str|Path, arch:s
     module.load_state_dict(state)
 
 # %% ../nbs/02_clip.ipynb #cell-042
-class Saving(PyTorchModelHubMixin, library_name="tipr_nb", license="apache-2.0", tags=["text-to-image-person-retrieval", "clip"]):
+class Saving(Towers, PyTorchModelHubMixin, library_name="tipr_nb", license="apache-2.0", tags=["text-to-image-person-retrieval", "clip"]):
     "Checkpoints of `Towers` in the layout of the Hugging Face hub, with add-ons; safetensors only."
     def attach(self, name:str, module:nn.Module) -> nn.Module:
         "Keep `module` as the add-on `name`: it trains and is saved with the model, and takes up what the checkpoint brought for it."
@@ -515,10 +520,11 @@ class Saving(PyTorchModelHubMixin, library_name="tipr_nb", license="apache-2.0",
         return self.push_to_hub(repo_id=repo_id or folder.name, **push_kwargs) if push_to_hub else None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path:str|Path # folder, shipped alias such as `synth-world`, or hub id
+    def from_pretrained(cls, # type: ignore[override]
+                        pretrained_model_name_or_path:str|Path # folder, shipped alias such as `synth-world`, or hub id
                         , *, arch:str|None=None # the architecture it has to be
                         , image_size:Sequence[int]|None=None # another (h, w): positions are resampled
-                        , map_location:str|torch.device="cpu"): # type: ignore[override]
+                        , map_location:str|torch.device="cpu"):
         "Load a checkpoint, in evaluation mode."
         source = str(pretrained_model_name_or_path)
         folder = resolve_model(f"clip-{source}" if f"clip-{source}" in shipped_weights() else source)
@@ -540,17 +546,8 @@ class Saving(PyTorchModelHubMixin, library_name="tipr_nb", license="apache-2.0",
         for name, module in addons.items(): self.attach(name, module)
 
 # %% ../nbs/02_clip.ipynb #cell-043
-class PersonCLIP(Towers, Saving):
+class PersonCLIP(Saving):
     "CLIP for tall pictures of people: unit, raw and token features from one pass (Radford et al. 2021), on any open_clip architecture."
-    def __init__(self, arch:str="tipr-tiny" # any open_clip architecture
-                 , image_size:Sequence[int]|None=None # (h, w); default 384x128, or the architecture's own for ours
-                 , model_cfg:dict|None=None # open_clip configuration, for an architecture that it does not list
-                 , mean:Sequence[float]=CLIP_MEAN, std:Sequence[float]=CLIP_STD # of the pixels it was trained on
-                ):
-        super().__init__(arch, image_size, model_cfg, mean, std)
-        self.addons = nn.ModuleDict()
-        self.spare:dict[str, Tensor] = {}
-
     def encode_image(self, images:Any # (b, 3, h, w) normalised, or a list of PIL images or paths
                     , batch_size:int=64 # for lists
                     ) -> Tensor: # (b, d) unit float32
