@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_FILTER', 'FAISS_KINDS', 'QUANTISERS', 'MILVUS_TYPES', 'Test', 'Every', 'Some', 'opposite', 'parse_filter',
-           'Column', 'column_kind', 'typed_value', 'Selection', 'word_test', 'test_mask', 'sort_hits', 'ExactEngine',
-           'top_k', 'largest', 'faiss_recipe', 'build_faiss', 'calibrate', 'overlap', 'search_params', 'FaissEngine',
-           'milvus_expression', 'Milvus', 'milvus_errors', 'build_milvus', 'MilvusEngine']
+           'Column', 'plain_array', 'bit_array', 'column_kind', 'typed_value', 'Selection', 'word_test', 'test_mask',
+           'sort_hits', 'ExactEngine', 'top_k', 'largest', 'faiss_recipe', 'build_faiss', 'calibrate', 'overlap',
+           'search_params', 'FaissEngine', 'milvus_expression', 'Milvus', 'milvus_errors', 'build_milvus',
+           'MilvusEngine']
 
 # %% ../nbs/10b_engines.ipynb #cell-003
 import ast, contextlib, difflib, math, operator, os, time
@@ -137,17 +138,25 @@ class Column:
     words: list[str]|None = None    # distinct texts
     @classmethod
     def of(cls, column:"pa.ChunkedArray") -> "Column":
-        "From an Arrow column of one of the five types."
-        pa = need("pyarrow", "search", "metadata")
-        column = column.combine_chunks()
-        if isinstance(column, pa.ChunkedArray): column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-        valid = column.is_valid().to_numpy(zero_copy_only=False) if column.null_count else None
-        kind, words = column_kind(column.type), None
+        "From an Arrow column of one of the five types, plain or dictionary-coded."
+        pa, kind, words = need("pyarrow", "search", "metadata"), column_kind(column.type), None
+        array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        valid = bit_array(array, 0) if array.null_count else None
         if kind == "text":
-            if not pa.types.is_dictionary(column.type): column = column.dictionary_encode()
-            column, words = column.indices, column.dictionary.to_pylist()
-        if kind == "time": column = column.cast(pa.int64())
-        return cls(kind, column.fill_null(False if kind == "bool" else 0).to_numpy(zero_copy_only=False), valid, words)
+            coded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+            array, words = coded.indices, coded.dictionary.to_pylist()
+        values = bit_array(array, 1) if kind == "bool" else plain_array(array)
+        return cls(kind, values if valid is None else np.where(valid, values, np.zeros((), values.dtype)), valid, words)
+
+def plain_array(array:"pa.Array") -> np.ndarray:
+    "The numbers of an Arrow array without a copy, whatever stands where a value is missing."
+    kinds = {"int32": np.int32, "int64": np.int64, "double": np.float64, "timestamp[us]": np.int64}
+    return np.frombuffer(array.buffers()[1] or b"", kinds[str(array.type)])[array.offset:array.offset + len(array)]
+
+def bit_array(array:"pa.Array", buffer:int) -> np.ndarray:
+    "A bitmap of an Arrow array (0: which values are known, 1: truth values) as bool."
+    bits = np.unpackbits(np.frombuffer(array.buffers()[buffer] or b"", np.uint8), bitorder="little")
+    return bits[array.offset:array.offset + len(array)].astype(bool)
 
 def column_kind(t:"pa.DataType") -> str:
     "int, float, bool, time or text."
@@ -361,8 +370,9 @@ def calibrate(index # FAISS index
         effort = min(limit, max(effort + 1, int(effort*1.5)))
 
 def overlap(found:np.ndarray, truth:np.ndarray) -> float: # (q, k) rows each, -1 for none
-    "Share of the true rows that were found."
-    return float(sum(len(np.intersect1d(f[f >= 0], t[t >= 0])) for f, t in zip(found, truth))/max(1, (truth >= 0).sum()))
+    "Share of the true rows that were found; 1 where there is nothing to find."
+    n = int((truth >= 0).sum())
+    return sum(len(np.intersect1d(f[f >= 0], t[t >= 0])) for f, t in zip(found, truth))/n if n else 1.
 
 # %% ../nbs/10b_engines.ipynb #cell-047
 def search_params(index, effort:int|None=None # cells or breadth
@@ -466,7 +476,7 @@ class Milvus:
 
 def _last_words(e): return (str(getattr(e, "message", "") or e).splitlines() or [type(e).__name__])[-1][:160]
 
-# %% ../nbs/10b_engines.ipynb #d05d4d1d
+# %% ../nbs/10b_engines.ipynb #cell-062
 @contextlib.contextmanager
 def milvus_errors(uri:str):
     "Milvus's exceptions as one line."
@@ -476,7 +486,7 @@ def milvus_errors(uri:str):
         if not type(e).__module__.startswith(("pymilvus", "grpc", "milvus_lite")): raise
         raise TiprError(f"{uri}: Milvus refused ({_last_words(e)})") from e
 
-# %% ../nbs/10b_engines.ipynb #cell-062
+# %% ../nbs/10b_engines.ipynb #cell-063
 MILVUS_TYPES = {"int": "INT64", "float": "DOUBLE", "bool": "BOOL", "time": "INT64", "text": "VARCHAR"}
 
 def build_milvus(features:np.ndarray # (n, d) unit rows
@@ -506,7 +516,7 @@ def build_milvus(features:np.ndarray # (n, d) unit rows
         client.load_collection(collection)
     return dict(kind="milvus", uri=uri, collection=collection, index=index)
 
-# %% ../nbs/10b_engines.ipynb #cell-063
+# %% ../nbs/10b_engines.ipynb #cell-064
 def _milvus_rows(features, columns, start, stop):
     block = np.asarray(features[start:stop], np.float32)
     rows = [dict(row=start + i, feature=f.tolist()) for i, f in enumerate(block)]
@@ -517,7 +527,7 @@ def _milvus_rows(features, columns, start, stop):
             r[name] = None if not known else c.words[v] if c.words is not None else v
     return rows
 
-# %% ../nbs/10b_engines.ipynb #cell-064
+# %% ../nbs/10b_engines.ipynb #cell-065
 class MilvusEngine:
     "Search in a Milvus collection; the filter is decided there."
     name = "milvus"

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'FORMAT', 'ITEM_TYPES', 'RESERVED', 'HIDDEN', 'STATE', 'NO_PERSON', 'ColourModel', 'item_schema',
            'shown_name', 'wanted', 'Damaged', 'read_manifest', 'generation', 'Items', 'load_features', 'Journal',
            'journal_schema', 'IndexReport', 'indexing_lock', 'read_skipped', 'Generation', 'index_photos',
-           'build_engine', 'drop_engines']
+           'build_engine', 'drop_engines', 'import_features']
 
 # %% ../nbs/10d_indexing.ipynb #cell-003
 import contextlib, json, os, re, shutil, time, uuid
@@ -17,8 +17,8 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, TYPE_CHECKING
 
 import numpy as np
 from .core import TiprError, atomic_path, os_errors, progress, read_json, write_json
-from .engines import FAISS_KINDS, Column, Milvus, build_faiss, build_milvus, milvus_errors
-from .photos import MAX_PIXELS, Opened, Photo, Photos, column_name, looks_like_scene, need, open_ahead, scene_warning
+from .engines import FAISS_KINDS, Column, Milvus, build_faiss, build_milvus, column_kind, milvus_errors
+from .photos import MAX_PIXELS, Opened, Photo, Photos, column_name, looks_like_scene, need, open_ahead, scene_warning, tidy_table
 from .towers import TOWER_FILES, as_numpy, export_text_tower, model_fingerprint
 
 # %% ../nbs/10d_indexing.ipynb #cell-004
@@ -125,8 +125,13 @@ class Items:
         "Whole columns."
         return self.file.read(columns)
     def __getitem__(self, name:str) -> Column:
-        if name not in self._columns: self._columns[name] = Column.of(self.table([name])[name])
+        if name not in self._columns: self._columns[name] = Column.of(self._coded.read([name])[name])
         return self._columns[name]
+    @cached_property
+    def _coded(self):
+        "The same file, with text as codes into its words, as Parquet stores it."
+        schema, pq = self.file.schema_arrow, need("pyarrow.parquet", "search", "galleries")
+        return pq.ParquetFile(self.path, memory_map=True, read_dictionary=[n for n in schema.names if str(schema.field(n).type) == "string"])
     def __contains__(self, name): return name in self.names
     def __iter__(self): return iter(self.names)
     def keys(self): return self.names
@@ -546,7 +551,7 @@ def _activate(folder, photos, old, journal, detector, report, keep, dtype, model
         _write_skipped(new/"skipped.parquet", skipped)
         _fill_report(report, items, skipped, old, keep)
         facts |= dict(format=FORMAT, id=old.facts["id"] if old else uuid.uuid4().hex[:12], generation=name, image_size=list(model.image_size), dim=dim, dtype=dtype, count=items.num_rows,
-                      skipped=len(report.skipped), duplicates=report.duplicates, roots=sorted(set(items["root"].to_pylist())), columns={n: Column.of(items[n]).kind for n in items.column_names if n not in HIDDEN},
+                      skipped=len(report.skipped), duplicates=report.duplicates, roots=sorted(set(items["root"].to_pylist())), columns={n: column_kind(items[n].type) for n in items.column_names if n not in HIDDEN},
                       detector=detector, updated=time.strftime("%Y-%m-%dT%H:%M:%S"))
         _sync(new)
     engines = dict(old.facts["engines"] if old and engines is None else engines or {})
@@ -618,3 +623,42 @@ def drop_engines(facts:Mapping # manifest of a generation that is no longer acti
     built = facts["engines"].get("milvus", {}).get("built", {})
     if built.get("uri"):
         with contextlib.suppress(TiprError), milvus_errors(built["uri"]): Milvus.at(built["uri"]).drop_collection(built["collection"])
+
+# %% ../nbs/10d_indexing.ipynb #a1b296d8
+def import_features(folder:str|Path # the new gallery
+                   , features:np.ndarray # (n, d) unit rows, may be memory-mapped
+                   , paths:Iterable[str] # (n) photo of each row, below `root`
+                   , fingerprint:str # of the model that made them, see `model_fingerprint`
+                   , *, root:str="/" # folder of the photos
+                   , columns:Mapping[str, Any]|None=None # name -> (n) values
+                   , model:str|None=None # where the model can be loaded from
+                   , image_size:tuple[int, int]=(384, 128), dtype:str="float32", engines:Mapping[str, dict]|None=None) -> dict: # manifest
+    "A gallery of features that were computed elsewhere; written in bounded memory."
+    pa, folder = need("pyarrow", "search", "galleries"), Path(folder)
+    root, names, (n, d) = os.path.abspath(root), list(paths), features.shape
+    if len(names) != n: raise TiprError(f"{n} features and {len(names)} paths; give one path per row")
+    fixed = dict(file=[os.fsencode(os.path.join(root, p)) for p in names], root=pa.array([shown_name(root)]).take(pa.array(np.zeros(n, np.int64))), path=[shown_name(p) for p in names])
+    table = pa.table({f.name: pa.array(fixed[f.name], f.type) if isinstance(fixed.get(f.name), list) else fixed.get(f.name, pa.nulls(n, f.type)) for f in item_schema()})
+    extra = tidy_table(pa.table(dict(columns or {})))
+    for c in extra.column_names: table = table.append_column(column_name(c, RESERVED), extra[c])
+    facts = dict(format=FORMAT, id=uuid.uuid4().hex[:12], generation="g000001", fingerprint=fingerprint, model=model, arch=model or "imported", image_size=list(image_size), dim=d, dtype=dtype, count=n, skipped=0, duplicates=0,
+                 roots=[shown_name(root)], columns={c: column_kind(table[c].type) for c in table.column_names if c not in HIDDEN}, detector=None, updated=time.strftime("%Y-%m-%dT%H:%M:%S"), text_tower=False)
+    with indexing_lock(folder), os_errors(folder):
+        if (folder/"gallery.json").exists(): raise TiprError(f"{folder}: holds a gallery already; choose a new folder")
+        _sweep(folder)
+        with atomic_path(folder/"g000001", folder=True) as new:
+            need("pyarrow.parquet", "search", "galleries").write_table(table, new/"items.parquet", row_group_size=4096, compression="zstd")
+            _copy_features(new/"features.npy", features, dtype)
+        facts["engines"] = {e: build_engine(e, o, folder/"g000001", facts) for e, o in (engines or {}).items()}
+        write_json(folder/"gallery.json", facts | dict(engine=next(iter(engines or {}), "exact")))
+    return facts
+
+# %% ../nbs/10d_indexing.ipynb #9d5a9b24
+def _copy_features(path, features, dtype, block=1 << 16):
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=features.shape))
+        for i in range(0, len(features), block):
+            x = np.asarray(features[i:i + block], np.float32)
+            norms = np.linalg.norm(x, axis=1)
+            if not np.allclose(norms, 1, atol=1e-2): raise TiprError(f"feature {i + int(np.abs(norms - 1).argmax())}: length {norms[np.abs(norms - 1).argmax()]:.3f}; features must have length 1")
+            f.write(x.astype(dtype).tobytes())

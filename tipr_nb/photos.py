@@ -427,7 +427,7 @@ def _cut(opened, picture, box, at, size, full):
             return
         box = (x0, y0, x1, y1)
         crop, full = picture.crop(box), (x1 - x0, y1 - y0)
-    if crop.size != size[::-1]: crop = crop.resize(size[::-1], Image.Resampling.BICUBIC)
+    if crop.size != size[::-1]: crop = crop.resize(size[::-1], Image.Resampling.BILINEAR)   # as `data.resize_image` does in training
     opened.people.append(Person(crop, box, *full, at))
 
 def _detected(detector, picture):

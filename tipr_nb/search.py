@@ -331,7 +331,7 @@ def _root_of(file, facts):
     "The root folder, from the exact name and the number of parts below it."
     return Path(file).parents[len(Path(facts["path"]).parts) - 1]
 
-# %% ../nbs/11_search.ipynb #c2958e88
+# %% ../nbs/11_search.ipynb #cell-037
 class GalleryQuery(GalleryHits):
     "A gallery that encodes questions; an example picture that is in the gallery needs no model."
     def query(self, text=None, image=None, without=None, generator=None, weight:float=.3, image_weight:float=.5, without_weight:float=.5
@@ -360,9 +360,9 @@ class GalleryQuery(GalleryHits):
                 features.append(self.encode_image([picture])[0]); names.append(name)
         return (np.stack(features) if features else None), names, skip
 
-# %% ../nbs/11_search.ipynb #79fd06c3
+# %% ../nbs/11_search.ipynb #cell-038
 def _sentences(text, what):
-    texts = [] if text is None else [text] if isinstance(text, str) else list(text)
+    texts = [] if text is None else list(text) if isinstance(text, (list, tuple)) else [text]
     for t in texts:
         if not isinstance(t, str) or not t.strip(): raise TiprError(f"{what}: an empty sentence; describe the person in words")
     return texts
@@ -374,7 +374,7 @@ def _open(path):
     try: return open_picture(data)
     except TiprError as e: raise TiprError(f"{shown_name(str(path))}: {e}") from None
 
-# %% ../nbs/11_search.ipynb #c6eb0db7
+# %% ../nbs/11_search.ipynb #cell-040
 class Gallery(GalleryQuery):
     "People in photos, ready to be searched."
     def search(self, text:str|Sequence[str]|None=None # a sentence, or several about the same person
@@ -399,7 +399,7 @@ class Gallery(GalleryQuery):
         hits = self.hits(rows[kept], scores[kept])
         info = info | dict(where=where or None, k=k, rerank=rerank, engine=engine or self.facts["engine"])
         seconds = dict(encode=round(encoded - started, 4), search=round(time.perf_counter() - encoded, 4))
-        notes = [] if len(hits) == k or not (where or len(self) >= k) else [f"only {len(hits)} people {'pass the filter' if where else 'are there'}"]
+        notes = [] if len(hits) == k else [f"only {len(hits)} people {'pass the filter' if where else 'are there'}"]
         return Hits(hits, info, seconds, notes, info.pop("imagined"))
     def _nearest(self, query, k, allowed, how, engine, unique):
         "Scores and rows, copies folded, the top ranked again if wanted."
@@ -460,12 +460,12 @@ class Gallery(GalleryQuery):
         queries, allowed = self.encode_text(list(texts)), self.where(where)
         return overlap(self.engine(engine).search(queries, k, allowed)[1], self.engine("exact").search(queries, k, allowed)[1])
 
-# %% ../nbs/11_search.ipynb #70e741cc
+# %% ../nbs/11_search.ipynb #cell-041
 def _count(k):
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise TiprError(f"k={k!r}: ask for one person or more")
     return int(k)
 
-# %% ../nbs/11_search.ipynb #20753ef5
+# %% ../nbs/11_search.ipynb #cell-056
 def search_box(gallery:Gallery
               , k:int=12 # people shown
               ):

@@ -68,7 +68,9 @@ class TextTokens:
                 , context_length:int=77 # longest sequence
                 , full:bool=False # pad to `context_length`, not to the longest
                 ):
-        self.lib = need("tokenizers", "search", "a gallery's text tower").Tokenizer.from_str(source)
+        library = need("tokenizers", "search", "a gallery's text tower")
+        try: self.lib = library.Tokenizer.from_str(source)
+        except Exception as e: raise TiprError(f"tokenizer.json: not a tokenizer ({str(e)[:60]}); run `tipr index` again") from None
         self.start, self.end, self.context_length, self.full = start, end, context_length, full
     def __call__(self, texts:Sequence[str]) -> np.ndarray: # (b, L) int64
         "Token ids, padded with 0."
@@ -152,17 +154,24 @@ class TextTower:
                 , fingerprint:str|None=None # the model it must belong to
                 ):
         folder = Path(folder)
-        facts = read_json(folder/"text.json", "run `tipr index` again to restore the text tower")
+        facts, data = _tower_facts(folder)
         if fingerprint and facts.get("fingerprint") != fingerprint: raise TiprError(f"{folder}: the text tower is another model's; run `tipr index` again")
         size = (folder/"text.onnx").stat().st_size if (folder/"text.onnx").is_file() else 0
         if size != facts["n_bytes"]: raise TiprError(f"{folder/'text.onnx'}: {size} bytes instead of {facts['n_bytes']} (cut short?); run `tipr index` again")
         self.fingerprint, self.dim = facts["fingerprint"], facts["dim"]
-        self.tokens = TextTokens((folder/"tokenizer.json").read_text(encoding="utf-8"), facts["start"], facts["end"], facts["context_length"], facts["full"])
+        self.tokens = TextTokens(data, facts["start"], facts["end"], facts["context_length"], facts["full"])
         self.session = _session(folder/"text.onnx")
     def encode_text(self, texts:Sequence[str]|str # sentences
                    ) -> np.ndarray: # (b, d) unit float32
         "Unit features of sentences."
         return self.session.run(None, {"tokens": self.tokens([texts] if isinstance(texts, str) else texts)})[0]
+
+def _tower_facts(folder):
+    "What `text.json` says and the tokenizer's data, or one line about what is missing."
+    facts = read_json(folder/"text.json", "run `tipr index` again to restore the text tower")
+    if not {"fingerprint", "dim", "start", "end", "context_length", "full", "n_bytes"} <= set(facts): raise TiprError(f"{folder/'text.json'}: not what this version writes; run `tipr index` again")
+    try: return facts, (folder/"tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e: raise TiprError(f"{folder/'tokenizer.json'}: cannot be read ({getattr(e, 'strerror', None) or e}); run `tipr index` again") from None
 
 def _session(path):
     ort = need("onnxruntime", "search", "a gallery's text tower")

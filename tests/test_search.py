@@ -1,0 +1,320 @@
+"""Galleries that answer: sentences, pictures, filters, engines, copies, and everything one can ask wrongly."""
+import html.parser, json, os, shutil, subprocess, sys, threading, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gallery_pictures import archive, figure
+from tipr_nb.core import TiprError
+from tipr_nb.indexing import COLOURS, ColourModel
+from tipr_nb.search import Gallery, Hit, Hits, contact_sheet, expanded_query, mix_query, printable, query_words, reranked, search_box, smoothed_scores, unit_rows
+
+PATTERN = r"(?P<camera>c\d)/"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory): return archive(tmp_path_factory.mktemp("archive")/"p")
+
+
+@pytest.fixture(scope="module")
+def gallery(shelf, tmp_path_factory): return Gallery.build(shelf, ColourModel(), tmp_path_factory.mktemp("galleries")/"g", pattern=PATTERN)
+
+
+@pytest.fixture
+def own(tmp_path):
+    "A gallery and photos that a test may change."
+    shelf = archive(tmp_path/"p")
+    return Gallery.build(shelf, ColourModel(), tmp_path/"g", pattern=PATTERN), shelf
+
+
+def names(hits): return [h.path.name for h in hits]
+
+
+def test_every_person_is_found_by_a_sentence(gallery):
+    for coat in COLOURS:
+        for legs in COLOURS:
+            hits = gallery.search(f"a {coat} coat and {legs} trousers", k=3)
+            assert hits[0].path.name == f"{coat}-{legs}-0.png" and hits[0].score > .99 and [h.rank for h in hits] == [1, 2, 3]
+            assert all(a.score >= b.score for a, b in zip(hits, hits[1:])) and hits[0].metadata["camera"] == hits[0].path.parent.name
+
+
+def test_by_picture_row_hit_and_path(gallery, shelf):
+    hit = gallery.search("a red coat and blue trousers")[0]
+    by_row, by_hit = gallery.search(image=hit.row, k=5), gallery.search(image=hit, k=5)
+    assert names(by_row) == names(by_hit) and hit.row not in [h.row for h in by_row]
+    by_path, by_picture = gallery.search(image=hit.path, k=5), gallery.search(image=hit.picture(), k=5)
+    assert names(by_path) == names(by_picture) and by_path[0].row == hit.row
+    assert names(gallery.search(image=[hit.row, gallery.search("a red coat and green trousers")[0].row], k=1))[0].startswith("red-")
+
+
+def test_text_and_picture_together(gallery):
+    hit = gallery.search("a red coat and blue trousers")[0]
+    hits = gallery.search("a green coat and blue trousers", image=hit, k=6)
+    assert any(n.endswith("-blue-0.png") for n in names(hits)[:3])
+    assert names(gallery.search("a green coat and blue trousers", image=hit, image_weight=0., k=1)) == ["green-blue-0.png"]
+
+
+def test_several_sentences_and_absent_things(gallery):
+    assert names(gallery.search(["a red coat and red trousers", "red coat and red trousers"], k=1)) == ["red-red-0.png"]
+    plain = {h.path.name: h.rank for h in gallery.search("a red coat and white trousers", k=36)}
+    less = {h.path.name: h.rank for h in gallery.search("a red coat and white trousers", k=36, without="a white coat and white trousers")}
+    assert less["white-white-0.png"] > plain["white-white-0.png"] and less["red-white-0.png"] <= 3
+
+
+def test_filters_and_engines_agree(own):
+    gallery, _ = own
+    for name, options in [("flat", dict(quantise="fp16")), ("ivf", dict(nlist=1)), ("hnsw", dict(quantise=None)), ("milvus", {})]: gallery.add_engine(name, default=False, **options)
+    again = Gallery(gallery.folder, ColourModel())
+    assert set(again.engines) == {"exact", "flat", "ivf", "hnsw", "milvus"}
+    for where in (None, "camera == 'c2'", "not camera in ['c1', 'c2']", "path.startswith('c1/') and width == 48", "camera == 'c9'"):
+        answers = {e: [(h.row, round(h.score, 4)) for h in again.search("a green coat and black trousers", 6, where=where, engine=e)] for e in again.engines}
+        assert len({tuple(a) for a in answers.values()}) == 1, (where, answers)
+        if where == "camera == 'c2'": assert {h.metadata["camera"] for h in again.search("a green coat", 6, where=where)} == {"c2"}
+    assert again.recall(["a red coat"], engine="hnsw") == 1. and again.search("a red coat", where="camera == 'c9'") == [] and "only 0 people pass the filter" in again.search("a red coat", where="camera == 'c9'").notes
+    again.close()
+    gallery.close()
+
+
+def test_copies_are_one_hit(own):
+    gallery, shelf = own
+    for i in range(4): shutil.copy(shelf/"c1"/"red-red-0.png", shelf/"c3"/f"copy{i}.png")
+    gallery = Gallery.build(shelf, ColourModel(), gallery.folder, pattern=PATTERN)
+    hits = gallery.search("a red coat and red trousers", k=5)
+    assert len(hits) == 5 and sorted(d.name for d in hits[0].duplicates) == [f"copy{i}.png" for i in range(4)] and len({h.path.name for h in hits}) == 5
+    assert len([h for h in gallery.search("a red coat and red trousers", k=5, unique=False) if h.score > .999]) == 5
+    assert gallery.search("a red coat and red trousers", k=1, where="camera == 'c3'")[0].path.name == "copy0.png"
+    assert not {h.path.name for h in gallery.search(image=hits[0], k=40)} & {"red-red-0.png", *(f"copy{i}.png" for i in range(4))}
+
+
+def test_a_running_search_sees_a_new_generation(own):
+    gallery, shelf = own
+    reader = Gallery(gallery.folder, ColourModel())
+    (shelf/"c1"/"red-red-0.png").unlink()
+    figure("red", "red", (40, 80)).save(shelf/"c2"/"later.png")
+    Gallery.build(shelf, ColourModel(), gallery.folder, pattern=PATTERN)
+    assert names(reader.search("a red coat and red trousers", k=1)) == ["later.png"] and not reader.refresh()
+
+
+def test_searching_while_indexing(own):
+    "A reader asks all the time while an indexer replaces generations; every answer is whole."
+    gallery, shelf = own
+    reader, stop, failures, answers = Gallery(gallery.folder, ColourModel()), threading.Event(), [], [0]
+    def ask():
+        while not stop.is_set():
+            try:
+                assert len(reader.search("a green coat and white trousers", k=5, where="camera in ['c1', 'c2', 'c3']")) == 5
+                answers[0] += 1
+            except Exception as e: failures.append(repr(e))
+    thread = threading.Thread(target=ask)
+    thread.start()
+    for i in range(5):
+        figure("white", "white", (40 + i, 90)).save(shelf/"c1"/f"later{i}.png")
+        Gallery.build(shelf, ColourModel(), gallery.folder, pattern=PATTERN)
+    stop.set()
+    thread.join()
+    assert not failures and answers[0] > 5
+
+
+def test_outputs(gallery, tmp_path):
+    hits = gallery.search("a red <b>coat</b> & blue trousers", k=4, where="camera == 'c1'", without="a hat")
+    facts = json.loads(hits.to_json())
+    assert facts["query"]["text"] == ["a red <b>coat</b> & blue trousers"] and len(facts["hits"]) == 4 and facts["hits"][0]["camera"] == "c1" and set(facts["seconds"]) == {"encode", "search"}
+    table = hits.table().splitlines()
+    assert table[0].split() == ["rank", "score", "photo", "camera"] and len(table) == 5
+    page = hits.to_html(tmp_path/"sheet.html")
+    assert (tmp_path/"sheet.html").read_text() == page and page.count("<figure>") == 4 and page.count("data:image/webp;base64,") == 4 and "<b>coat</b>" not in page and "http" not in page
+    html.parser.HTMLParser().feed(page)
+    assert "nobody found" in Hits().table() and "nobody found" in Hits().to_html()
+
+
+def test_nothing_from_a_file_name_reaches_the_page_or_the_terminal(tmp_path):
+    (tmp_path/"p").mkdir()
+    for i, name in enumerate(["<img src=x onerror=alert(1)>.png", "\x1b[2Jclear.png", os.fsdecode(b"caf\xe9.png"), "a\nb.png"]): figure(list(COLOURS)[i], "red").save(tmp_path/"p"/name)
+    (tmp_path/"t.csv").write_text('path,note\np/a\nb.png,x\n'.replace("p/a\nb.png", '"p/a\nb.png"').replace(",x", ",<script>alert(2)</script>"))
+    gallery = Gallery.build(tmp_path/"p", ColourModel(), tmp_path/"g", metadata=tmp_path/"t.csv")
+    hits = gallery.search("a red coat", k=9)
+    assert len(hits) == 4 and all(h.picture().size == (48, 96) for h in hits)
+    page, table = hits.to_html(), hits.table()
+    assert "<script>alert" not in page and "<img src=x" not in page and "\x1b" not in table and len(table.splitlines()) == 6
+    json.loads(hits.to_json().encode("utf-8"))
+    page.encode("utf-8"), table.encode("utf-8")
+
+
+def test_photos_that_moved_or_vanished(own, tmp_path):
+    gallery, shelf = own
+    hit = gallery.search("a red coat and red trousers", k=1)[0]
+    shelf.rename(tmp_path/"elsewhere")
+    with pytest.raises(TiprError, match="was it moved"): hit.picture()
+    assert "the photo is gone" in gallery.search("a red coat", k=2).to_html()
+    moved = Gallery(gallery.folder, ColourModel(), root=tmp_path/"elsewhere")
+    assert moved.search("a red coat and red trousers", k=1)[0].picture().size == (48, 96)
+
+
+def test_boxes_in_hits(tmp_path):
+    scene = Image.new("RGB", (260, 110), (200, 200, 200))
+    for i, coat in enumerate(("red", "blue", "green", "yellow")): scene.paste(figure(coat, "black"), (10 + 60*i, 8))
+    (tmp_path/"s").mkdir()
+    scene.save(tmp_path/"s"/"s.png")
+    (tmp_path/"b.json").write_text(json.dumps({"s.png": [[10 + 60*i, 8, 58 + 60*i, 104] for i in range(4)]}))
+    gallery = Gallery.build(tmp_path/"s", ColourModel(), boxes=tmp_path/"b.json")
+    hit = gallery.search("a green coat and black trousers")[0]
+    assert hit.box == (130, 8, 178, 104) and hit.picture().size == (48, 96) and hit.picture().getpixel((24, 36)) == COLOURS["green"] and "(130, 8, 178, 104)" in gallery.search("a green coat", 1).table()
+
+
+def test_save_add_and_open(own, tmp_path):
+    gallery, shelf = own
+    with pytest.raises(TiprError, match="is there already"): gallery.save(shelf)
+    copy = Gallery.open(gallery.save(tmp_path/"copy"), ColourModel())
+    assert names(copy.search("a red coat", 4)) == names(gallery.search("a red coat", 4))
+    (tmp_path/"q").mkdir()
+    figure("white", "white", (40, 80)).save(tmp_path/"q"/"added.png")
+    copy.add(tmp_path/"q")
+    assert len(copy) == 37 and copy.report.encoded == 1 and len(Gallery(gallery.folder)) == 36
+    temporary = Gallery.build(shelf, ColourModel())
+    folder = temporary.folder
+    temporary.save(tmp_path/"kept")
+    assert len(temporary) == 36 and folder.exists() and len(Gallery(tmp_path/"kept")) == 36
+    del temporary
+    import gc
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_enhancement_by_a_generator(gallery):
+    class Imagines:
+        asked = []
+        def generate(self, texts, seeds=None):
+            self.asked += texts
+            return [figure("green", "yellow") for _ in texts]
+    hits = gallery.search("somebody", generator=Imagines(), weight=.9, k=3)
+    assert hits[0].path.name == "green-yellow-0.png" and hits.imagined[0].size == (48, 96) and Imagines.asked == ["somebody"]
+    assert names(gallery.search("a red coat and red trousers", generator=Imagines(), weight=0., k=1)) == ["red-red-0.png"]
+
+
+def test_mixing_queries():
+    rng = np.random.default_rng(0)
+    t, v, n = (unit_rows(rng.standard_normal((2, 16))) for _ in range(3))
+    assert np.isclose(np.linalg.norm(mix_query(t, v, n, v.mean(0))), 1) and np.allclose(mix_query(t[:1]), t[0]) and np.allclose(mix_query(image=v[:1]), v[0])
+    q = mix_query(t[:1], without=n[:1], without_weight=.5)
+    assert q @ n[0] < t[0] @ n[0] and np.allclose(mix_query(t[:1], without=t[:1]), t[0])      # what the query says itself is not taken away
+    with pytest.raises(TiprError, match="give a sentence or a picture"): mix_query()
+
+
+def test_reranking_keeps_the_rows():
+    rng = np.random.default_rng(1)
+    x, q = unit_rows(rng.standard_normal((500, 16))), unit_rows(rng.standard_normal((1, 16)))[0]
+    rows = np.argsort(-(x @ q))[:100]
+    for how in ("neighbours", "expand"): assert sorted(reranked(how, q, rows, x)) == sorted(rows) and (reranked(how, q, rows[:1], x) == rows[:1]).all()
+    with pytest.raises(TiprError, match="neighbours or expand"): reranked("magic", q, rows, x)
+    assert np.allclose(smoothed_scores(x @ q, x, n=1), x @ q, atol=1e-5) and np.allclose(expanded_query(q, x[:3], np.zeros(3)), q)
+
+
+def test_reranking_in_a_gallery(gallery):
+    for how in ("neighbours", "expand"):
+        hits = gallery.search("a red coat and red trousers", k=5, rerank=how)
+        assert len(hits) == 5 and hits[0].path.name == "red-red-0.png" and all(-1 <= h.score <= 1.0001 for h in hits)
+
+
+@pytest.mark.parametrize("ask,why", [(dict(), "give a sentence or a picture"), (dict(text=""), "empty sentence"), (dict(text=["a man", " "]), "empty sentence"), (dict(text="x", without=""), "empty sentence"), (dict(text=5), "empty sentence"),
+                                     (dict(text="x", k=0), "one person or more"), (dict(text="x", k=True), "one person"), (dict(text="x", k=2.5), "one person"), (dict(text="x", where="camera = 'c2'"), "filter"), (dict(text="x", where="nope == 1"), "no column nope"),
+                                     (dict(image=999), "rows 0 to 35"), (dict(image=-1), "rows 0 to 35"), (dict(image="nowhere.png"), "cannot be read"), (dict(text="x", engine="annoy"), "this gallery has exact"), (dict(text="x", rerank="magic"), "neighbours or expand")])
+def test_bad_questions_are_one_line(gallery, ask, why):
+    with pytest.raises(TiprError, match=why) as e: gallery.search(**ask)
+    assert "\n" not in str(e.value)
+
+
+def test_pictures_that_are_none(gallery, tmp_path):
+    (tmp_path/"x.png").write_bytes(b"nothing")
+    with pytest.raises(TiprError, match="x.png: not a picture"): gallery.search(image=tmp_path/"x.png")
+
+
+def test_galleries_that_cannot_be_opened(gallery, tmp_path):
+    class Other(ColourModel): fingerprint = "another"
+    with pytest.raises(TiprError, match="made by another model"): Gallery(gallery.folder, Other())
+    with pytest.raises(TiprError, match="no gallery there"): Gallery(tmp_path)
+    with pytest.raises(TiprError, match="no gallery there"): Gallery(tmp_path/"nowhere")
+    (tmp_path/".work").mkdir()
+    with pytest.raises(TiprError, match="was not finished"): Gallery(tmp_path)
+    with pytest.raises(TiprError, match="does not say where its model is"): Gallery(gallery.folder).search("a man")
+
+
+def test_more_hits_than_people(gallery):
+    hits = gallery.search("a man", k=500)
+    assert len(hits) == 36 and hits.notes == ["only 36 people are there"]
+
+
+def test_search_box(gallery):
+    box = search_box(gallery, 3)
+    box.text.value = "a red coat and blue trousers"
+    assert "red-blue-0.png" in box.out.value and box.out.value.count("<figure>") == 3
+    box.where.value = "camera = 1"
+    assert "<figure>" not in box.out.value and "filter" in box.out.value
+
+
+def test_missing_extras_are_one_line(gallery, monkeypatch):
+    for module, extra, do in [("faiss", "search", lambda: gallery.add_engine("ivf")), ("pymilvus", "milvus", lambda: gallery.add_engine("milvus", uri="http://127.0.0.1:1")), ("ipywidgets", "app", lambda: search_box(gallery)), ("pyarrow", "search", lambda: Gallery(gallery.folder))]:
+        monkeypatch.setitem(sys.modules, module, None)
+        for name in [m for m in sys.modules if m.startswith(module + ".")]: monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(TiprError, match=rf"{module}.*tipr_nb\[{extra}\]") as e: do()
+        assert "\n" not in str(e.value)
+        monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def real(shelf, tmp_path_factory):
+    "A gallery of a (random) CLIP model, with its text tower."
+    import torch
+    from tipr_nb.clip import PersonCLIP
+    home = tmp_path_factory.mktemp("real")
+    old = os.environ.get("TIPR_CACHE")
+    os.environ["TIPR_CACHE"] = str(home/"cache")
+    torch.manual_seed(0)
+    PersonCLIP("tipr-nano").save_pretrained(home/"model")
+    try: gallery = Gallery.build(shelf, home/"model", home/"g", pattern=PATTERN)
+    finally: os.environ.pop("TIPR_CACHE") if old is None else os.environ.update(TIPR_CACHE=old)
+    return gallery
+
+
+def test_a_cold_search_needs_no_torch(real):
+    code = f"""
+import sys
+from tipr_nb.search import Gallery
+hits = Gallery({str(real.folder)!r}).search("a man in a red coat", 3, where="camera == 'c2'")
+assert not (found := [m for m in ("torch", "torchvision", "open_clip", "transformers", "pandas") if m in sys.modules]), found
+print(hits.to_json())"""
+    start = time.monotonic()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    cold, here = json.loads(out.stdout)["hits"], real.search("a man in a red coat", 3, where="camera == 'c2'")
+    assert [h["row"] for h in cold] == [h.row for h in here] and np.allclose([h["score"] for h in cold], [h.score for h in here], atol=1e-4)
+    assert time.monotonic() - start < 15      # a busy machine; benchmarks/search.py measures
+
+
+def test_a_cold_gallery_loads_its_model_for_pictures(real):
+    gallery = Gallery(real.folder)
+    hit = gallery.search("a man in a red coat")[0]
+    assert gallery._model is None and gallery.search(image=hit, k=2)[0].row != hit.row and gallery._model is None
+    assert gallery.search(image=hit.path, k=1)[0].row == hit.row and gallery._model is not None
+    assert np.allclose(gallery.features, np.asarray(real.model.encode_image([h.picture() for h in gallery.hits(range(36))])), atol=1e-5)
+
+
+def test_a_gallery_of_a_changed_model_is_refused(real, shelf, tmp_path):
+    import torch
+    from tipr_nb.clip import PersonCLIP
+    torch.manual_seed(1)
+    PersonCLIP("tipr-nano").save_pretrained(tmp_path/"other")
+    with pytest.raises(TiprError, match="made by another model"): Gallery(real.folder, tmp_path/"other").search(image=Image.new("RGB", (32, 96)))
+    with pytest.raises(TiprError, match="made by another model"): Gallery.build(shelf, tmp_path/"other", real.folder)
+
+
+def test_damaged_text_tower(real, tmp_path):
+    copy = real.save(tmp_path/"c")
+    (copy/"text"/"text.onnx").write_bytes(b"half")
+    with pytest.raises(TiprError, match="4 bytes instead of"): Gallery(copy).search("a man")
+
+
+def test_words_and_printing():
+    assert query_words(dict(text=["a", "b"], image=None, without=["c"])) == "a; b, without c" and printable("a\tb\x1b") == "a\\tb\\x1b" and printable(None) == ""
+    assert "person at rank" not in contact_sheet(Hits([Hit(Path("/nowhere/x.png"), .5, 1, 0)]))

@@ -1,0 +1,102 @@
+"""The text tower without PyTorch says what the model says."""
+import subprocess, sys, threading
+
+import numpy as np
+import pytest
+
+from tipr_nb.core import TiprError
+from tipr_nb.towers import TextTower, as_numpy, clean_text, export_text_tower, model_fingerprint, tokenizer_json
+
+
+@pytest.fixture(scope="module")
+def model():
+    import torch
+    from tipr_nb.clip import PersonCLIP
+    torch.manual_seed(0)
+    return PersonCLIP("tipr-nano").eval()
+
+
+@pytest.fixture(scope="module")
+def tower(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tower")
+    import os
+    old = os.environ.get("TIPR_CACHE")
+    os.environ["TIPR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    try: assert export_text_tower(model, folder) == folder
+    finally: os.environ.pop("TIPR_CACHE") if old is None else os.environ.update(TIPR_CACHE=old)
+    return folder
+
+
+TEXTS = ["A man in a red coat and blue trousers, carrying a backpack.", "", "she's 7'2\" & can't; £40 – “naïve” façade", "穿红色外套的男人", "emoji 🧥!!", "tab\tnew\nline", "x" * 500, "word " * 200, "schÃ¶n &lt;b&gt;", "\0", "İſΣ ΣΑΣ"]
+
+
+def test_tokens_equal_open_clips_for_the_full_vocabulary(model):
+    import open_clip
+    from tipr_nb.towers import TextTokens
+    reference = open_clip.tokenizer.SimpleTokenizer()
+    tokens = TextTokens(tokenizer_json(reference), reference.sot_token_id, reference.eot_token_id, full=True)
+    for text in TEXTS: assert tokens([text]).tolist() == reference([text]).tolist(), text
+
+
+def test_features_equal_the_models(model, tower):
+    run = TextTower(tower, model_fingerprint(model))
+    for text in TEXTS:
+        assert np.abs(run.encode_text([text]) - as_numpy(model.encode_text([text]))).max() < 1e-4
+    assert np.abs(run.encode_text(TEXTS) - as_numpy(model.encode_text(TEXTS))).max() < 1e-4
+    assert run.encode_text("one").shape == (1, model.dim) and np.allclose(np.linalg.norm(run.encode_text(TEXTS), axis=1), 1, atol=1e-5)
+
+
+def test_no_torch_in_the_process(tower):
+    code = f"from tipr_nb.towers import TextTower; import sys; TextTower({str(tower)!r}).encode_text('a man'); print([m for m in ('torch', 'open_clip', 'transformers', 'torchvision') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+
+
+def test_fingerprint_knows_weights_size_and_nothing_else(model, tmp_path):
+    from tipr_nb.clip import PersonCLIP
+    import torch
+    model.save_pretrained(tmp_path)
+    again = PersonCLIP.from_pretrained(tmp_path)
+    assert model_fingerprint(again) == model_fingerprint(model)
+    again.attach("extra", torch.nn.Linear(2, 2))
+    assert model_fingerprint(again) == model_fingerprint(model)      # add-ons do not decide features
+    assert model_fingerprint(PersonCLIP.from_pretrained(tmp_path, image_size=(192, 64))) != model_fingerprint(model)
+    class Plain: pass
+    with pytest.raises(TiprError, match="fingerprint"): model_fingerprint(Plain())
+
+
+def test_damaged_towers(tower, model, tmp_path):
+    import shutil
+    def copy(name): return shutil.copytree(tower, tmp_path/name)
+    broken = copy("a"); (broken/"text.onnx").write_bytes((broken/"text.onnx").read_bytes()[:100])
+    with pytest.raises(TiprError, match="100 bytes instead of"): TextTower(broken)
+    broken = copy("b"); (broken/"text.json").write_text("{")
+    with pytest.raises(TiprError, match="not complete JSON"): TextTower(broken)
+    broken = copy("c"); data = (broken/"text.onnx").read_bytes(); (broken/"text.onnx").write_bytes(b"\0"*len(data))
+    with pytest.raises(TiprError, match="ONNX Runtime cannot read it"): TextTower(broken)
+    broken = copy("d"); (broken/"tokenizer.json").unlink()
+    with pytest.raises(TiprError, match="tokenizer.json"): TextTower(broken)
+    with pytest.raises(TiprError, match="another model's"): TextTower(tower, "0"*32)
+
+
+def test_training_mode_is_restored_and_threads_agree(model, tower, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIPR_CACHE", str(tmp_path/"cache"))
+    model.train()
+    export_text_tower(model, tmp_path/"t")
+    assert model.training
+    model.eval()
+    run, out = TextTower(tmp_path/"t"), [None]*6
+    def ask(i): out[i] = run.encode_text([f"a person with {i} bags"])
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert all(np.allclose(o, run.encode_text([f"a person with {i} bags"]), atol=1e-6) for i, o in enumerate(out))
+
+
+def test_other_encoders_have_no_tower(tmp_path):
+    from tipr_nb.indexing import ColourModel
+    assert export_text_tower(ColourModel(), tmp_path/"t") is None and not (tmp_path/"t").exists()
+
+
+def test_cleaning():
+    assert clean_text("  A man&amp;woman\nin “Red” ") == 'a man&woman in "red"' and clean_text("") == ""
