@@ -1,0 +1,203 @@
+"""The search page: its answers, what it hands out, and a walk through it in a real browser."""
+import os, re, socket, subprocess, sys, threading, time, urllib.error, urllib.parse, urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gallery_pictures import archive, figure
+from tipr_nb.app import Answer, Page, Question, check_port, few_words, find_chromium, gallery_facts, joined_filter, match_map, search_page, serve, warmed
+from tipr_nb.core import TiprError
+from tipr_nb.engines import parse_filter
+from tipr_nb.indexing import ColourModel
+from tipr_nb.search import Gallery
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    home = tmp_path_factory.mktemp("app")
+    shelf = archive(home/"p")
+    (home/"secret.txt").write_text("nobody may read this")
+    (home/"secret.png").write_bytes((shelf/"c1"/"red-red-0.png").read_bytes())
+    return Gallery.build(shelf, ColourModel(), home/"g", pattern=r"(?P<camera>c\d)/")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("question", [Question(), Question("a man & a woman\nin red", "a hat", "camera == 'c2'", 7, 12, "expand"), Question("漢字 é “quotes”", where="note == '#?&'")])
+def test_questions_survive_the_address(question):
+    params = {k: v[0] for k, v in urllib.parse.parse_qs(question.link()[1:], keep_blank_values=True).items()}
+    assert Question.of(params) == question
+
+
+def test_bad_addresses_become_plain_questions():
+    assert Question.of(dict(k="many", like="../../etc/passwd", q="x", other="y")) == Question("x") and Question.of(dict(k="-5")).k == 1 and Question.of(dict(k="99999")).k == 200
+    assert len(Question.of(dict(q="x"*10**6)).q) == 2000
+
+
+def test_answers(gallery):
+    page = Page(gallery)
+    answer = page.ask(Question("a red coat and blue trousers", k=5))
+    assert len(answer.tiles) == 5 and answer.tiles[0][1].startswith("1.000 · c") and "5 of 36 people" in answer.note and not answer.wrong
+    like = page.ask(Question(like=answer.rows[0], k=5))
+    assert answer.rows[0] not in like.rows and "most like the one you picked" in like.note
+    by_picture = page.ask(Question(k=3), picture=figure("green", "white"))
+    assert gallery.hits(by_picture.rows[:1])[0].path.name == "green-white-0.png"
+    person, heat, facts = page.look(answer.rows[0], answer.query)
+    assert person.height >= 256 and heat.size[1] >= 192 and "red-blue-0.png" in facts and "1.000" in facts
+
+
+@pytest.mark.parametrize("question,note", [(Question(), "Type a sentence"), (Question("x", where="camera = 1"), "filter"), (Question(like=10**6), "rows 0 to 35"), (Question("x", where="camera == 'c9'"), "Nobody found"), (Question("x", rerank="magic"), "neighbours or expand")])
+def test_mistakes_become_sentences(gallery, question, note):
+    answer = Page(gallery).ask(question)
+    assert note in answer.note and "\n" not in answer.note and not answer.tiles
+
+
+def test_our_own_failures_do_not_show_their_trace(gallery, monkeypatch, capsys):
+    monkeypatch.setattr(gallery, "search", lambda *a, **k: 1/0)
+    answer = Page(gallery).ask(Question("x"))
+    assert answer.wrong and "ZeroDivisionError" in answer.note and "Traceback" not in answer.note and "Traceback" in capsys.readouterr().err
+
+
+def test_photos_that_are_gone(tmp_path):
+    gallery = Gallery.build(archive(tmp_path/"p"), ColourModel(), tmp_path/"g")
+    for p in (tmp_path/"p").rglob("*.png"): p.unlink()
+    page = Page(gallery)
+    answer = page.ask(Question("a red coat", k=3))
+    assert len(answer.tiles) == 3 and "was it moved" in page.look(answer.rows[0], answer.query)[2]
+
+
+def test_a_gallery_without_its_model_still_shows_people(gallery):
+    orphan = Gallery(gallery.folder)
+    person, heat, facts = Page(orphan).look(0, np.ones(16, np.float32)/4)
+    assert person is not None and heat is None and "does not say where its model is" in facts
+
+
+def test_filters_from_lists():
+    assert joined_filter("", {}) == "" and joined_filter(" x0 > 1 ", {}) == "x0 > 1" and joined_filter("", dict(camera=["c1", "it's \"odd\""])) == "camera in ['c1', 'it\\'s \"odd\"']"
+    text = joined_filter("a == 1 or b == 2", dict(camera=["c1"], day=[]))
+    assert text == "(a == 1 or b == 2) and camera in ['c1']" and parse_filter(text)
+    with pytest.raises(TiprError): parse_filter(joined_filter("a == 1) or (b == 2", dict(camera=["c1"])) + ")")
+
+
+def test_gallery_facts(gallery):
+    facts = gallery_facts(gallery)
+    assert few_words(gallery) == ["camera"] and "c1 12, c2 12, c3 12" in facts and "36" in facts
+
+
+def test_match_map_points_at_what_matters():
+    model, picture = ColourModel(), figure("red", "green")
+    for sentence, rows in (("a red coat and green trousers", slice(2, 11)),):
+        heat = match_map(model.encode_image, picture, model.encode_text([sentence])[0])
+        assert heat.shape == (12, 4) and heat.min() >= 0 and heat[rows].mean() > 3*heat[[0, 11]].mean()
+    assert warmed(picture, np.zeros((12, 4))).size[1] >= 192
+
+
+def test_ports():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        with pytest.raises(TiprError, match="in use; choose another"): check_port("127.0.0.1", s.getsockname()[1])
+    for port in (0, -1, 70_000):
+        with pytest.raises(TiprError, match="between 1 and 65535"): check_port("127.0.0.1", port)
+    with pytest.raises(TiprError, match="cannot be|assign|requested"): check_port("192.0.2.1", free_port())
+
+
+def test_missing_gradio_names_the_extra(gallery, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(TiprError, match=r"tipr_nb\[app\]"): search_page(gallery)
+
+
+@pytest.fixture(scope="module")
+def address(gallery):
+    blocks, address = serve(gallery, port=free_port(), wait=False)
+    yield address
+    blocks.close()
+
+
+def fetch(url: str) -> int:
+    try: return urllib.request.urlopen(url, timeout=10).status
+    except urllib.error.HTTPError as e: return e.code
+
+
+def test_only_loopback_listens(address):
+    port = int(address.rstrip("/").rsplit(":", 1)[1])
+    assert fetch(address) == 200 and address.startswith("http://127.0.0.1:")
+    own = next((a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET) if not a[4][0].startswith("127.")), None)
+    if own:
+        with pytest.raises(OSError), socket.create_connection((own, port), timeout=2): pass
+
+
+def test_no_file_can_be_named(address, gallery):
+    home = gallery.folder.parent
+    files = [home/"secret.txt", home/"secret.png", gallery.folder/"gallery.json", gallery.hits([0])[0].path, Path("/etc/passwd"), Path(__file__)]
+    for file in files:
+        for way in (str(file), "/" + str(file), f"../../../../../../../..{file}", urllib.parse.quote(str(file), safe=""), f"..%2f..%2f..%2f..%2f..%2f..{file}", f"%2e%2e/%2e%2e/%2e%2e/%2e%2e{file}", f"file://{file}", f"{gallery.folder}/../{file.name}"):
+            for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/", "gradio_api/proxy=", "theme.css/"):
+                status = fetch(f"{address}{route}{way}")
+                assert status in (400, 403, 404, 405, 422), (route, way, status)
+
+
+def test_the_page_in_a_browser(address, gallery, tmp_path):
+    chromium = find_chromium()
+    if chromium is None: pytest.skip("no Chromium here; apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport=dict(width=1300, height=950))
+        page.set_default_timeout(60_000)
+        outside, errors = [], []
+        page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:", address.replace("http", "ws"))) else outside.append(r.url))
+        page.on("pageerror", lambda e: errors.append(str(e)))
+        page.goto(address)
+        page.wait_for_selector("#q textarea")
+        # a sentence
+        page.fill("#q textarea", "a red coat and blue trousers")
+        page.click("#search")
+        page.wait_for_selector("#people button img")
+        assert "24 of 36 people, best first" in page.inner_text("#note") and page.locator("#people button img").count() == 24
+        assert page.locator("#people button").first.inner_text().startswith("1.000 · c")
+        link = page.get_attribute("#note a", "href")
+        # a click: the person, what matched, and others like them
+        page.locator("#people button").first.click()
+        page.wait_for_selector("#heat img")
+        assert "red-blue-0.png" in page.inner_text("#closer") and page.locator("#person img").count() == 1
+        page.screenshot(path=tmp_path/"clicked.png")
+        page.click("#more_like")
+        page.wait_for_function("document.querySelector('#note').innerText.includes('most like the one you picked')")
+        assert not page.locator("#people button").first.inner_text().startswith("1.000")
+        # a list of cameras, then a wrong filter: a sentence on the page, no trace
+        page.click("#list_camera input")
+        page.get_by_role("option", name="c3").click()
+        page.keyboard.press("Escape")
+        page.click("#search")
+        page.wait_for_function("document.querySelector('#note').innerText.includes('12 of 36')")
+        page.click("#more button")
+        page.fill("#where textarea, #where input", "camera = 'c2'")
+        page.click("#search")
+        page.wait_for_selector("#note .wrong")
+        assert "invalid syntax" in page.inner_text("#note") and "Traceback" not in page.content()
+        # the link asks the same question again
+        page.goto(address.rstrip("/") + "/" + link)
+        page.wait_for_selector("#people button img")
+        assert page.input_value("#q textarea") == "a red coat and blue trousers" and page.locator("#people button").first.inner_text().startswith("1.000 · c")
+        # nothing in the address or the words becomes part of the page
+        page.goto(address.rstrip("/") + "/?" + urllib.parse.urlencode(dict(q="<img src=x onerror=\"document.title='broken'\">", where="<script>document.title='broken'</script>")))
+        page.wait_for_selector("#note .wrong")
+        assert page.title() != "broken"
+        browser.close()
+    assert not outside and not errors
+
+
+def test_many_at_once(gallery):
+    page, out = Page(gallery), []
+    def ask(i): out.append(page.ask(Question("a red coat and blue trousers", k=1 + i % 5, where="camera == 'c2'" if i % 2 else "")))
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(out) == 24 and not any(a.wrong for a in out)
