@@ -6,18 +6,18 @@
 __all__ = ['LAYOUTS', 'DATASETS', 'DatasetError', 'Split', 'PersonDataset', 'Layout', 'toy_person', 'toy_records', 'toy_people',
            'load_dataset']
 
-# %% ../nbs/00_corpora.ipynb #4bfd45f4
+# %% ../nbs/00_corpora.ipynb #cell-002
 import csv, json, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
-# %% ../nbs/00_corpora.ipynb #73c22566
+# %% ../nbs/00_corpora.ipynb #cell-003
 import numpy as np
 from PIL import Image, ImageDraw
 from .core import TiprError, cache_dir, read_json
 
-# %% ../nbs/00_corpora.ipynb #a59b120d
+# %% ../nbs/00_corpora.ipynb #cell-007
 class DatasetError(TiprError):
     "Something about a dataset that its owner can mend: one line naming the file, the row and the remedy."
 
@@ -84,7 +84,7 @@ class Split:
         words = np.array([len(c.split()) for c in self.captions] or [0])
         return {"split": self.name, "ids": self.n_ids, "images": len(self.images), "captions": len(self), "words per caption": round(float(words.mean()), 1)}
 
-# %% ../nbs/00_corpora.ipynb #cbb7c08a
+# %% ../nbs/00_corpora.ipynb #cell-011
 @dataclass(repr=False)
 class PersonDataset:
     "Train, val and test of one dataset, and what a reader of its numbers should know."
@@ -108,7 +108,7 @@ class PersonDataset:
     def __repr__(self): return "\n".join([f"{self.name}", *(f"  {s}" for s in self.splits.values()), *(f"  note: {n}" for n in self.notes)])
     def _repr_html_(self): return f"<b>{self.name}</b>{self.summary().to_html()}" + "".join(f"<div>note: {n}</div>" for n in self.notes)
 
-# %% ../nbs/00_corpora.ipynb #5ed9e385
+# %% ../nbs/00_corpora.ipynb #cell-014
 @dataclass(frozen=True)
 class Layout:
     "How a dataset lies on disk and what its authors counted."
@@ -132,7 +132,7 @@ LAYOUTS = {l.name: l for l in [
            access="by signed licence from its authors (CVPR 2024)", official={"all": (6926, 26206, 52412)}),
     Layout("synth-pedes", "synth-pedes", ("reid_raw.json",), access="drawn by this package (`tipr data synth`)")]}
 
-# %% ../nbs/00_corpora.ipynb #c6a45634
+# %% ../nbs/00_corpora.ipynb #cell-018
 @dataclass
 class Row:
     "One annotated image: what a reader takes from a record."
@@ -176,7 +176,7 @@ def parse_captions(value:Any, where:str, drop_empty:bool=False) -> list[str]:
     if not found or not all(found): raise DatasetError(f"{where}: empty caption; write one, or pass drop_empty=True to leave it out")
     return found
 
-# %% ../nbs/00_corpora.ipynb #5a49f7a1
+# %% ../nbs/00_corpora.ipynb #cell-019
 def parse_record(record:dict, where:str, layout:Layout, drop_empty:bool=False) -> Row:
     "One record of a CUHK-PEDES-like annotation file."
     if not isinstance(record, dict): raise DatasetError(f"{where}: expected a record with fields, found {type(record).__name__}; download the file again")
@@ -187,7 +187,7 @@ def parse_record(record:dict, where:str, layout:Layout, drop_empty:bool=False) -
             raise DatasetError(f"{where}: no field '{need}' (it has {has}); is this {layout.folder}'s {layout.annotation[0]}?")
     return Row(where, parse_split(record["split"], where), parse_id(record["id"], where), parse_path(record[used], where), parse_captions(record["captions"], where, drop_empty))
 
-# %% ../nbs/00_corpora.ipynb #c5fcc5c2
+# %% ../nbs/00_corpora.ipynb #cell-022
 def _letters(name:str) -> str: return re.sub("[^a-z0-9]", "", name.lower())
 
 def named(folder:Path, names:Iterable[str], want_dir:bool=False) -> Path|None:
@@ -214,7 +214,7 @@ def find_annotation(layout:Layout, root:str|Path) -> Path:
             raise DatasetError(f"{root}: no {layout.annotation[0]} here, but this looks like {other.folder}; load it as '{other.name}'")
     raise DatasetError(f"{root}: no {layout.annotation[0]} in it or in {layout.folder}/; the dataset comes {layout.access}")
 
-# %% ../nbs/00_corpora.ipynb #f66d9753
+# %% ../nbs/00_corpora.ipynb #cell-023
 def json_records(path:Path, what:str="an annotation file") -> Iterator[tuple[str, dict]]:
     "Where each record of a JSON list stands, and the record."
     try: records = read_json(path, "download it again")
@@ -249,7 +249,7 @@ def missing_error(missing:list[Row], images:Path) -> DatasetError:
     more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
     return DatasetError(f"{missing[0].where}: image {missing[0].path}{more} is missing under {images}; {hint}; `tipr data check` lists all")
 
-# %% ../nbs/00_corpora.ipynb #8496d821
+# %% ../nbs/00_corpora.ipynb #cell-026
 _TOY = {"red": (200, 40, 40), "blue": (50, 70, 190), "green": (40, 140, 70), "black": (30, 30, 30), "white": (235, 235, 235), "yellow": (225, 195, 50)}
 
 def toy_person(upper:str, # colour of the coat
@@ -268,7 +268,7 @@ def toy_person(upper:str, # colour of the coat
     d.rectangle((x + side*w//3 - 5, .52*h, x + side*w//3 + 5, .62*h), (110, 60, 20))
     return im
 
-# %% ../nbs/00_corpora.ipynb #0db0bd85
+# %% ../nbs/00_corpora.ipynb #cell-028
 def toy_records(n_train:int=8, n_test:int=4, photos:int=2) -> list[dict]:
     "Annotation of toy people in CUHK-PEDES' form, two captions a photo."
     names, records = list(_TOY), []
@@ -292,7 +292,7 @@ def toy_people(root:str|Path, # folder to fill
     (root/"reid_raw.json").write_text(json.dumps(records))
     return root
 
-# %% ../nbs/00_corpora.ipynb #a5578024
+# %% ../nbs/00_corpora.ipynb #cell-033
 def check_ids(rows:list[Row]) -> list[str]:
     "Refuse an identity in two splits; a note if the numbers merely start again in each split."
     seen:dict[int, Row] = {}
@@ -305,11 +305,12 @@ def check_ids(rows:list[Row]) -> list[str]:
 
 def _restarted(rows:list[Row]) -> bool:
     "Whether every split numbers its own people 0..n-1, in folders of their own."
-    ids, folders = {}, {}
+    ids:dict[str, set[int]] = {}
+    folders:dict[str, set[str]] = {}
     for r in rows:
         ids.setdefault(r.split, set()).add(r.id)
         folders.setdefault(r.split, set()).add(os.path.dirname(r.path))
-    apart = sum(map(len, folders.values())) == len(set().union(*folders.values()))
+    apart = sum(len(f) for f in folders.values()) == len(set().union(*folders.values()))
     return apart and all(len(i) > 1 and i == set(range(len(i))) for i in ids.values())
 
 def hold_out(rows:list[Row], share:float, seed:int) -> list[int]:
@@ -318,7 +319,7 @@ def hold_out(rows:list[Row], share:float, seed:int) -> list[int]:
     n = max(min(max(2, round(share*len(ids))), len(ids) - 2), 0)
     return sorted(np.random.default_rng([seed, 5]).permutation(ids)[:n].tolist())
 
-# %% ../nbs/00_corpora.ipynb #1d299733
+# %% ../nbs/00_corpora.ipynb #cell-035
 def as_column(values:list) -> np.ndarray:
     "Values as numbers where all are (or spell) numbers, as text where all are plain, as objects else; missing ones become nan or ''."
     there = [v for v in values if v is not None]
@@ -342,7 +343,7 @@ def build_split(name:str, rows:list[Row], images:Path, relabel:bool=False) -> Sp
     if any(r.box for r in rows): columns["box"] = np.array([r.box or (np.nan,)*4 for r in rows], dtype=np.float64)
     return Split(name, [images/r.path for r in rows], ids, [c for r in rows for c in r.captions], ids[where], where, {"source_id": source, **columns}, spread | per_caption)
 
-# %% ../nbs/00_corpora.ipynb #d8488c90
+# %% ../nbs/00_corpora.ipynb #cell-037
 def assemble(name:str, root:Path, rows:list[Row], images:Path, val:str="hold-out", val_share:float=.05, seed:int=0,
              need:Sequence[str]=("train", "test"), skip:Sequence[str]=(), check_files:bool=True, notes:Sequence[str]=()) -> PersonDataset:
     "Rows to a `PersonDataset`: checks, the val split where there is none, contiguous training identities."
@@ -368,7 +369,7 @@ def assemble(name:str, root:Path, rows:list[Row], images:Path, val:str="hold-out
         if parts[n].n_ids < 2: raise DatasetError(f"{root}: only one identity in {n}; retrieval needs at least two people to tell apart")
     return PersonDataset(name, root, notes=notes, **parts)
 
-# %% ../nbs/00_corpora.ipynb #9ecf9805
+# %% ../nbs/00_corpora.ipynb #cell-039
 def add_attributes(rows:list[Row], path:Path):
     "Columns from the side file of our drawn datasets: image path -> fields, among them one record per caption."
     side = read_json(path, "draw the dataset again")
@@ -399,7 +400,7 @@ def load_synth(root:str|Path|None=None, sealed:bool=False, **kwargs) -> PersonDa
         root = (make_sealed_gallery if sealed else make_synth_pedes)(cache_dir()/f"synth-pedes-v1{'-sealed' if sealed else ''}")
     return load_layout(LAYOUTS["synth-pedes"], root, **kwargs | (dict(need=("test",)) if sealed else {}))
 
-# %% ../nbs/00_corpora.ipynb #53c29a06
+# %% ../nbs/00_corpora.ipynb #cell-042
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _ALIASES = {"image": ("image", "file_path", "img_path", "image_path", "path", "file"), "caption": ("caption", "captions", "text", "description", "sentence"),
             "id": ("id", "identity", "person_id", "pid")}
@@ -430,7 +431,7 @@ def table_records(path:Path) -> Iterator[tuple[str, dict]]:
     except csv.Error as e: raise DatasetError(f"{path}: {e}; is this a CSV?") from None
     except OSError as e: raise DatasetError(f"{path}: {e.strerror}; give a table you can read") from None
 
-# %% ../nbs/00_corpora.ipynb #ef245c24
+# %% ../nbs/00_corpora.ipynb #cell-044
 def parse_table_row(record:dict, where:str, drop_empty:bool=False) -> Row:
     "One row of image, caption, id, optional split and box, and whatever else there is."
     if not isinstance(record, dict): raise DatasetError(f"{where}: expected a record with fields, found {type(record).__name__}; the table needs image, caption and id")
@@ -452,20 +453,22 @@ def parse_box(record:dict, where:str) -> tuple|None:
     if not (w > 0 and h > 0 and np.isfinite([x, y, w, h]).all()): raise DatasetError(f"{where}: box {box} has no area; width and height are in pixels")
     return x, y, w, h
 
-def merge_rows(rows:list[Row]) -> list[Row]:
-    "One row per image (and box): a table with a line per caption names the same image several times."
+def complete_rows(rows:list[Row]) -> list[Row]:
+    "One row per image (and box), since a table with a line per caption names it several times; `split` is filled everywhere or nowhere."
+    bare = [r for r in rows if not r.split]
+    if bare and len(bare) < len(rows): raise DatasetError(f"{bare[0].where}: no split though other rows have one; fill it everywhere or nowhere")
     merged:dict[tuple, Row] = {}
     for r in rows:
         first = merged.setdefault((r.path, r.box), r)
         if first is r: continue
-        if (first.id, first.split) != (r.id, r.split):
-            raise DatasetError(f"{r.where}: image {r.path} has id {r.id} here and {first.id} at {first.where} (or another split); one image is one person")
+        for what, mine, other in (("id", r.id, first.id), ("split", r.split, first.split)):
+            if mine != other: raise DatasetError(f"{r.where}: image {r.path} has {what} {mine} here and {other} at {first.where}; one image is one person in one split")
         for k in {*first.caption_columns, *r.caption_columns}:
             first.caption_columns[k] = (first.caption_columns.get(k) or [None]*len(first.captions)) + (r.caption_columns.get(k) or [None]*len(r.captions))
         first.captions += r.captions
     return list(merged.values())
 
-# %% ../nbs/00_corpora.ipynb #e551f11b
+# %% ../nbs/00_corpora.ipynb #cell-046
 def split_by_identity(rows:list[Row], seed:int, share:float=.2) -> str:
     "Give rows without a split one, by identity and seed; returns the note that says so."
     ids = np.random.default_rng([seed, 7]).permutation(np.unique([r.id for r in rows]))
@@ -477,14 +480,12 @@ def split_by_identity(rows:list[Row], seed:int, share:float=.2) -> str:
 def load_folder(root:str|Path, drop_empty:bool=False, seed:int=0, **kwargs) -> PersonDataset:
     "Your own images with a table of image, caption, id, and optional split and box."
     table = find_table(root)
-    rows = merge_rows([parse_table_row(r, where, drop_empty) for where, r in table_records(table)])
+    rows = complete_rows([parse_table_row(r, where, drop_empty) for where, r in table_records(table)])
     if not rows: raise DatasetError(f"{table}: no rows in it; the table needs image, caption and id")
-    bare = [r for r in rows if not r.split]
-    if bare and len(bare) < len(rows): raise DatasetError(f"{bare[0].where}: no split though other rows have one; fill it everywhere or nowhere")
-    notes = [split_by_identity(rows, seed)] if bare else []
+    notes = [] if rows[0].split else [split_by_identity(rows, seed)]
     return assemble("folder", table.parent, rows, find_images(table.parent, rows, (".", "imgs", "images")), seed=seed, notes=notes, **kwargs)
 
-# %% ../nbs/00_corpora.ipynb #beb90e39
+# %% ../nbs/00_corpora.ipynb #cell-048
 DATASETS:dict[str, Callable[..., PersonDataset]] = {
     "synth-pedes": load_synth, "synth-pedes-sealed": lambda root=None, **kw: load_synth(root, sealed=True, **kw),
     **{n: (lambda root, layout=l, **kw: load_layout(layout, root, **kw)) for n, l in LAYOUTS.items() if n != "synth-pedes"},

@@ -4,33 +4,34 @@
 
 # %% auto #0
 __all__ = ['CAPTION_TRANSFORMS', 'RandomSampler', 'IdentitySampler', 'place_within', 'pack', 'Batch', 'build_caption_transform',
-           'TokenTable', 'PairLoader', 'make_loader', 'identity_column', 'Check', 'Report', 'check_dataset', 'DATASETS',
-           'LAYOUTS', 'DatasetError', 'Layout', 'PersonDataset', 'Split', 'load_dataset', 'CLIP_MEAN', 'CLIP_STD',
-           'EvalTransform', 'ImageCache', 'ImageFiles', 'TrainTransform', 'has_side', 'image_batches', 'normalise',
-           'read_image', 'resize_image', 'stack_images', 'swap_sides', 'uniforms']
+           'TokenTable', 'PairLoader', 'make_loader', 'identity_column', 'keep_memory', 'Check', 'Report',
+           'check_dataset', 'DATASETS', 'LAYOUTS', 'DatasetError', 'Layout', 'PersonDataset', 'Split', 'load_dataset',
+           'CLIP_MEAN', 'CLIP_STD', 'EvalTransform', 'ImageCache', 'ImageFiles', 'TrainTransform', 'has_side',
+           'image_batches', 'normalise', 'read_image', 'resize_image', 'stack_images', 'swap_sides', 'uniforms']
 
-# %% ../nbs/00_data.ipynb #74333d77
+# %% ../nbs/00_data.ipynb #cell-002
 import hashlib, os, random, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
-# %% ../nbs/00_data.ipynb #d39a565c
+# %% ../nbs/00_data.ipynb #cell-003
 import numpy as np, torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from .core import TiprError, ensure_torchvision, progress
 from .corpora import (DATASETS, LAYOUTS, DatasetError, Layout, PersonDataset, Row, Split, check_ids, files_there, find_annotation, find_images, find_table,
-                             is_old_rstpreid, json_records, load_dataset, merge_rows, near_name, parse_record, parse_table_row, split_by_identity, table_records)
+                             is_old_rstpreid, json_records, load_dataset, complete_rows, near_name, parse_record, parse_table_row, split_by_identity, table_records)
 from .crops import (CLIP_MEAN, CLIP_STD, Draw, EvalTransform, ImageCache, ImageFiles, TrainTransform, has_side, image_batches, normalise, one_line, read_image, resize_image,
                            stack_images, swap_sides, uniforms)
 
-# %% ../nbs/00_data.ipynb #251562cb
+# %% ../nbs/00_data.ipynb #cell-004
 _all_ = ["DATASETS", "LAYOUTS", "DatasetError", "Layout", "PersonDataset", "Split", "load_dataset", "CLIP_MEAN", "CLIP_STD", "EvalTransform", "ImageCache", "ImageFiles",
          "TrainTransform", "has_side", "image_batches", "normalise", "read_image", "resize_image", "stack_images", "swap_sides", "uniforms"]
 
-# %% ../nbs/00_data.ipynb #0e1394b9
+# %% ../nbs/00_data.ipynb #cell-010
 class RandomSampler:
     "Every caption once an epoch, in an order that only seed and epoch decide."
     def __init__(self, n:int, # captions
@@ -62,7 +63,7 @@ class RandomSampler:
         return self.sequence[mine], mine
     def __iter__(self) -> Iterator[np.ndarray]: return (self.batch(b)[0] for b in range(len(self)))
 
-# %% ../nbs/00_data.ipynb #e2a122ed
+# %% ../nbs/00_data.ipynb #cell-012
 class IdentitySampler(RandomSampler):
     "Up to `k` pairs of an identity side by side, of different photos where it has them; every caption once an epoch."
     def __init__(self, ids:np.ndarray, # (n,) identity of each caption
@@ -104,13 +105,14 @@ def pack(blocks:list[list[int]], # in the order wanted
          ahead:int=64 # how far to look for a block that fits
         ) -> np.ndarray: # all entries in order
     "Fill batches with whole blocks, taking a later one that fits before cutting the next in two."
-    out, queue = [], blocks[::-1]
+    out:list[int] = []
+    queue = blocks[::-1]
     while queue:
         room = size - len(out) % size
         out += queue.pop(-next((i for i in range(1, min(ahead, len(queue)) + 1) if len(queue[-i]) <= room), 1))
     return np.array(out, dtype=np.int64)
 
-# %% ../nbs/00_data.ipynb #7d7be17b
+# %% ../nbs/00_data.ipynb #cell-015
 class Batch:
     "What an encoder and its objectives see at one step."
     def __init__(self, images:Tensor|None, # (b, 3, h, w) float, augmented, CLIP mean and std; None if `raw` is given
@@ -129,7 +131,9 @@ class Batch:
     @property
     def images(self) -> Tensor:
         "(b, 3, h, w) augmented images with CLIP's mean and std."
-        if self._images is None and self.raw is not None: self._images = normalise(self.raw, self.erase)
+        if self._images is None:
+            if self.raw is None: raise TiprError("this batch has neither images nor raw pixels; give one of them")
+            self._images = normalise(self.raw, self.erase)
         return self._images
     @images.setter
     def images(self, value:Tensor): self._images = value
@@ -148,7 +152,7 @@ class Batch:
 
     def map(self, fn:Callable[[Tensor], Tensor], lists:Callable[[list], list]=lambda c: c) -> "Batch":
         "The batch with `fn` applied to every tensor."
-        do = lambda v: fn(v) if isinstance(v, Tensor) else lists(v) if isinstance(v, list) else v
+        do:Callable[[Any], Any] = lambda v: fn(v) if isinstance(v, Tensor) else lists(v) if isinstance(v, list) else v
         return Batch(do(self._images), do(self.tokens), do(self.ids), do(self.captions), do(self.image_index), do(self.caption_index), do(self._pixels),
                      {k: do(v) for k, v in self.extra.items()}, do(self.raw), do(self.erase))
 
@@ -163,7 +167,7 @@ class Batch:
         pick = range(len(self))[part] if isinstance(part, slice) else part.tolist()
         return self.map(lambda t: t[part], lambda c: [c[i] for i in pick])
 
-# %% ../nbs/00_data.ipynb #298f3978
+# %% ../nbs/00_data.ipynb #cell-018
 CAPTION_TRANSFORMS:dict[str, Callable[..., Callable[[str, random.Random], str]]] = {} # name -> factory(**arguments) -> (caption, rng) -> caption
 
 def build_caption_transform(spec:str|tuple|list|Callable|None) -> Callable[[str, random.Random], str]|None:
@@ -175,7 +179,9 @@ def build_caption_transform(spec:str|tuple|list|Callable|None) -> Callable[[str,
 
 class TokenTable:
     "Token ids of captions, made once for each wording."
-    def __init__(self, tokenize:Callable[[list[str]], Tensor]): self.tokenize, self.known = tokenize, {}
+    def __init__(self, tokenize:Callable[[list[str]], Tensor]):
+        self.tokenize = tokenize
+        self.known:dict[str, np.ndarray] = {} # caption -> token ids without padding
     def add(self, captions:Iterable[str], chunk:int=1024):
         "Tokenize the wordings not yet known."
         new = list(dict.fromkeys(c for c in captions if c not in self.known))
@@ -191,7 +197,7 @@ class TokenTable:
         for o, r in zip(out, rows): o[:len(r)] = r
         return torch.from_numpy(out)
 
-# %% ../nbs/00_data.ipynb #252b5400
+# %% ../nbs/00_data.ipynb #cell-021
 class PairLoader:
     "Batches of image-caption pairs; batch `b` of an epoch is a function of seed, epoch and `b` alone."
     def __init__(self, split:Split, sampler:RandomSampler, images:ImageCache|ImageFiles, tokens:TokenTable, transform:TrainTransform|None=None, seed:int=0,
@@ -217,7 +223,6 @@ class PairLoader:
     def batches(self, start:int=0) -> Iterator[Batch]:
         "The batches of this epoch from number `start` on; made in worker processes if there are any."
         if not self.num_workers: return (self[b].pin_memory() if self.pin_memory else self[b] for b in range(start, len(self)))
-        from torch.utils.data import DataLoader
         return iter(DataLoader(_ByIndex(self), batch_size=None, sampler=range(start, len(self)), num_workers=self.num_workers, pin_memory=self.pin_memory))
 
     def __getitem__(self, b:int) -> Batch:
@@ -263,13 +268,13 @@ class PairLoader:
         step = 1 + (u*np.maximum(n - 1, 1)).astype(np.int64)
         return self.photos[self.photo_start[image] + (self.photo_rank[image] + step) % n]
 
-class _ByIndex:
+class _ByIndex(Dataset):
     "Whole batches by number, as worker processes want them."
     def __init__(self, loader:PairLoader): self.loader = loader
     def __len__(self): return len(self.loader)
     def __getitem__(self, b:int) -> Batch: return self.loader[b]
 
-# %% ../nbs/00_data.ipynb #52833929
+# %% ../nbs/00_data.ipynb #cell-022
 def make_loader(split:Split,
                 tokenize:Callable[[list[str]], Tensor], # captions -> (b, L) token ids padded with 0
                 image_size:tuple[int, int]=(384, 128), # (h, w)
@@ -292,8 +297,8 @@ def make_loader(split:Split,
     if not len(split): raise DatasetError(f"split {split.name} has no captions; load a dataset that has some there")
     if sampler not in ("random", "identity"): raise DatasetError(f"sampler={sampler!r}; choose 'random' or 'identity'")
     if isinstance(groups, str): groups = identity_column(split, groups)
-    if train and sampler == "identity": order = IdentitySampler(split.caption_ids, batch_size, k, split.caption_image, groups, seed, rank, world_size)
-    else: order = RandomSampler(len(split), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world_size)
+    order = (IdentitySampler(split.caption_ids, batch_size, k, split.caption_image, groups, seed, rank, world_size) if train and sampler == "identity"
+             else RandomSampler(len(split), batch_size, seed, shuffle=train, drop_last=train, rank=rank, world_size=world_size))
     change, tokens = build_caption_transform(caption_transform) if train else None, TokenTable(tokenize)
     if change is None: tokens.add(split.captions)
     extra = extra_fields if isinstance(extra_fields, dict) else {name: True for name in extra_fields}
@@ -308,7 +313,15 @@ def identity_column(split:Split, name:str) -> np.ndarray: # (n_ids,)
     out[split.image_ids] = values if np.issubdtype(values.dtype, np.integer) else np.unique(values.astype(str), return_inverse=True)[1]
     return out
 
-# %% ../nbs/00_data.ipynb #6cd169f3
+# %% ../nbs/00_data.ipynb #cell-029
+def keep_memory() -> bool: # whether it could be set
+    "Let the C library keep freed memory for reuse instead of returning it, which spares page faults (glibc on Linux; elsewhere nothing happens)."
+    import ctypes
+    try: mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError): return False
+    return bool(mallopt(-4, 0) and mallopt(-1, 2**31 - 1)) # M_MMAP_MAX: no block of its own for any size; M_TRIM_THRESHOLD: give nothing back
+
+# %% ../nbs/00_data.ipynb #cell-033
 @dataclass
 class Check:
     "One thing the doctor looked at."
@@ -375,7 +388,7 @@ class Report:
         ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
         data = pd.DataFrame([(n, s) for s, found in self.lengths.items() for n in found], columns=["tokens", "split"])
         if data.empty: return ax.text(.5, .5, "no captions were measured", ha="center") and ax
-        sns.histplot(data, x="tokens", hue="split", binwidth=2, stat="proportion", common_norm=False, element="step", fill=False, ax=ax)
+        sns.histplot(data, x="tokens", hue="split", binwidth=2, stat="proportion", common_norm=False, element="step", alpha=.25, ax=ax)
         ax.axvline(limit, color="0.4", ls="--", lw=1)
         ax.annotate(f"CLIP cuts at {limit}:\n{100*(data.tokens > limit).mean():.1f} % are longer", (limit, 1), (5, -4), xycoords=("data", "axes fraction"),
                     textcoords="offset points", va="top", fontsize=8)
@@ -384,18 +397,18 @@ class Report:
         sns.despine(ax=ax)
         return ax
 
-# %% ../nbs/00_data.ipynb #9176e0f5
+# %% ../nbs/00_data.ipynb #cell-035
 def gather(report:Report, name:str, root:str|Path) -> tuple[Path, list[Row]]|None:
     "Find and parse what can be parsed, noting the rest; None when there is nothing to look at."
     layout, rows, bad, empty, total = LAYOUTS.get(name), [], [], [], 0
+    def parse(record, where, drop): return parse_record(record, where, layout, drop) if layout else parse_table_row(record, where, drop)
     try:
         path = find_annotation(layout, root) if layout else find_table(root)
         for where, record in json_records(path) if layout else table_records(path):
             total += 1
-            parse = lambda **kw: parse_record(record, where, layout, **kw) if layout else parse_table_row(record, where, **kw)
-            try: rows.append(parse())
+            try: rows.append(parse(record, where, False))
             except DatasetError as e:
-                try: rows.append(parse(drop_empty=True)); empty.append(where)
+                try: rows.append(parse(record, where, True)); empty.append(where)
                 except DatasetError: bad.append(str(e))
         if not total: raise DatasetError(f"{path}: no rows in it; the table needs image, caption and id")
     except DatasetError as e: return report.add("error", "annotation", *_parts(e))
@@ -413,15 +426,13 @@ def _parts(e:DatasetError|str) -> tuple[str, str]:
 
 def check_own(report:Report, rows:list[Row]) -> list[Row]:
     "What only people's own tables can have wrong: an image under two people, splits for some rows only."
-    bare = [r for r in rows if not r.split]
     try:
-        rows = merge_rows(rows)
-        if bare and len(bare) < len(rows): raise DatasetError(f"{bare[0].where}: no split though other rows have one; fill it everywhere or nowhere")
-        if bare: report.add("note", "splits", split_by_identity(rows, 0))
+        rows = complete_rows(rows)
+        if rows and not rows[0].split: report.add("note", "splits", split_by_identity(rows, 0))
     except DatasetError as e: report.add("error", "table", *_parts(e))
     return rows
 
-# %% ../nbs/00_data.ipynb #a40f24a3
+# %% ../nbs/00_data.ipynb #cell-037
 def check_splits(report:Report, name:str, rows:list[Row]):
     "Splits, identities in two of them, counts against the official ones."
     count = lambda part: (len({r.id for r in part}), len(part), sum(len(r.captions) for r in part))
@@ -442,7 +453,7 @@ def check_splits(report:Report, name:str, rows:list[Row]):
     single = sum(n == 1 for n in np.unique([r.id for r in rows if r.split == "train"], return_counts=True)[1])
     if single: report.add("note", "single photos", f"{single:,} training identities have one photo only")
 
-# %% ../nbs/00_data.ipynb #3877164b
+# %% ../nbs/00_data.ipynb #cell-039
 @dataclass
 class ImageFacts:
     "What reading an image file told."
@@ -500,7 +511,7 @@ def check_duplicates(report:Report, rows:list[Row], facts:dict[str, ImageFacts])
         if found := [g for g in groups if test(g)]: report.add(level, "duplicate images", f"{len(found):,} {title}", remedy, [" = ".join(r.path for r in g) for g in found])
         groups = [g for g in groups if not test(g)]
 
-# %% ../nbs/00_data.ipynb #62ddc62f
+# %% ../nbs/00_data.ipynb #cell-041
 _FOREIGN = re.compile(r"[^\x00-\u024f\u02b0-\u02ff\u1e00-\u1eff\u2000-\u2bff\ufb00-\ufb06\ufe0f\ufeff]")
 _CODE = re.compile(r"[{}<>\\|=]|https?://|&[a-z]+;")
 
@@ -514,7 +525,8 @@ def token_lengths(captions:Sequence[str]) -> np.ndarray: # (n,)
 
 def check_captions(report:Report, rows:list[Row], lengths:Callable[[Sequence[str]], np.ndarray]|None=token_lengths, limit:int=77):
     "Duplicate, foreign, odd and overlong captions."
-    every, people = [(c, r) for r in rows for c in r.captions], {}
+    every = [(c, r) for r in rows for c in r.captions]
+    people:dict[str, set[int]] = {}
     if not every: return
     for c, r in every: people.setdefault(c.lower(), set()).add(r.id)
     usual = int(np.median([len(r.captions) for r in rows]))
@@ -532,7 +544,7 @@ def check_captions(report:Report, rows:list[Row], lengths:Callable[[Sequence[str
     else: report.add("warning" if cut > .01*len(counts) else "note", "caption lengths", f"{say}; {cut:,} ({100*cut/len(counts):.1f} %) are longer than {limit}",
                      "CLIP cuts them: take an encoder with a longer context, or live with it")
 
-# %% ../nbs/00_data.ipynb #9916c199
+# %% ../nbs/00_data.ipynb #cell-043
 def check_dataset(name:str, # as for `load_dataset`
                   root:str|Path|None=None, # as for `load_dataset`
                   verify:bool=True, # decode every image, not only its header
