@@ -1,0 +1,147 @@
+"""The demo: its page, its numbers, and that it goes on after a kill."""
+import html.parser, json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tipr_nb import demo
+from tipr_nb.core import TiprError, read_json
+
+TINY = dict(n_ids=(40, 8, 25), changes=dict(epochs=2, batch_size=16, arch="tipr-nano", pretrained=None, precision="no", lr=2e-3), queries=4, depth=6, quick=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    old, os.environ["TIPR_CACHE"] = os.environ.get("TIPR_CACHE"), str(folder/"cache")
+    said = []
+    page = demo.run_demo(folder/"out", demo.Plan(**TINY), said.append)
+    yield folder/"out", page.read_text(encoding="utf-8"), said
+    if old is None: del os.environ["TIPR_CACHE"]
+    else: os.environ["TIPR_CACHE"] = old
+
+
+class Reader(html.parser.HTMLParser):
+    "Collects tags and looks whether they close."
+    VOID = {"meta", "link", "img", "br", "path", "use", "rect", "image"}
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID: self.open.append(tag)
+    def handle_startendtag(self, tag, attrs): self.seen.append((tag, dict(attrs)))
+    def handle_endtag(self, tag):
+        if tag not in self.VOID: assert self.open.pop() == tag, tag
+
+
+def test_page_is_whole_and_alone(made):
+    _, page, _ = made
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.open and page.startswith("<!doctype html>")
+    for tag, attrs in reader.seen:
+        assert tag != "script"
+        for name in ("src", "href", "xlink:href"):
+            if name in attrs: assert attrs[name].startswith(("data:", "#")), attrs[name][:80]
+        if tag == "img": assert attrs["alt"] and attrs["width"] and attrs["height"]
+    assert not re.search(r"url\(\s*['\"]?http|@import", page) and "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    assert len(page) < 3e6
+
+
+def test_page_shows_what_was_measured(made):
+    out, page, _ = made
+    numbers = read_json(out/"metrics.json")
+    text = page.replace("&nbsp;", " ")
+    for k in ("r1", "r5", "r10", "mAP", "mINP"):
+        low, high = numbers["test"]["intervals"][k]
+        assert f">{numbers['test'][k]:.1f}<small>" in text and f"{low:.1f} to {high:.1f}" in text and low <= numbers["test"][k] <= high
+    assert page.count('<article class="query">') == 4 and page.count('class="shot hit') + page.count('class="shot miss') == 4*6
+    assert "quick" in page and f"seed {0}" in page
+
+
+def test_numbers(made):
+    out, _, _ = made
+    m = read_json(out/"metrics.json")
+    assert {"r1", "r5", "r10", "mAP", "mINP", "chance_r1", "intervals"} <= set(m["test"])
+    assert {"test", "val", "breakdowns", "recipe", "recipe_hash", "seed", "seconds", "peak_memory_mib", "versions", "command", "splits"} <= set(m)
+    assert m["quick"] is True and set(m["breakdowns"]["kind"]) == {"complete", "incomplete"} and m["splits"]["test"]["identities"] == 25
+    assert sum(v for k, v in m["seconds"].items() if k != "total") == pytest.approx(m["seconds"]["total"], abs=.3)
+
+
+def test_ranking_agrees_with_evaluation(made):
+    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.evaluation import encode_split, evaluate
+    out, _, _ = made
+    data = demo.demo_data(demo.Plan(**TINY))
+    features = encode_split(PersonCLIP.from_pretrained(str(next(out.glob("clip-tiny-*/best")))), data.test)
+    m = evaluate(None, data.test, features=features)
+    for q in range(0, len(data.test), 7):
+        order, hits, rank = demo.top_pictures(features, data.test, q, 5)
+        assert rank == pytest.approx(m.per_query["rank"].iloc[q]) and len(order) == 5
+        assert all(data.test.image_columns["gallery"][order] == data.test.caption_columns["gallery"][q])
+
+
+def test_queries_are_drawn_evenly_and_again_the_same(made):
+    data = demo.demo_data(demo.Plan(**TINY))
+    a = demo.draw_queries(data.test, 10, seed=3)
+    assert a == demo.draw_queries(data.test, 10, seed=3) != demo.draw_queries(data.test, 10, seed=4)
+    kinds = data.test.caption_columns["kind"][a]
+    assert len(set(data.test.caption_ids[a])) == 10 and (kinds == "complete").sum() == (kinds == "incomplete").sum() == 5
+    assert len(demo.draw_queries(data.test, 1000)) == data.test.n_ids
+
+
+def test_again_trains_nothing(made):
+    out, page, _ = made
+    before = read_json(out/"metrics.json")
+    state = [p.stat().st_mtime_ns for p in sorted(out.glob("clip-tiny-*/best/*"))]
+    demo.run_demo(out, demo.Plan(**TINY), lambda line: None)
+    after = read_json(out/"metrics.json")
+    assert after["test"] == before["test"] and after["methods"]["baseline"]["train_seconds"] == before["methods"]["baseline"]["train_seconds"]
+    assert state == [p.stat().st_mtime_ns for p in sorted(out.glob("clip-tiny-*/best/*"))]
+
+
+def test_other_plan_in_the_same_folder(made):
+    out, _, _ = made
+    demo.run_demo(out, demo.Plan(**TINY | dict(changes=TINY["changes"] | dict(epochs=1))), lambda line: None)
+    assert len(list(out.glob("clip-tiny-*"))) == 2
+
+
+def test_only_whole_demos_are_kept(made, tmp_path):
+    out, _, _ = made
+    with pytest.raises(TiprError, match="quick"): demo.keep_results(out, tmp_path)
+    with pytest.raises(TiprError, match="tipr demo"): demo.keep_results(tmp_path/"none", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_diary_of_a_broken_file(tmp_path):
+    (tmp_path/"diary.json").write_text('{"key": "a", "seco')
+    diary = demo.Diary(tmp_path/"diary.json", "a")
+    with diary.stage("x", "after a broken diary"): pass
+    assert set(read_json(tmp_path/"diary.json")["seconds"]) == {"x"}
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "build_page", lambda *a: 1/0)
+    monkeypatch.setenv("TIPR_CACHE", str(tmp_path/"cache"))
+    with pytest.raises(ZeroDivisionError): demo.run_demo(tmp_path/"out", demo.Plan(**TINY | dict(changes=TINY["changes"] | dict(epochs=1))), lambda line: None)
+    assert not (tmp_path/"out"/"index.html").exists() and not (tmp_path/"out"/"metrics.json").exists()
+
+
+@pytest.mark.full
+def test_killed_demo_goes_on(tmp_path):
+    "kill -9 at several moments, then the same call: the numbers of an undisturbed run."
+    code = f"import sys; from tipr_nb.demo import *; p = dict({TINY!r}); p['changes'] = p['changes'] | dict(epochs=30); run_demo(sys.argv[1], Plan(**p))"
+    env = os.environ | {"TIPR_CACHE": str(tmp_path/"cache")}
+    start = lambda out: subprocess.Popen([sys.executable, "-u", "-c", code, str(tmp_path/out)], stdout=subprocess.PIPE, text=True, env=env)
+    with start("whole") as p: assert p.wait(timeout=600) == 0
+    for sign in ("[1/4]", "epoch 3/", "epoch 17/", "[3/4]", "[4/4]"):
+        with start("killed") as p:
+            for line in p.stdout:
+                if sign in line: break
+            os.kill(p.pid, signal.SIGKILL)
+            p.wait()
+    with start("killed") as p: assert p.wait(timeout=600) == 0
+    a, b = read_json(tmp_path/"whole"/"metrics.json"), read_json(tmp_path/"killed"/"metrics.json")
+    assert a["test"] == b["test"]
