@@ -278,6 +278,20 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
 
 
+class _Tower(nn.Module):
+    def __init__(self, encode): super().__init__(); self.encode, self.held = encode, encode.__self__
+    def forward(self, x): return self.encode(x)
+
+
+def test_both_towers_export_for_any_batch_and_length(nano):
+    auto = torch.export.Dim.DYNAMIC
+    picture = torch.export.export(_Tower(nano.encode_image), (images(4),), dynamic_shapes=({0: auto},)).module()
+    assert torch.allclose(picture(images(5)), nano.encode_image(images(5)), atol=1e-6)
+    words = torch.export.export(_Tower(nano.encode_text), (nano.tokenize([*CAPTIONS, "a hat"]),), dynamic_shapes=({0: auto, 1: auto},)).module()
+    longer = nano.tokenize([CAPTIONS[0]*2, "hat"])
+    assert torch.allclose(words(longer), nano.encode_text(longer), atol=1e-6)
+
+
 # --- encoding
 
 def test_encoding_lists_tensors_and_precision(nano, tmp_path):
