@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-from tipr_nb.core import write_json
+from tipr_nb.core import read_json, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -92,9 +92,12 @@ def show(rows: list[dict], title: str = ""):
     print(pd.DataFrame(rows).fillna("").to_string(index=False, float_format=lambda x: f"{x:.3g}"))
 
 
-def write_result(name: str, rows: list[dict], **more) -> Path:
-    "Write `results/<name>.json`: the rows, the machine, the command."
+def write_result(name: str, rows: list[dict], key: str | None = None, **more) -> Path:
+    "Write `results/<name>.json`: the rows, the machine, the command. With `key`, rows of an earlier run that are not measured again stay."
     path = RESULTS / f"{name}.json"
+    if key and path.is_file():
+        new = {r[key] for r in rows}
+        rows = [r for r in read_json(path)["rows"] if r[key] not in new] + rows
     write_json(path, dict(benchmark=name, command=" ".join(["python -m benchmarks." + name, *_shown(sys.argv[1:])]), machine=machine(), **more, rows=rows))
     return path
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from benchmarks.common import free_memory_gb, interleave, machine, medians, peak_memory, set_threads, show, write_result
+from benchmarks.common import free_memory_gb, interleave, machine, medians, peak_memory, set_threads, write_result
 from tipr_nb.core import TiprError
 from tipr_nb.evaluation import HEADLINE, rank_metrics
 
@@ -77,7 +77,7 @@ def at_size(name: str, repeats: int, sorts: int, peer=None) -> dict:
         need, free = n_q * n_g * bytes_per_pair / 2**30, free_memory_gb()
         if free < need + 2: print(f"{name}: {what} needs about {need:.0f} GiB and {free:.0f} are free; left out")
         return free >= need + 2
-    if not fits("sorting", 27): del cases["sort"]
+    if not sorts or not fits("sorting", 27): del cases["sort"]
     if peer and fits("the peer's rank", 40):
         tensors = dict(q_pids=torch.from_numpy(data[2]), g_pids=torch.from_numpy(data[3]))
         cases["peer"] = lambda: got.update(peer=peer(data[0] @ data[1].T, **tensors))
@@ -104,17 +104,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="rounds of ours and of the bare product; medians are reported")
-    parser.add_argument("--sorts", type=int, default=1, help="rounds of the full sort (about 40 s and 10 GB each at ICFG-PEDES size)")
+    parser.add_argument("--sorts", type=int, default=1, help="rounds of the full sort at ICFG-PEDES size (about 40 s and 10 GB each on 2 quiet cores); 0 leaves it out")
     parser.add_argument("--peer", help="folder of an IRRA checkout whose own `rank` is timed too")
     parser.add_argument("--only", choices=[*SIZES, "slice"])
     args = parser.parse_args()
     set_threads(args.threads)
-    peer, rows, start = load_peer(args.peer) if args.peer else None, [], machine()
-    for name in SIZES:
-        if args.only in (None, name): rows.append(at_size(name, args.repeats if name == "icfg" else 2 * args.repeats + 1, args.sorts if name == "icfg" else args.repeats, peer))
-    if args.only in (None, "slice"): rows.append(a_slice())
-    show([{k: v for k, v in r.items() if k != "all_seconds"} for r in rows], f"rank_metrics, {args.threads} threads, load at start {start['load']}")
-    if args.only is None: print(f"\nwritten: {write_result('evaluation', rows, load_at_start=start['load']).relative_to(Path.cwd())}")
+    peer, jobs = load_peer(args.peer) if args.peer else None, {}
+    for name in SIZES: jobs[name] = lambda name=name: at_size(name, args.repeats if name == "icfg" else 2 * args.repeats + 1, args.sorts if name == "icfg" else args.repeats, peer)
+    for name, job in (jobs | {"slice": a_slice}).items():
+        if args.only not in (None, name): continue
+        facts = machine()
+        row = dict(name=name) | job() | dict(date=facts["date"], threads=args.threads, load_at_start=facts["load"][0], load_at_end=machine()["load"][0])
+        path = write_result("evaluation", [row], key="name")
+        print("\n".join(f"{k:>22}  {v:.4g}" if isinstance(v, float) else f"{k:>22}  {v}" for k, v in row.items() if k != "all_seconds"), "\n")
+    print(f"\nwritten: {path.relative_to(Path.cwd())}")
 
 
 if __name__ == "__main__":

@@ -270,6 +270,14 @@ def test_breakdown_rows():
     assert (m.by["kind"].r1_lo <= m.by["kind"].r1).all() and (m.by["kind"].r1 <= m.by["kind"].r1_hi).all()
 
 
+def test_breakdown_by_attribute(split):
+    split.caption_columns["mentioned"] = np.array([dict(zip(("upper", "lower"), c.split(" over "))) if k == "complete" else {"upper": c.split()[0]} for c, k in zip(split.captions, split.caption_columns["kind"])], dtype=object)
+    m = evaluate(Model(), split, breakdown=("kind", "mentioned", "mentioned.upper"), n_boot=20)
+    assert list(m.by["mentioned"].index) == ["upper", "lower"] and np.allclose(m.by["mentioned"].loc["lower"], m.by["kind"].loc["complete"])
+    assert set(m.by["mentioned.upper"].index) == set(COLOURS) and m.by["mentioned.upper"].queries.sum() == 24
+    assert (compare(m, m, by="mentioned").table.difference == 0).all() and json.dumps(m.to_dict())
+
+
 # comparisons
 
 def run(noise, seed, **kw):

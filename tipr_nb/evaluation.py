@@ -19,7 +19,7 @@ import numpy as np, pandas as pd, torch
 from torch import Tensor
 from .core import TiprError, atomic_path, progress
 from .data import EvalTransform, ImageCache, Split, read_image
-from .metrics import HEADLINE, TITLES, Metrics, bootstrap, columns_of, levels, load_metrics, number, rank_metrics, rank_similarity, save_metrics
+from .metrics import HEADLINE, TITLES, Metrics, bootstrap, columns_of, load_metrics, parts_of, number, rank_metrics, rank_similarity, save_metrics
 from .ranking import TIES, load_features
 _all_ = ["HEADLINE", "TIES", "Metrics", "bootstrap", "load_features", "load_metrics", "rank_metrics", "rank_similarity", "save_metrics"]
 
@@ -173,16 +173,21 @@ def evaluate(model # anything with encode_image and encode_text; None with `feat
     sides = [(_enrich(f, weight, enhance), split.caption_ids, split.caption_columns), (f.image, split.image_ids, split.image_columns)]
     (query, qids, columns), (gallery, gids, other) = sides if direction == "t2i" else sides[::-1]
     cuts, (qg, gg) = _cuts(breakdown, columns, split.name), _places(columns, other, galleries, split.name)
-    return rank_metrics(query, gallery, qids, gids, ks, ties, per_query, n_boot, qg, gg, seed=seed, columns={c: columns[c] for c in cuts}, breakdown=cuts, direction=direction, name=name or split.name)
+    return rank_metrics(query, gallery, qids, gids, ks, ties, per_query, n_boot, qg, gg, seed=seed, columns={c: _column(columns, c) for c in cuts}, breakdown=cuts, direction=direction, name=name or split.name)
 
 # %% ../nbs/08_evaluation.ipynb #cell-029
 def _cuts(breakdown, columns:Mapping[str, np.ndarray], name:str) -> dict[str, Any]:
-    "Column -> edges or None."
+    "Column -> edges or None, for the columns to break down by."
     if breakdown is None: return {c: None for c in BREAKDOWN if c in columns}
     cuts = dict(breakdown) if isinstance(breakdown, Mapping) else {c: None for c in ([breakdown] if isinstance(breakdown, str) else breakdown)}
     for c in cuts:
-        if c not in columns or np.ndim(columns[c]) != 1: raise TiprError(f"breakdown={c!r}: split {name} has no such column for its queries ({', '.join(columns) or 'none at all'})")
+        if np.ndim(columns.get(c.split(".")[0], 0)) != 1: raise TiprError(f"breakdown={c!r}: split {name} has no such column for its queries ({', '.join(columns) or 'none at all'})")
     return cuts
+
+def _column(columns:Mapping[str, np.ndarray], name:str) -> np.ndarray:
+    "A column; of `mentioned.upper_colour`, that key of the dicts in column `mentioned`."
+    column, _, key = name.partition(".")
+    return columns[name] if name in columns or not key else np.array([str((v or {}).get(key, "none")) for v in columns[column]])
 
 def _places(columns, other, galleries:str, name:str) -> tuple[np.ndarray|None, np.ndarray|None]:
     "The gallery of every query and every item; None when there is one gallery."
@@ -270,9 +275,8 @@ def compare(run_a:Metrics|Sequence[Metrics] # the baseline, or one Metrics per s
     if by is not None and by not in a[0]: raise TiprError(f"by={by!r}: not a column of the per-query tables ({', '.join(a[0].columns)}); evaluate with breakdown=({by!r},)")
     if by is None: table = _compare(a, b, metrics, n_boot, seed)
     else:
-        level = levels(a[0][by], None).to_numpy()
-        found = sorted((v for v in pd.unique(level[a[0].n_hits.to_numpy() > 0]) if pd.notna(v)), key=str)
-        table = pd.concat({v: _compare([t[level == v] for t in a], [t[level == v] for t in b], metrics, n_boot, seed) for v in found}, names=[by])
+        found = {v: at for v, at in parts_of(a[0][by]).items() if (a[0].n_hits[at] > 0).any()}
+        table = pd.concat({v: _compare([t[at] for t in a], [t[at] for t in b], metrics, n_boot, seed) for v, at in found.items()}, names=[by])
     first = a[0][a[0].n_hits > 0]
     label = lambda runs, default: next((r.name for r in ([runs] if isinstance(runs, Metrics) else runs) if r.name), default)
     return Comparison(table, first.id.nunique(), len(first), (len(a), len(b)), names or (label(run_a, "a"), label(run_b, "b")))

@@ -124,10 +124,21 @@ def levels(column:pd.Series, edges:Sequence[float]|None) -> pd.Series:
     labels = [f"{a:g} to {b:g}" for a, b in zip(edges[:-1], edges[1:])]
     return pd.cut(column, edges, labels=labels, include_lowest=True)
 
+def parts_of(column:pd.Series, edges:Sequence[float]|None=None) -> dict[Any, np.ndarray]:
+    "Value -> mask of the queries that have it; for a column of dicts or lists, one (overlapping) part per key, the commonest first."
+    if len(column) and isinstance(column.iloc[0], (dict, list, set, tuple)):
+        count = pd.Series([k for v in column for k in v], dtype=object).value_counts()
+        return {k: np.array([k in v for v in column]) for k in count.index}
+    level = levels(column, edges)
+    kept = level.cat.categories if hasattr(level, "cat") else sorted(level.unique(), key=str)
+    return {v: mask for v in kept if (mask := (level == v).to_numpy()).any()}
+
+# %% ../nbs/07b_metrics.ipynb #700992d2
 def _breakdown(t:pd.DataFrame, column:str, n_boot:int, seed:int, edges:Sequence[float]|None=None) -> pd.DataFrame:
     "The headline for each value of a column, with 95 % intervals of R@1 and mAP."
     rows = {}
-    for value, part in t.groupby(levels(t[column], edges), observed=True, sort=True):
+    for value, mask in parts_of(t[column], edges).items():
+        part = t[mask]
         mean, draws = bootstrap(part[columns_of(HEADLINE)].to_numpy(), part.id.to_numpy(), part.gallery.to_numpy(), n_boot, seed)
         rows[value] = dict(queries=len(part), **dict(zip(HEADLINE, mean)))
         if n_boot:
@@ -192,7 +203,7 @@ def save_metrics(m:Metrics, path:str|Path # a .json; the per-query table goes be
     path = Path(path)
     if path.suffix != ".json": raise TiprError(f"{path}: metrics are saved as .json; choose such a name")
     if m.per_query is not None:
-        with atomic_path(path.with_suffix(".npz")) as p: np.savez_compressed(p, **{c: _storable(m.per_query[c]) for c in m.per_query})
+        with atomic_path(path.with_suffix(".npz")) as p: np.savez_compressed(p, **{c: _storable(m.per_query[c]) for c in m.per_query if not isinstance(m.per_query[c].iloc[0], (dict, list, set, tuple))})
     write_json(path, m.to_dict())
 
 def _storable(column:pd.Series) -> np.ndarray:
