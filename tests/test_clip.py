@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from tipr_nb import clip as C
-from tipr_nb.clip import OBJECTIVES, Features, Objective, PersonCLIP, SelfAttention, build_objective, id_loss, itc_loss, register_objective, sdm_loss, tal_loss, unit
+from tipr_nb import backbones as B, clip as C, tokens as T
+from tipr_nb.clip import OBJECTIVES, Features, Objective, PersonCLIP, build_objective, id_loss, itc_loss, register_objective, sdm_loss, tal_loss, unit
+from tipr_nb.backbones import SelfAttention
 from tipr_nb.core import TiprError
 from tipr_nb.data import CLIP_MEAN, CLIP_STD
 
@@ -51,7 +52,7 @@ def nano():
 
 def test_registering_twice_changes_nothing():
     before = open_clip.list_models()
-    C.register_archs(); C.register_archs()
+    B.register_archs(); B.register_archs()
     assert open_clip.list_models() == before and {"tipr-tiny", "tipr-nano"} <= set(before)
 
 
@@ -72,23 +73,38 @@ def test_no_patch_sees_another(arch, patch):
         assert inside.count_nonzero() == g.count_nonzero() > 0
 
 
-def test_stem_wants_a_power_of_two(): fails("power of two", C.PatchStem, 64, 14)
+def test_stem_wants_a_power_of_two(): fails("power of two", B.PatchStem, 64, 14)
 
 
 def test_short_tokenizer():
-    short, full = C.ShortTokenizer(4096), open_clip.SimpleTokenizer()
+    short, full = T.ShortTokenizer(4096), open_clip.SimpleTokenizer()
     assert short.encoder.items() >= {w: i for w, i in full.encoder.items() if i < 4094}.items() and max(short.decoder) == 4095
     long = " ".join(["an extraordinarily burgundy coat"]*60)
     ids = short([long, "", "naïve 外套 🧥"])
     assert ids.shape == (3, 77) and ids.max() == 4095 and ids[0, -1] == ids[1, 1] == 4095
     assert short.decode(short.encode("naïve 外套 🧥")).strip().replace(" ", "") == "naïve外套🧥"
-    fails("between 515", C.ShortTokenizer, 514)
+    fails("between 515", T.ShortTokenizer, 514)
 
 
-def test_hugging_face_tokenizer_agrees():
+def test_words_kept_whole():
+    full, words = open_clip.SimpleTokenizer(), T.clothing_words()
+    ours = T.make_tokenizer("tipr-tiny", B.arch_config("tipr-tiny"))
+    assert len(words) == len(set(words)) and all(w == w.lower() and w.isalpha() for w in words)
+    cut = [w for w in words if len(ours.encode(w)) > len(full.encode(w))]
+    assert not cut and ours.vocab_size == 4096 == max(ours.decoder) + 1
+    for text in CAPTIONS: assert ours.decode(ours.encode(text)) == full.decode(full.encode(text))
+    ranks = full.bpe_ranks
+    kept = T.choose_merges(ranks, ["sneakers", "knee"], 50)
+    assert len(kept) == len(set(kept)) == 50 and kept == sorted(kept, key=ranks.get)
+    assert len(T.choose_merges(ranks, words, 10)) == 10   # fewer merges than the words need: the most frequent of them
+    for w in ("sneakers", "a", "zzz"): assert len(full.bpe("".join(w)).split()) == len(w) - len(T.merges_of(w, ranks))
+
+
+@pytest.mark.parametrize("whole", [(), ("sneakers", "burgundy")])
+def test_hugging_face_tokenizer_agrees(whole):
     from transformers import CLIPTokenizer
-    short = C.ShortTokenizer(1024)
-    vocab, merges = C.vocab_and_merges(short)
+    short = T.ShortTokenizer(1024, whole=whole)
+    vocab, merges = T.vocab_and_merges(short)
     hf = CLIPTokenizer(vocab=vocab, merges=merges)
     for text in CAPTIONS + ["Knee-length, grey-green t-shirt; she's 25 (approx.)"]:
         ids = hf(text)["input_ids"]
@@ -155,6 +171,19 @@ def test_captions_padded_only_to_the_longest(nano):
         b, tb, _ = m.text_features(full)
         assert (unit(a) - unit(b)).abs().max() < 1e-6 and (unit(a) - unit(m.clip.encode_text(full))).abs().max() < 1e-6
         assert (ta - tb[:, :short.shape[1]])[mask].abs().max() < 1e-5
+
+
+def test_large_batches_are_sorted_by_length(nano):
+    "On a CPU, 64 and more captions run in groups of like length; nothing real may change, forwards or backwards."
+    texts = [" ".join(["red coat"]*(1 + i*7 % 30)) for i in range(70)]
+    tokens = nano.tokenize(texts)
+    raw, states, mask = nano.text_features(tokens)
+    one = [nano.text_features(tokens[i:i+1]) for i in range(70)]
+    assert (unit(raw) - unit(torch.cat([o[0] for o in one]))).abs().max() < 1e-6
+    assert (states - torch.cat([o[1] for o in one]))[mask].abs().max() < 1e-5 and torch.equal(mask, torch.cat([o[2] for o in one]))
+    params = list(nano.clip.transformer.parameters())
+    a, b = (torch.autograd.grad(x.square().sum(), params) for x in (raw, torch.cat([o[0] for o in one])))
+    assert all(torch.allclose(x, y, atol=1e-4, rtol=1e-4) for x, y in zip(a, b))
 
 
 def test_mask_knows_exclamation_marks_from_padding(nano):
@@ -360,7 +389,7 @@ def test_custom_configuration_travels_with_the_checkpoint(tmp_path):
 def test_another_image_size_on_loading(nano, tmp_path):
     nano.save_pretrained(tmp_path)
     m = PersonCLIP.from_pretrained(tmp_path, image_size=(128, 64))
-    want = C.resize_positions(nano.clip.visual.positional_embedding, (6, 2), (8, 4))
+    want = B.resize_positions(nano.clip.visual.positional_embedding, (6, 2), (8, 4))
     assert m.grid == (8, 4) and torch.equal(m.clip.visual.positional_embedding, want) and m.encode_image(images(1, (128, 64))).shape == (1, 32)
     m.save_pretrained(tmp_path/"b")
     assert PersonCLIP.from_pretrained(tmp_path/"b").image_size == (128, 64)
@@ -437,7 +466,7 @@ def test_open_clip_weights_at_a_tall_size(tmp_path, monkeypatch):
     from safetensors.torch import save_file
     cfg = small(custom_text=True)
     torch.manual_seed(0)
-    square = C.CustomTextCLIP(**{k: v for k, v in cfg.items() if k != "custom_text"})
+    square = B.CustomTextCLIP(**{k: v for k, v in cfg.items() if k != "custom_text"})
     save_file({k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path/"open_clip_model.safetensors")
     (tmp_path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=cfg, preprocess_cfg={})))
     theirs = open_clip.create_model(f"local-dir:{tmp_path}", force_image_size=(96, 32)).eval()
@@ -458,10 +487,10 @@ def test_resnet_weights_at_a_tall_size(tmp_path):
     from safetensors.torch import save_file
     cfg = small(vision_cfg=dict(layers=[1, 1, 1, 1], width=8))
     torch.manual_seed(0)
-    square = C.CLIP(**cfg)
+    square = B.CLIP(**cfg)
     save_file({k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path/"rn.safetensors")
     m = PersonCLIP("rn", (96, 32), cfg).load_open_clip(tmp_path/"rn.safetensors")
-    assert m.grid == (3, 1) and torch.equal(m.clip.visual.attnpool.positional_embedding, C.resize_positions(square.visual.attnpool.positional_embedding, (2, 2), (3, 1)))
+    assert m.grid == (3, 1) and torch.equal(m.clip.visual.attnpool.positional_embedding, B.resize_positions(square.visual.attnpool.positional_embedding, (2, 2), (3, 1)))
     assert m.resize((64, 64)).eval().encode_image(images(1, (64, 64))).shape == (1, 24)
 
 

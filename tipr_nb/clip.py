@@ -34,10 +34,10 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
-# %% ../nbs/02_clip.ipynb #c5e16511
+# %% ../nbs/02_clip.ipynb #cell-005
 _all_ = ["id_loss", "itc_loss", "sdm_loss", "tal_loss", "unit", "vocab_and_merges", "lean_attention"]
 
-# %% ../nbs/02_clip.ipynb #cell-043
+# %% ../nbs/02_clip.ipynb #cell-009
 @dataclass
 class Features:
     "What one image pass and one text pass give to all objectives."
@@ -57,7 +57,7 @@ class Features:
         "This process's rows of the gathered features."
         return slice(self.offset, self.offset + len(self.image if self.text_mask is None else self.text_mask))
 
-# %% ../nbs/02_clip.ipynb #95dc51cc
+# %% ../nbs/02_clip.ipynb #cell-011
 class _Gather(torch.autograd.Function):
     "All processes' rows; a row's gradient comes home summed over all of them."
     @staticmethod
@@ -83,7 +83,7 @@ def gather_features(features:Features) -> Features:
     if whole["ids"] is features.ids: return features
     return replace(features, **whole, offset=torch.distributed.get_rank()*len(features.ids))
 
-# %% ../nbs/02_clip.ipynb #cell-046
+# %% ../nbs/02_clip.ipynb #cell-014
 def _patch_size(vision_cfg:dict) -> tuple[int, int]:
     "Patch size of an architecture as (h, w): a ResNet's is its stride, 32; a timm tower checks its own."
     p = 32 if isinstance(vision_cfg.get("layers"), (list, tuple)) else vision_cfg.get("patch_size", 1 if "timm_model_name" in vision_cfg else 16)
@@ -101,7 +101,7 @@ def _text_walk(clip:nn.Module) -> Callable|None:
     plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
     return functools.partial(native_text_features, clip) if plain else None
 
-# %% ../nbs/02_clip.ipynb #aad4aaf1
+# %% ../nbs/02_clip.ipynb #cell-016
 class Towers(nn.Module):
     "An open_clip model at a tall image size, its tokenizer, and the three kinds of feature."
     def __init__(self, arch:str="tipr-tiny" # any open_clip architecture
@@ -207,7 +207,7 @@ class Towers(nn.Module):
         m0, s0, m1, s1 = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD, self.mean, self.std))
         return images*(s0/s1) + (m0 - m1)/s1
 
-# %% ../nbs/02_clip.ipynb #cell-049
+# %% ../nbs/02_clip.ipynb #cell-019
 def read_safetensors(file:str|Path) -> dict[str, Tensor]:
     "Tensors of a safetensors file; pickles are refused, a truncated file is a one-line error."
     from safetensors import SafetensorError
@@ -220,7 +220,7 @@ def read_safetensors(file:str|Path) -> dict[str, Tensor]:
     try: return load_file(file)
     except (SafetensorError, OSError, ValueError) as e: raise TiprError(f"{file}: not a complete safetensors file ({e}); copy or download it again") from None
 
-# %% ../nbs/02_clip.ipynb #a8ab590b
+# %% ../nbs/02_clip.ipynb #cell-021
 def write_safetensors(file:str|Path, state:dict[str, Tensor]):
     "Write tensors atomically; shared ones are written twice, since the format knows no sharing."
     from safetensors import SafetensorError
@@ -243,7 +243,7 @@ def load_strict(module:nn.Module, state:dict[str, Tensor], file:str|Path, arch:s
     if wrong: raise TiprError(f"{file}: not the weights of {arch}: {wrong[0]}" + (f", and {len(wrong)-1} more" if len(wrong) > 1 else "") + "; choose a checkpoint of that architecture")
     module.load_state_dict(state)
 
-# %% ../nbs/02_clip.ipynb #cell-050
+# %% ../nbs/02_clip.ipynb #cell-023
 class Saving(Towers, PyTorchModelHubMixin, library_name="tipr_nb", license="apache-2.0", tags=["text-to-image-person-retrieval", "clip"]):
     "Checkpoints of `Towers` in the layout of the Hugging Face hub, with add-ons; safetensors only."
     def attach(self, name:str, module:nn.Module) -> nn.Module:
@@ -295,7 +295,7 @@ class Saving(Towers, PyTorchModelHubMixin, library_name="tipr_nb", license="apac
         load_strict(self, state, file, self.arch)
         for name, module in addons.items(): self.attach(name, module)
 
-# %% ../nbs/02_clip.ipynb #cell-051
+# %% ../nbs/02_clip.ipynb #cell-024
 class PersonCLIP(Saving):
     "CLIP for tall pictures of people: unit, raw and token features from one pass (Radford et al. 2021), on any open_clip architecture."
     def encode_image(self, images:Any # (b, 3, h, w) normalised, or a list of PIL images or paths
@@ -348,7 +348,7 @@ class PersonCLIP(Saving):
         load_strict(self.clip, state, file, self.arch)
         return self
 
-# %% ../nbs/02_clip.ipynb #cell-054
+# %% ../nbs/02_clip.ipynb #cell-027
 def match_activation(arch:str, tag:str) -> tuple[str, dict]: # architecture, the tag's record
     "The architecture with the activation that the tag's weights were trained with: OpenAI's need the `-quickgelu` twin."
     quick = bool(arch_config(arch).get("quick_gelu"))
@@ -361,7 +361,7 @@ def match_activation(arch:str, tag:str) -> tuple[str, dict]: # architecture, the
     warnings.warn(f"{tag} weights were trained with QuickGELU; using {twin} instead of {arch}", stacklevel=3)
     return twin, record
 
-# %% ../nbs/02_clip.ipynb #08574267
+# %% ../nbs/02_clip.ipynb #cell-028
 def fetch_tag(arch:str, record:dict # open_clip's record of a tag
              ) -> Path: # .safetensors
     "The local file of a tag's weights, downloaded if need be; offline, a `TiprError` at once."
@@ -373,7 +373,7 @@ def fetch_tag(arch:str, record:dict # open_clip's record of a tag
     try: return Path(hf_hub_download(repo, name))
     except Exception as e: raise TiprError(f"{repo}: {name} cannot be had ({type(e).__name__}); download the weights by hand and pass the .safetensors file as pretrained=") from e
 
-# %% ../nbs/02_clip.ipynb #cell-069
+# %% ../nbs/02_clip.ipynb #cell-032
 class Objective(nn.Module):
     "A term of the loss: built once the data is known, called with the features of each batch."
     lr_scale:float = 1. # learning rate of its own parameters relative to the towers'
@@ -395,7 +395,7 @@ def register_objective(name:str) -> Callable[[type[Objective]], type[Objective]]
         return cls
     return keep
 
-# %% ../nbs/02_clip.ipynb #cell-070
+# %% ../nbs/02_clip.ipynb #cell-033
 @register_objective("ITC")
 class ITC(Objective):
     "InfoNCE with CLIP's learned scale, or a fixed temperature."
@@ -438,7 +438,7 @@ class TAL(Objective):
     def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
         return tal_loss(features.image, features.text, features.ids, self.temperature, self.margin, self.reduction)
 
-# %% ../nbs/02_clip.ipynb #cell-071
+# %% ../nbs/02_clip.ipynb #cell-034
 def build_objective(name:str, encoder:PersonCLIP, n_ids:int # training identities
                    , **kwargs) -> Objective:
     "The objective `name` with its arguments; unknown names and arguments are a `TiprError` with the nearest match."
