@@ -1,30 +1,28 @@
-"""One process of a parallel training run: `python parallel_run.py DATA OUT OBJECTIVE STEPS` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set."""
+"""One process of a training run: `python parallel_run.py DATA OUT OBJECTIVES EPOCHS [SAVE_EVERY]`, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set where there are several."""
 import json, os, sys
 from pathlib import Path
 
 import torch
 
+from tipr_nb.core import write_json
 from tipr_nb.data import load_dataset
 from tipr_nb.training import Callback, RECIPES, train
 
 
 class Losses(Callback):
-    "Losses of each step, and the end after so many."
-    def __init__(self, steps): self.steps, self.seen = steps, []
+    "Keeps the losses of each step."
+    def __init__(self): self.seen = []
 
-    def on_step(self, trainer, losses):
-        self.seen.append({k: float(v) for k, v in losses.items()})
-        trainer.stop = trainer.step >= self.steps
+    def on_step(self, trainer, losses): self.seen.append({k: float(v) for k, v in losses.items()})
 
 
-def main(data, out, objective, steps):
+def main(data, out, objectives, epochs, save_steps="0"):
     torch.set_num_threads(1)
-    recipe = RECIPES["clip-tiny"].but(objectives=[tuple(o) for o in json.loads(objective)], arch="tipr-nano", pretrained=None, precision="no", batch_size=16, sampler="identity",
-                                      lr=1e-3, eps=1e-6, warmup_epochs=0., epochs=50)
-    dataset = load_dataset("synth-pedes", data)
-    watch = Losses(int(steps))
-    train(recipe, dataset, out, device="cpu", callbacks=[watch], verbose=False)
-    if int(os.environ.get("RANK", 0)) == 0: Path(out, "losses.json").write_text(json.dumps(watch.seen))
+    recipe = RECIPES["clip-tiny"].but(objectives=json.loads(objectives), arch="tipr-nano", pretrained=None, precision="no", batch_size=16, sampler="identity",
+                                      lr=5e-4, eps=1e-6, warmup_epochs=0., epochs=int(epochs))
+    watch = Losses()
+    train(recipe, load_dataset("synth-pedes", data), out, device="cpu", callbacks=[watch], save_steps=int(save_steps) or None, verbose=False)
+    if int(os.environ.get("RANK", 0)) == 0: write_json(Path(out, "losses.json"), watch.seen)
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -60,7 +60,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     assert done.returncode == 0 and min(taken) < 1., taken
 
 
-@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "stats"], ["train"], ["evaluate"], ["grid"]])
+@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"]])
 def test_every_command_helps(words):
     result = tipr(*words, "--help")
     assert result.exit_code == 0
@@ -138,6 +138,13 @@ def test_data_synth_and_stats(tmp_path, few):
     assert out.exit_code == 0 and all(name in out.stdout for name in ("train", "val", "test"))
 
 
+def test_data_world_and_training_on_it(tmp_path):
+    out = tipr("data", "world", "--root", tmp_path/"w", "--images", 80)
+    assert out.exit_code == 0 and out.stdout.startswith("synth-world") and "train" in out.stdout
+    trained = tipr("train", "pretrain-tiny", "--data", "synth-world", "--root", tmp_path/"w", "--out", tmp_path/"run", *NANO, "--set", "epochs=1", "--max-seconds", "60")
+    assert trained.exit_code == 0 and "synth-world" in trained.stdout and (tmp_path/"run"/"best").is_dir()
+
+
 def test_data_check(few, tmp_path):
     out = tipr("data", "check", "synth-pedes", "--root", few, "--plot", tmp_path/"lengths.png")
     assert out.exit_code == 0 and "usable" in out.stdout and "caption lengths in tokens" in out.stdout and "###" in out.stdout
@@ -210,7 +217,7 @@ def test_output_that_cannot_be_written(few, tmp_path):
 
 def test_grid(few, tmp_path):
     settings = dict(w.split("=") for w in NANO[1::2]) | dict(epochs=1, batch_size=16, lr=2e-3, pretrained=None)
-    spec = dict(dataset="synth-pedes", root=str(few), rows=[dict(name="itc", recipe="clip-tiny"), dict(name="sdm", recipe="sdm-id-tiny")], seeds=[0], set=settings)
+    spec = dict(dataset=dict(name="synth-pedes", root=str(few)), rows=[dict(name="itc", recipe="clip-tiny"), dict(name="sdm", recipe="sdm-id-tiny")], seeds=[0], set=settings)
     (tmp_path/"grid.json").write_text(json.dumps(spec))
     out = tipr("grid", tmp_path/"grid.json", "--device", "cpu")
     assert out.exit_code == 0, out.output

@@ -417,7 +417,9 @@ def test_cache_survives_damage(tmp_path):
     for content in (b"", file.read_bytes()[:-5]):
         file.write_bytes(content)
         assert torch.equal(ImageCache.build(paths, (24, 8)).batch(np.arange(5)), want)
-    before = file.read_bytes()
+    before, left = file.read_bytes(), file.parent / f".{file.name}.abc"
+    left.mkdir()                                              # of a build that was killed
+    (left / file.name).write_bytes(b"half")
     paths[1].write_bytes(b"x")
     with pytest.raises(DatasetError, match="1.png: not a readable image"): ImageCache.build(paths, (24, 8))
     assert file.read_bytes() == before and [p.name for p in file.parent.iterdir() if not p.name.startswith(".")] == [file.name]
@@ -623,6 +625,37 @@ def test_bad_loaders(cuhk):
     for kw, match in [(dict(sampler="best"), "sampler='best'"), (dict(batch_size=10**6), "choose at most")]:
         with pytest.raises(DatasetError, match=match): make_loader(cuhk.train, tokenize, **OPTIONS | kw)
     with pytest.raises(DatasetError, match="no captions"): make_loader(cuhk.train.subset_captions([]), tokenize)
+
+
+def test_disk_full_while_writing(cuhk, tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(crops, "resize_image", full)
+    with pytest.raises(TiprError, match="no space left"): ImageCache.build(cuhk.train, (96, 32))
+    assert not [p for p in (tmp_path / "cache/images").iterdir() if not p.name.endswith(".lock")]
+
+
+@pytest.mark.full
+def test_killed_builds_leave_nothing_wrong(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(1500)]
+    for i, p in enumerate(paths): Image.new("RGB", (64, 192), (i % 256, 0, 0)).save(p)
+    for delay in (.02, .1, .3):
+        job = multiprocessing.get_context("fork").Process(target=ImageCache.build, args=(paths, (96, 32)))
+        job.start()
+        job.join(delay)
+        job.kill()
+        job.join()
+    cache = ImageCache.build(paths, (96, 32))
+    assert cache.batch(np.arange(1500))[:, 0, 0, 0].tolist() == [i % 256 for i in range(1500)]
+    assert [p.suffix for p in (tmp_path / "cache/images").iterdir() if not p.name.endswith(".lock")] == [".u8"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu(cuhk):
+    for workers in (0, 1):
+        for b in make_loader(cuhk.train, tokenize, **OPTIONS, num_workers=workers, pin_memory=True, extra_fields=["other"]):
+            there = b.to("cuda")
+            assert b.raw.is_pinned() and there.images.is_cuda and torch.allclose(there.images.cpu(), b.images, atol=1e-5) and torch.allclose(there.pixels.cpu(), b.pixels)
+            assert torch.equal(there.extra["other"].cpu(), b.extra["other"]) and there.captions == b.captions
 
 
 # the embedded benchmark

@@ -196,7 +196,7 @@ def test_enhancement_by_a_generator(gallery):
 def test_mixing_queries():
     rng = np.random.default_rng(0)
     t, v, n = (unit_rows(rng.standard_normal((2, 16))) for _ in range(3))
-    assert np.isclose(np.linalg.norm(mix_query(t, v, n, v.mean(0))), 1) and np.allclose(mix_query(t[:1]), t[0]) and np.allclose(mix_query(image=v[:1]), v[0])
+    assert np.isclose(np.linalg.norm(mix_query(t, v, n)), 1) and np.allclose(mix_query(t[:1]), t[0]) and np.allclose(mix_query(image=v[:1]), v[0])
     q = mix_query(t[:1], without=n[:1], without_weight=.5)
     assert q @ n[0] < t[0] @ n[0] and np.allclose(mix_query(t[:1], without=t[:1]), t[0])      # what the query says itself is not taken away
     with pytest.raises(TiprError, match="give a sentence or a picture"): mix_query()

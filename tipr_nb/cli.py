@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'Out', 'Seed', 'Name', 'NameArg', 'Root', 'tell', 'warn', 'command', 'known', 'demo',
-           'open_dataset', 'data_synth', 'parse_size', 'data_check', 'length_bars', 'save_lengths', 'data_stats',
-           'parse_settings', 'train', 'evaluate', 'load_model', 'grid', 'main']
+           'open_dataset', 'check_place', 'data_synth', 'data_world', 'parse_size', 'data_check', 'length_bars',
+           'save_lengths', 'data_stats', 'parse_settings', 'train', 'evaluate', 'load_model', 'grid', 'main']
 
 # %% ../nbs/14_cli.ipynb #bfb8e11d
 import difflib, functools, json, sys
@@ -89,10 +89,17 @@ Root = Annotated[Optional[Path], typer.Option(help="Where the dataset lies: the 
 def open_dataset(name:str, root:Path|None, **kwargs):
     "Load a dataset by name, with a helpful answer to a wrong name or a missing folder."
     from tipr_nb.data import DATASETS, load_dataset
-    known(name, DATASETS, "dataset")
-    if root is None and name != "synth-pedes": raise TiprError(f"{name}: say where it lies with --root FOLDER (the documentation has a page on how to get it)")
+    check_place(name, root, [*DATASETS, "synth-world"])
+    if name != "synth-world": return load_dataset(name, root, **kwargs)
+    data = load_dataset("synth-pedes", root, **kwargs | dict(need=("train",)))      # the same layout, training identities only
+    data.name = name
+    return data
+
+def check_place(name:str, root:Path|None, names:Iterable[str]):
+    "A `TiprError` for an unknown dataset, or one whose folder is not given or not there."
+    known(name, names, "dataset")
+    if root is None and not name.startswith("synth-pedes"): raise TiprError(f"{name}: say where it lies with --root FOLDER (the documentation has a page on how to get it)")
     if root is not None and not root.exists(): raise TiprError(f"{root}: no such folder; check --root")
-    return load_dataset(name, root, **kwargs)
 
 # %% ../nbs/14_cli.ipynb #9b1fb1c6
 @command(data_app, "synth")
@@ -115,6 +122,19 @@ def data_synth(root: Annotated[Optional[Path], typer.Option(help="Folder to writ
     from tipr_nb.synth import make_synth_pedes
     tell(repr(load_dataset("synth-pedes", make_synth_pedes(root, n_ids=ids, seed=seed, image_size=parse_size(size)))))
 
+@command(data_app, "world")
+def data_world(root: Annotated[Path, typer.Option(help="Folder to write.")], images: Annotated[int, typer.Option(help="How many pictures, two of each person.")]=60000,
+               seed: Annotated[int, typer.Option(help="Seed.")]=0, size: Annotated[str, typer.Option(help="Height x width in pixels.")]="96x32"):
+    """Draw synth-world, the stand-in for web data.
+
+    Other people, cameras and writers than any split of synth-pedes. The shipped weights were trained on it; --data synth-world reads it.
+
+    Example: tipr data world --root data/synth-world --images 60000
+    """
+    from tipr_nb.synth import make_synth_world
+    make_synth_world(root, images, seed=seed, image_size=parse_size(size))
+    tell(repr(open_dataset("synth-world", root)))
+
 def parse_size(text:str) -> tuple[int, int]: # height, width
     "'384x128' as numbers."
     try: h, w = (int(part) for part in text.lower().split("x"))
@@ -134,8 +154,7 @@ def data_check(name: NameArg, root: Root=None,
     Example: tipr data check cuhk-pedes --root ~/data/CUHK-PEDES
     """
     from tipr_nb.data import DATASETS, check_dataset
-    known(name, DATASETS, "dataset")
-    if root is None and name != "synth-pedes": raise TiprError(f"{name}: say where it lies with --root FOLDER")
+    check_place(name, root, DATASETS)
     report = check_dataset(name, root, verify=not fast)
     tell(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) if as_json else f"{report!r}\n\n{length_bars(report.lengths)}".rstrip())
     if plot: save_lengths(report.lengths, plot)
@@ -202,7 +221,7 @@ def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe
           seed: Annotated[Optional[int], typer.Option(help="Seed; the recipe's when left out.")]=None,
           resume: Annotated[bool, typer.Option("--resume", help="Insist on continuing: an error if there is nothing to continue. (A run that is there is continued anyway.)")]=False,
           fresh: Annotated[bool, typer.Option("--fresh", help="Start over, dropping what is in the folder.")]=False,
-          minutes: Annotated[Optional[float], typer.Option(help="Stop after so many minutes; the same command goes on.")]=None,
+          max_seconds: Annotated[Optional[float], typer.Option(help="Stop after so many seconds in all; with a larger number the same command goes on.")]=None,
           device: Annotated[Optional[str], typer.Option(help="'cpu', or what Accelerate finds when left out.")]=None,
           workers: Annotated[int, typer.Option(help="Processes that load data.")]=0,
           track: Annotated[Optional[list[str]], typer.Option(help="Tracker of Accelerate's, such as tensorboard; may be given several times.")]=None):
@@ -218,7 +237,7 @@ def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe
     folder = out or Path("runs")/r.name
     dataset = open_dataset(data, root, need=("train",))
     tell(f"{dataset!r}\nrecipe {r.name} (hash {r.hash()}), seed {r.seed}, run folder {folder}")
-    run = training.train(r, dataset, folder, resume="must" if resume else "never" if fresh else "auto", max_seconds=None if minutes is None else 60*minutes, device=device, num_workers=workers, trackers=track or ())
+    run = training.train(r, dataset, folder, resume="must" if resume else "never" if fresh else "auto", max_seconds=max_seconds, device=device, num_workers=workers, trackers=track or ())
     best = "  ".join(f"{k} {run.best[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP") if k in run.best)
     tell(f"{run.status} after {run.train_seconds:.0f} s of training" + (f"; best on val at step {run.best['step']}: {best}" if best else "") + f"\nweights: {folder/'best'}\nnext:    tipr evaluate {folder/'best'} --data {data}" + (f" --root {root}" if root else ""))
 

@@ -130,7 +130,8 @@ LAYOUTS = {l.name: l for l in [
            official={"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)}),
     Layout("ufine6926", "UFine6926", ("UFine6926.json", "UFineBench.json", "UFine.json", "annotations.json"), image_dirs=(".", "imgs", "images"),
            access="by signed licence from its authors (CVPR 2024)", official={"all": (6926, 26206, 52412)}),
-    Layout("synth-pedes", "synth-pedes", ("reid_raw.json",), access="drawn by this package (`tipr data synth`)")]}
+    Layout("synth-pedes", "synth-pedes", ("reid_raw.json",), access="drawn by this package (`tipr data synth`)",
+           official={"train": (3000, 7526, 15052), "val": (300, 1200, 2400), "test": (1500, 6000, 12000)})]}
 
 # %% ../nbs/00_corpora.ipynb #cell-018
 @dataclass

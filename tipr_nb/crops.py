@@ -137,14 +137,12 @@ class TrainTransform:
     def geometry(self, images:Tensor, # (b, 3, h, w) uint8
                  d:Draw) -> Tensor: # (b, 3, h, w) uint8
         "Flip, pad with black and crop as drawn."
-        (b, c, h, w), p, source = images.shape, self.pad, images.numpy()
-        wide = np.zeros((b, c, h + 2*p, w + 2*p), np.uint8)
-        middle = wide[:, :, p:p + h, p:p + w]
-        middle[...] = source
-        middle[d.flip] = source[d.flip][..., ::-1]
-        windows = np.lib.stride_tricks.sliding_window_view(wide, w, axis=3) # every row at every shift, without copying
-        rows = (d.top[:, None] + np.arange(h))[:, None]
-        return torch.from_numpy(windows[np.arange(b)[:, None, None], np.arange(c)[:, None], rows, d.left[:, None, None]])
+        h, w = images.shape[-2:]
+        out = np.zeros(images.shape, np.uint8)
+        for new, old, flip, y, x in zip(out, images.numpy(), d.flip, d.top - self.pad, d.left - self.pad):
+            old = old[:, :, ::-1] if flip else old
+            new[:, max(0, -y):h - max(0, y), max(0, -x):w - max(0, x)] = old[:, max(0, y):h + min(0, y), max(0, x):w + min(0, x)]
+        return torch.from_numpy(out)
 
     def __call__(self, images:Tensor, # (b, 3, h, w) or (3, h, w) uint8
                  seed:int=0, epoch:int=0,
@@ -218,6 +216,8 @@ def write_cache(file:Path, paths:list[Path], boxes:np.ndarray|None, shape:tuple[
     def block(lo):
         decode = lambda i: resize_image(read_image(paths[i], None if boxes is None else boxes[i]), shape[2:])
         return np.stack([old[0][i] if old and fresh[i] else decode(i) for i in range(lo, min(lo + 64, len(paths)))])
+    for left in file.parent.glob(f".{file.name}.*"):
+        if left.is_dir(): shutil.rmtree(left, ignore_errors=True)   # of a build that was killed; we hold the lock
     with atomic_path(file) as tmp:
         if shutil.disk_usage(tmp.parent).free < need:
             raise DatasetError(f"{file.parent}: the image cache needs {need/2**30:.2f} GiB and the disk has less; free some, set TIPR_CACHE to another disk, or do without (cache=False)")

@@ -186,7 +186,7 @@ class TokenTable:
         "Tokenize the wordings not yet known."
         new = list(dict.fromkeys(c for c in captions if c not in self.known))
         for lo in range(0, len(new), chunk):
-            for caption, row in zip(new[lo:lo + chunk], np.asarray(self.tokenize(new[lo:lo + chunk]))):
+            for caption, row in zip(new[lo:lo + chunk], torch.as_tensor(self.tokenize(new[lo:lo + chunk])).cpu().numpy()):
                 used = np.flatnonzero(row) # the end token is not 0, so trailing zeros are padding
                 self.known[caption] = row[:used[-1] + 1 if len(used) else 1].astype(np.int64)
     def __call__(self, captions:list[str]) -> Tensor: # (b, L)
@@ -203,7 +203,7 @@ class PairLoader:
     def __init__(self, split:Split, sampler:RandomSampler, images:ImageCache|ImageFiles, tokens:TokenTable, transform:TrainTransform|None=None, seed:int=0,
                  caption_transform:Callable|None=None, swap:bool=True, extra:dict[str, Any]|None=None, num_workers:int=0, pin_memory:bool=False):
         self.split, self.sampler, self.images, self.tokens, self.transform, self.seed = split, sampler, images, tokens, transform, seed
-        self.caption_transform, self.swap, self.extra, self.num_workers, self.pin_memory = caption_transform, swap, dict(extra or {}), num_workers, pin_memory
+        self.caption_transform, self.swap, self.extra, self.num_workers, self.pin_memory = caption_transform, swap, dict(extra or {}), num_workers, pin_memory and torch.cuda.is_available()
         self.sided = np.array([has_side(c) for c in split.captions], bool)
         _, who, count = np.unique(split.image_ids, return_inverse=True, return_counts=True)
         self.photos = np.argsort(who, kind="stable") # images, identity by identity
@@ -305,13 +305,12 @@ def make_loader(split:Split,
     return PairLoader(split, order, ImageCache.build(split, image_size) if cache else ImageFiles(split, image_size), tokens,
                       TrainTransform(image_size, **(augment or {})) if train else None, seed, change, swap_sides, extra, num_workers, pin_memory)
 
-def identity_column(split:Split, name:str) -> np.ndarray: # (n_ids,)
-    "An image column as a property of identities."
+def identity_column(split:Split, name:str) -> dict[int, int]:
+    "An image column as a property of identities: identity -> number of its value."
     if name not in split.image_columns: raise DatasetError(f"split {split.name} has no image column '{name}' (it has {', '.join(split.image_columns)}); choose one of those")
     values = split.image_columns[name]
-    out = np.full(split.image_ids.max() + 1, -1)
-    out[split.image_ids] = values if np.issubdtype(values.dtype, np.integer) else np.unique(values.astype(str), return_inverse=True)[1]
-    return out
+    codes = values if np.issubdtype(values.dtype, np.integer) else np.unique(values.astype(str), return_inverse=True)[1]
+    return dict(zip(split.image_ids.tolist(), codes.tolist()))
 
 # %% ../nbs/00_data.ipynb #cell-029
 def keep_memory() -> bool: # whether it could be set

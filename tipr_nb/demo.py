@@ -6,7 +6,7 @@
 __all__ = ['QUICK', 'esc', 'TITLES', 'LOOKALIKES', 'BREAKDOWNS', 'FOOTER', 'STAGES', 'Plan', 'peak_memory', 'Diary', 'demo_data',
            'top_pictures', 'draw_queries', 'shot', 'query_card', 'stylesheet', 'page', 'tile', 'table', 'Result',
            'opening', 'queries_section', 'benchmark_section', 'families', 'curve_section', 'breakdown_section',
-           'command', 'versions', 'making_section', 'build_page', 'as_json', 'run_demo', 'keep_results']
+           'command', 'versions', 'making_section', 'build_page', 'as_json', 'run_demo', 'before', 'keep_results']
 
 # %% ../nbs/13_demo.ipynb #6e73ede2
 import contextlib, html, os, platform, re, resource, shlex, sys, time
@@ -63,6 +63,12 @@ class Diary:
             self.data["seconds"][name] = before + time.perf_counter() - start
             self.data["memory"] = max(self.data["memory"], peak_memory())
             write_json(self.path, self.data)
+
+    def remember(self, name:str, find:Callable[[], Any]) -> Any:
+        "What `find` gave when it was first asked."
+        notes = self.data.setdefault("notes", {})
+        if name not in notes: notes[name] = find()
+        return notes[name]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -169,6 +175,7 @@ class Result:
     run:Any                 # `training.Run`
     test:Any                # `evaluation.Metrics` on the test galleries
     features:Any            # `evaluation.SplitFeatures` of the test split
+    start:dict              # scores on val before the first step
 
 def opening(plan:Plan, data, results:list[Result]) -> str:
     "Title, the claim in words, the headline numbers."
@@ -229,13 +236,15 @@ def _from_the_front(split, images:np.ndarray) -> int:
 def curve_section(results:list[Result]) -> str:
     "Losses and validation scores, one figure per method."
     from tipr_nb.figures import learning_curve
+    import pandas as pd
     charts = []
     for i, r in enumerate(results):
+        history = pd.concat([pd.DataFrame([{"step": 0} | {f"val/{k}": v for k, v in r.start.items()}]), r.run.history]) if r.start else r.run.history
         for half, left_out in dict(loss="scores", scores="losses").items():
             with contextlib.suppress(TiprError):                 # a run without a validation split has no second half
-                fig = learning_curve(r.run.history, best=r.run.best.get("step"), title=r.name if len(results) > 1 else "", width=8., height=2.9, **{left_out: ()})
+                fig = learning_curve(history, best=r.run.best.get("step"), title=r.name if len(results) > 1 else "", width=8., height=2.9, **{left_out: ()})
                 charts.append(f'<figure class="chart">{fig.svg(f"curve{i}{half}", f"learning curve: {half} against steps")}</figure>')
-    chosen = "; ".join((f"{esc(r.name)}: " if len(results) > 1 else "") + f"the weights kept are those of step {r.run.best['step']:,}, with Rank-1 {r.run.best['r1']:.1f} % on val" for r in results if "r1" in r.run.best)
+    chosen = "; ".join((f"{esc(r.name)}: " if len(results) > 1 else "") + f"the weights kept are those of step {r.run.best['step']:,}, with Rank-1 {r.run.best['r1']:.1f} % on val" + (f" (before fine-tuning: {r.start['r1']:.1f} %)" if r.start else "") for r in results if "r1" in r.run.best)
     return f'<h2>How it learnt</h2><p>Training sees the training identities only. After each epoch the model is tried on the validation split, and the best weights are kept: {chosen or "without a validation split, the last ones"}. The test split is touched once, at the end.</p><div class="charts">{"".join(charts)}</div>'
 
 # %% ../nbs/13_demo.ipynb #b86d108d
@@ -293,10 +302,10 @@ def build_page(plan:Plan, out:str|Path, data, results:list[Result], diary:Diary)
 # %% ../nbs/13_demo.ipynb #4b1875a6
 def as_json(plan:Plan, out:str|Path, data, results:list[Result], diary:Diary) -> dict:
     "What `metrics.json` holds: under `test` the headline in percent with intervals and chance, and beside it all that a reader of a number should know."
-    def entry(r): return dict(recipe=r.run.recipe.name, recipe_hash=r.run.recipe.hash(), val={k: r.run.best.get(k) for k in (*TITLES, "step", "epoch")}, train_seconds=round(r.run.train_seconds, 1), test=r.test.to_dict())
+    def entry(r): return dict(recipe=r.run.recipe.name, recipe_hash=r.run.recipe.hash(), val={k: r.run.best.get(k) for k in (*TITLES, "step", "epoch")}, val_before=r.start, train_seconds=round(r.run.train_seconds, 1), test=r.test.to_dict())
     last = entry(results[-1])
     splits = {name: dict(identities=s.n_ids, images=len(s.images), captions=len(s)) for name, s in data.splits.items() if s is not None}
-    return dict(test={k: v for k, v in last["test"].items() if k != "by"}, val=last["val"], breakdowns=last["test"]["by"], recipe=last["recipe"], recipe_hash=last["recipe_hash"], changes=plan.changes,
+    return dict(test={k: v for k, v in last["test"].items() if k != "by"}, val=last["val"], val_before=last["val_before"], breakdowns=last["test"]["by"], recipe=last["recipe"], recipe_hash=last["recipe_hash"], changes=plan.changes,
                 methods={r.name: entry(r) for r in results}, seed=plan.seed, quick=plan.quick, dataset=data.name, splits=splits, seconds=diary.seconds, peak_memory_mib=round(diary.data["memory"]),
                 command=command(plan, out), machine=dict(cores=os.cpu_count(), kind=platform.machine()), versions=versions(), date=time.strftime("%Y-%m-%d"))
 
@@ -319,18 +328,27 @@ def run_demo(out:str|Path="runs/demo" # folder of the page, the numbers and the 
     say(f"      done in {diary.seconds['total']:.0f} s, {diary.data['memory']/1024:.1f} GiB at most")
     return out/"index.html"
 
+def before(recipe, data) -> dict[str, float]:
+    "Scores on val of the weights that a recipe starts from; nothing where it starts from random ones."
+    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.evaluation import evaluate
+    if recipe.pretrained is None or data.val is None or not len(data.val): return {}
+    m = evaluate(PersonCLIP.from_pretrained(recipe.pretrained), data.val, n_boot=0, breakdown=())
+    return {k: float(getattr(m, k)) for k in TITLES}
+
 def _method(name:str, recipe:str, plan:Plan, out:Path, data, diary:Diary, say) -> Result:
     "Train and test one method."
     with diary.stage("training", f"fine-tuning the {name} ({recipe}); interrupt it if you like, the same command goes on"):
         from tipr_nb.training import get_recipe, train
         r = get_recipe(recipe).but(**plan.changes, seed=plan.seed)
+        start = diary.remember(f"val before fine-tuning the {name}", lambda: before(r, data))
         run = train(r, data, out/f"{r.name}-{r.hash()}" if not plan.quick else out/f"{r.name}-quick-{r.hash()}")
     with diary.stage("test", f"meeting {data.test.n_ids:,} people never seen before"):
         from tipr_nb.evaluation import encode_split, evaluate
         features = encode_split(run.model, data.test)
         test = evaluate(None, data.test, features=features, name=name)
     say(f"      Rank-1 {test.r1:.1f} %  Rank-10 {test.r10:.1f} %  mAP {test.mAP:.1f} %  (chance: Rank-1 {test.chance_r1:.2f} %)")
-    return Result(name, run, test, features)
+    return Result(name, run, test, features, start)
 
 # %% ../nbs/13_demo.ipynb #5a569a85
 def keep_results(demo:str|Path="runs/demo" # a finished demo

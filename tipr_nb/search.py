@@ -133,15 +133,14 @@ def unit_rows(x:np.ndarray) -> np.ndarray:
 def mix_query(text:np.ndarray|None=None # (m, d) features of sentences about the person
              , image:np.ndarray|None=None # (n, d) features of example pictures
              , without:np.ndarray|None=None # (p, d) features of what should be absent
-             , centre:np.ndarray|None=None # (d,) mean of the gallery's features
-             , image_weight:float=.5, without_weight:float=.5) -> np.ndarray: # (d,) unit
+             , image_weight:float=.5, without_weight:float=.25) -> np.ndarray: # (d,) unit
     "Sentences, pictures and what should be absent as one unit feature."
     if text is None and image is None: raise TiprError("search: give a sentence or a picture")
     t = None if text is None else unit_rows(unit_rows(text).mean(0))[0]
     v = None if image is None else unit_rows(unit_rows(image).mean(0))[0]
     if t is None: q = v
     elif v is None: q = t
-    else: q = (1 - image_weight)*t + image_weight*unit_rows(v - (0 if centre is None else centre))[0]
+    else: q = (1 - image_weight)*t + image_weight*v
     q = unit_rows(q)[0]
     for n in unit_rows(without) if without is not None else (): q = q - without_weight*(n - (n @ q)*q)
     return unit_rows(q)[0]
@@ -152,7 +151,7 @@ RERANKERS = ("neighbours", "expand")
 def smoothed_scores(scores:np.ndarray # (m,) of the candidates
                    , features:np.ndarray # (m, d) unit, of the candidates
                    , n:int=4 # pictures averaged, the candidate itself included
-                   , share:float=.5 # how much the neighbours count
+                   , share:float=.7 # how much the neighbours count
                    ) -> np.ndarray: # (m,)
     "Each candidate's score averaged with those of the candidates most like it."
     similar = features @ features.T
@@ -197,7 +196,7 @@ class GalleryFiles:
         self.files = generation(self.folder, self.facts)
         self.features, self.items = load_features(self.files, self.facts), Items(self.files)
         if len(self.items) != len(self.features): raise Damaged(f"{self.folder}: {len(self.features)} features for {len(self.items)} rows; index again with `tipr index`")
-        for name in ("_centre", "_same"): self.__dict__.pop(name, None)
+        self.__dict__.pop("_same", None)
     def refresh(self) -> bool:
         "Open the newest generation if somebody indexed meanwhile; True if so."
         if _stamp(self.folder) == self._stamp: return False
@@ -248,8 +247,6 @@ class GalleryModel(GalleryFiles):
                     ) -> np.ndarray: # (m, d) unit
         "Features of pictures, by the model."
         return as_numpy(self.model.encode_image(list(pictures)))
-    @cached_property
-    def _centre(self): return np.asarray(self.features[np.linspace(0, len(self) - 1, min(len(self), 4096)).astype(int)], np.float32).mean(0)
 
 # %% ../nbs/11_search.ipynb #cell-029
 def load_model(model:Any # a loaded model, or a folder, alias or hub id
@@ -334,7 +331,7 @@ def _root_of(file, facts):
 # %% ../nbs/11_search.ipynb #cell-037
 class GalleryQuery(GalleryHits):
     "A gallery that encodes questions; an example picture that is in the gallery needs no model."
-    def query(self, text=None, image=None, without=None, generator=None, weight:float=.3, image_weight:float=.5, without_weight:float=.5
+    def query(self, text=None, image=None, without=None, generator=None, weight:float=.3, image_weight:float=.5, without_weight:float=.25
              ) -> tuple[np.ndarray, dict, set[int]]: # (d,) unit; the query in words; rows that stand in the query themselves
         "Encode a query; arguments as for `search`."
         texts, absent = _sentences(text, "text"), _sentences(without, "without")
@@ -345,7 +342,7 @@ class GalleryQuery(GalleryHits):
         v, names, skip = self._pictures(image)
         n = self.encode_text(absent) if absent else None
         info = dict(text=texts or None, image=", ".join(names) or None, without=absent or None, imagined=imagined)
-        return mix_query(t, v, n, self._centre if t is not None and v is not None else None, image_weight, without_weight), info, skip
+        return mix_query(t, v, n, image_weight, without_weight), info, skip
     def _pictures(self, image):
         "Features, names and rows of example pictures; those in the gallery need no model."
         from PIL import Image
@@ -384,7 +381,7 @@ class Gallery(GalleryQuery):
               , where:str|None=None # a filter on columns
               , generator:Any=None # imagines a picture from the sentence (TGTE)
               , weight:float=.3 # of the imagined picture
-              , image_weight:float=.5, without_weight:float=.5
+              , image_weight:float=.5, without_weight:float=.25
               , rerank:str|None=None # neighbours or expand
               , engine:str|None=None # None: the gallery's default
               , unique:bool=True # show pictures with the same bytes once
@@ -465,7 +462,7 @@ def _count(k):
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise TiprError(f"k={k!r}: ask for one person or more")
     return int(k)
 
-# %% ../nbs/11_search.ipynb #cell-056
+# %% ../nbs/11_search.ipynb #cell-054
 def search_box(gallery:Gallery
               , k:int=12 # people shown
               ):

@@ -1,0 +1,455 @@
+"""Recipes, the loop, checkpoints, resume, grids."""
+import contextlib, dataclasses, errno, json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tipr_nb.clip import OBJECTIVES, Objective, PersonCLIP, register_objective
+from tipr_nb.core import TiprError
+from tipr_nb.data import load_dataset
+from tipr_nb.synth import make_synth_pedes
+from tipr_nb.training import (RECIPES, Callback, Checkpoints, GridTable, NaNGuard, Recipe, Retriever, Trainer, build_encoder, build_objectives, data_hash, dataset_from_arrays, get_recipe,
+                              grid_summary, lr_factor, param_groups, read_grid, run_grid, share_of_ids, train)
+
+HERE = Path(__file__).resolve().parent
+NANO = dict(arch="tipr-nano", pretrained=None, precision="no", batch_size=16, epochs=2, warmup_epochs=1, lr=1e-3, log_every=2)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("training")
+    old, os.environ["TIPR_CACHE"] = os.environ.get("TIPR_CACHE"), str(home/"cache")
+    yield home
+    os.environ.pop("TIPR_CACHE") if old is None else os.environ.update(TIPR_CACHE=old)
+
+
+@pytest.fixture(scope="module")
+def people(home):
+    make_synth_pedes(home/"people", n_ids=(24, 6, 5), seed=1, workers=1)
+    return load_dataset("synth-pedes", home/"people")
+
+
+@pytest.fixture(scope="module")
+def nano(): return RECIPES["clip-tiny"].but(name="nano", **NANO)
+
+
+def go(recipe, people, path, **kw): return train(recipe, people, path, device="cpu", **{"verbose": False} | kw)
+def last_weights(path): return {f.name: load_file(f) for f in Checkpoints(path).newest().glob("*.safetensors")}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for f in a: assert a[f].keys() == b[f].keys() and all(torch.equal(a[f][k], b[f][k]) for k in a[f]), f
+
+
+class Trip(Callback):
+    "Leave the loop by an error at given steps, as a killed process does: nothing is saved on the way out."
+    def __init__(self, *at): self.at = at
+    def on_step(self, trainer, losses):
+        if trainer.step in self.at: raise InterruptedError
+
+
+class TestRecipe:
+    def test_round_trip(self, tmp_path):
+        for r in RECIPES.values():
+            r.save(tmp_path/"r.json")
+            assert Recipe.load(tmp_path/"r.json") == r and Recipe.load(tmp_path/"r.json").hash() == r.hash()
+
+    def test_hash_is_stable(self):
+        r = Recipe("a", [("SDM", {}), ("ID", {"weight": 2})], epochs=10, warmup_epochs=1)
+        code = "from tipr_nb.training import Recipe; print(Recipe('b', ['SDM', ['ID', {'weight': 2}]], warmup_epochs=1., epochs=10, seed=3).hash())"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == r.hash() == "e0ccee239921"
+
+    def test_hash_tells_settings_apart(self):
+        r = Recipe()
+        changed = [r.but(lr=2e-5), r.but(objectives=["SDM"]), r.but(objectives=[("ITC", {"weight": 2.})]), r.but(image_size=(224, 224)), r.but(groups=[("bias$", {"lr_scale": 2.})]), r.but(augment={"erase": 0})]
+        assert len({r.hash(), *(c.hash() for c in changed)}) == len(changed) + 1
+        assert r.hash() == r.but(name="x", seed=4, log_every=3, grad_checkpoint=True).hash()
+
+    @pytest.mark.parametrize("make, words", [
+        (lambda: Recipe("x", ["SMD"]), "did you mean 'SDM'"), (lambda: Recipe("x", [("ITC", 3)]), "arguments"), (lambda: Recipe("x", []), "objectives"), (lambda: Recipe("x", batch_size=1), "batch_size"),
+        (lambda: Recipe("x", precision="bf8"), "did you mean 'bf16'"), (lambda: Recipe("x", image_size=(0, 32)), "image_size"), (lambda: Recipe("x", lr=0), "lr"), (lambda: Recipe("x", ema=1.5), "ema"),
+        (lambda: Recipe("x", groups=[("bias", {"lr": 2})]), "lr_scale"), (lambda: Recipe().but(epoch=3), "did you mean 'epochs'"), (lambda: Recipe.from_dict({"sead": 1}), "did you mean 'seed'"),
+        (lambda: get_recipe("sdmid"), "did you mean 'sdm-id'"), (lambda: get_recipe("nothing.json"), "no such file")])
+    def test_slips(self, make, words):
+        with pytest.raises(TiprError, match=words) as e: make()
+        assert "\n" not in str(e.value)
+
+    def test_truncated_file(self, tmp_path):
+        (tmp_path/"r.json").write_text('{"name": "x", "obj')
+        with pytest.raises(TiprError, match="not complete JSON"): Recipe.load(tmp_path/"r.json")
+
+    def test_tiny_keeps_the_method(self):
+        for n in ("clip", "sdm-id", "tal", "sen", "gea", "gea-sen"):
+            a, b = RECIPES[n], RECIPES[f"{n}-tiny"]
+            assert (a.objectives, a.sampler, a.caption_transform, a.extra_fields) == (b.objectives, b.sampler, b.caption_transform, b.extra_fields)
+            assert b.arch == "tipr-tiny" and b.image_size == (96, 32)
+
+
+class TestParts:
+    def test_groups(self, people, nano):
+        r = nano.but(objectives=["ITC", "ID"], weight_decay=.1, freeze=["visual.transformer"])
+        model = Retriever(enc := build_encoder(r), build_objectives(r, enc, people.train.n_ids))
+        groups = param_groups(model, r)
+        names = [n for g in groups for n in g["names"]]
+        assert len(names) == len(set(names)) and not any("visual.transformer" in n for n in names)
+        assert not any(p.requires_grad for n, p in model.named_parameters() if "visual.transformer" in n)
+        of = {n: g for g in groups for n in g["names"]}
+        assert of["objectives.ID.classifier.weight"]["lr"] == pytest.approx(5*r.lr) and of["objectives.ID.classifier.bias"]["weight_decay"] == 0
+        assert of["encoder.clip.ln_final.weight"]["weight_decay"] == 0 and of["encoder.clip.token_embedding.weight"]["weight_decay"] == .1
+
+    def test_lr(self):
+        values = [lr_factor(x/100, .1, .1, .02) for x in range(101)]
+        assert values[0] == pytest.approx(.1) and max(values) == values[10] == pytest.approx(1) and values[-1] == pytest.approx(.02)
+        assert np.all(np.diff(values[:11]) > 0) and np.all(np.diff(values[10:]) < 0)
+
+    def test_guard_names_the_first(self):
+        g = NaNGuard(["a", "b"])
+        g.watch([torch.tensor(1.), torch.tensor(2.)], 0)
+        assert g.check() is None
+        g.watch([torch.tensor(1.), torch.tensor(float("nan"))], 1)
+        g.watch([torch.tensor(float("inf")), torch.tensor(1.)], 2)
+        assert g.check() == (1, ["b"])
+
+    def test_an_objective_twice(self, nano, people):
+        r = nano.but(objectives=["TAL", ("TAL", {"margin": .2, "weight": 3})])
+        built = build_objectives(r, build_encoder(r), people.train.n_ids)
+        assert list(built) == ["TAL", "TAL2"] and built["TAL2"][1] == 3 and built["TAL2"][0].margin == .2
+
+    def test_objective_argument(self, nano, people):
+        with pytest.raises(TiprError, match="margn"): build_objectives(nano.but(objectives=[("TAL", {"margn": .2})]), build_encoder(nano), people.train.n_ids)
+
+    def test_share_of_ids_nests(self, people):
+        few, more = (share_of_ids(people, s, seed=2) for s in (.25, .5))
+        assert few.train.n_ids == 6 and set(few.train.image_columns["source_id"]) < set(more.train.image_columns["source_id"])
+        assert set(few.train.image_ids) == set(range(6)) and few.test is people.test
+        with pytest.raises(TiprError, match="train_share"): share_of_ids(people, 0)
+
+
+class TestTrain:
+    def test_learns_and_leaves_what_it_says(self, people, nano, tmp_path):
+        run = go(nano.but(epochs=6, objectives=["ITC", "ID"], augment=dict(erase=0., flip=0.)), people, tmp_path/"r")
+        losses = run.history["loss/ITC"].dropna()
+        assert run.status == "done" and losses.iloc[-3:].mean() < losses.iloc[:3].mean()
+        assert run.best["r1"] == run.history["val/r1"].max() and not run.model.training and run.train_seconds > 0
+        info = json.loads((tmp_path/"r"/"run.json").read_text())
+        assert info["status"] == "done" and info["recipe_hash"] == run.recipe.hash() and info["data_hash"] == data_hash(people) and "torch" in info["environment"]
+        again = PersonCLIP.from_pretrained(tmp_path/"r"/"best")
+        assert torch.equal(again.encode_text(["a red coat"]), run.model.encode_text(["a red coat"]))
+        assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
+        run.plot().figure.savefig(tmp_path/"curve.png")
+
+    @pytest.mark.parametrize("settings", [dict(objectives=["SDM", "ID"], sampler="identity"), dict(ema=.9, accumulate=2, batch_size=8, clip_grad=.5, patch_dropout=.25), dict(precision="bf16", optimizer="adam")])
+    def test_resume_is_exact(self, people, nano, tmp_path, settings):
+        r, rng = nano.but(epochs=3, **settings), random.Random(5)
+        calm = go(r, people, tmp_path/"calm")
+        total = int(calm.history.step.max())
+        for at in sorted(rng.sample(range(2, total), 3)):
+            with pytest.raises(InterruptedError): go(r, people, tmp_path/"tripped", save_steps=rng.choice([1, 2, 3]), callbacks=[Trip(at)])
+        tripped = go(r, people, tmp_path/"tripped", save_steps=2)
+        same(last_weights(calm.path), last_weights(tripped.path))
+        assert calm.best == tripped.best and calm.history.drop(columns="seconds").equals(tripped.history.drop(columns="seconds"))
+        assert all(torch.equal(a, b) for a, b in zip(calm.model.state_dict().values(), tripped.model.state_dict().values()))
+
+    def test_looking_at_val_changes_nothing(self, people, nano, tmp_path):
+        a, b = go(nano, people, tmp_path/"a"), go(nano.but(eval_every=2), people, tmp_path/"b")
+        same(last_weights(a.path), last_weights(b.path))
+
+    def test_seed_matters(self, people, nano, tmp_path):
+        a, b = go(nano, people, tmp_path/"a"), go(nano.but(seed=1), people, tmp_path/"b")
+        assert a.recipe.hash() == b.recipe.hash() and not a.history["loss"].equals(b.history["loss"])
+
+    def test_callers_random_numbers_are_left_alone(self, people, nano, tmp_path):
+        torch.manual_seed(3)
+        want = torch.rand(2)
+        torch.manual_seed(3)
+        go(nano.but(epochs=1), people, tmp_path/"a")
+        assert torch.equal(torch.rand(2), want)
+
+    def test_finished_run_is_taken_as_it_is(self, people, nano, tmp_path):
+        a = go(nano, people, tmp_path/"a")
+        for p in (tmp_path/"a").glob("last-*"): __import__("shutil").rmtree(p)
+        b = go(nano, people, tmp_path/"a", callbacks=[Trip(*range(100))])
+        assert b.best == a.best and b.history.equals(a.history) and b.train_seconds == pytest.approx(a.train_seconds, abs=1e-3)
+
+    def test_cap_and_going_on(self, people, nano, tmp_path):
+        r = nano.but(epochs=4)
+        capped = go(r, people, tmp_path/"a", max_seconds=1e-3)
+        assert capped.status == "capped" and capped.history.step.max() < 12 and (tmp_path/"a"/"best").is_dir()
+        assert go(r, people, tmp_path/"a", max_seconds=1e-3, callbacks=[Trip(*range(100))]).status == "capped"
+        done = go(r, people, tmp_path/"a", max_seconds=600)
+        assert done.status == "done"
+        same(last_weights(done.path), last_weights(go(r, people, tmp_path/"b").path))
+
+    def test_schedule_by_time(self, people, nano, tmp_path):
+        r = nano.but(epochs=500, schedule="time", warmup_epochs=0)
+        run = go(r, people, tmp_path/"a", max_seconds=1.5)
+        assert run.status == "done" and run.history.lr.dropna().iloc[-1] < .5*r.lr
+        with pytest.raises(TiprError, match="max_seconds"): go(r, people, tmp_path/"b")
+
+    def test_stop_from_a_callback(self, people, nano, tmp_path):
+        class Stop(Callback):
+            def on_step(self, trainer, losses): trainer.stop = trainer.step == 2
+        assert go(nano, people, tmp_path/"a", callbacks=[Stop()]).status == "stopped"
+        same(last_weights(go(nano, people, tmp_path/"a").path), last_weights(go(nano, people, tmp_path/"b").path))
+
+    def test_without_val_the_last_weights_are_kept(self, people, nano, tmp_path):
+        none = dataclasses.replace(people, val=people.val.subset_captions(np.zeros(len(people.val), bool)))
+        run = go(nano, none, tmp_path/"a")
+        assert "no val split" in run.notes[-1] and run.best["epoch"] == 2
+        same({"model.safetensors": load_file(tmp_path/"a"/"best"/"model.safetensors")}, {"model.safetensors": last_weights(run.path)["model.safetensors"]})
+
+    def test_from_arrays(self, nano, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 255, (20, 96, 32, 3), dtype=np.uint8)
+        run = go(nano.but(epochs=1), dataset_from_arrays(pixels, [["a man in red", "a woman in blue"]]*20, np.arange(20)//2), tmp_path/"a")
+        assert run.status == "done" and run.history.step.max() == 2
+
+    def test_given_encoder(self, people, nano, tmp_path):
+        torch.manual_seed(1)
+        encoder = PersonCLIP("tipr-nano")
+        before = encoder.clip.ln_final.weight.detach().clone()
+        run = go(nano.but(epochs=1), people, tmp_path/"a", encoder=encoder)
+        assert run.model is encoder and not torch.equal(before, encoder.clip.ln_final.weight)
+
+    def test_tensorboard(self, people, nano, tmp_path):
+        go(nano.but(epochs=1), people, tmp_path/"a", trackers=["tensorboard"])
+        assert list((tmp_path/"a").rglob("events.out.tfevents*"))
+
+    def test_only_named_rooms_are_imported(self):
+        code = "import sys, tipr_nb.training as t; print([m for m in ('tir', 'cmt', 'tgte', 'gif', 'pruning') if f'tipr_nb.{m}' in sys.modules])"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+class TestBadInput:
+    @pytest.fixture
+    def nan_at(self):
+        @register_objective("Broken")
+        class Broken(Objective):
+            def __init__(self, encoder, n_ids, at:int=3, gradient:bool=False):
+                super().__init__(encoder, n_ids)
+                self.at, self.gradient, self.seen = at, gradient, 0
+            def forward(self, features, batch, encoder):
+                self.seen += 1
+                zero = (features.image*0).sum()
+                if self.seen <= self.at: return zero
+                return (zero**2).sqrt() if self.gradient else zero + float("nan")
+        yield
+        OBJECTIVES.pop("Broken")
+
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_nan_names_the_objective_and_keeps_the_last_good_checkpoint(self, people, nano, tmp_path, nan_at, gradient):
+        with pytest.raises(TiprError, match="Broken not finite at step 3.*last-00000002") as e:
+            go(nano.but(objectives=["ITC", ("Broken", dict(at=3, gradient=gradient))]), people, tmp_path/"a", save_steps=2)
+        assert "ITC" not in str(e.value) and ("gradient" in str(e.value)) == gradient
+        assert all(v.isfinite().all() for w in last_weights(tmp_path/"a").values() for v in w.values())
+
+    def test_mixing(self, people, nano, tmp_path):
+        go(nano, people, tmp_path/"a")
+        fewer = dataclasses.replace(people, train=people.train.subset_ids(range(20)))
+        for change, words in [(dict(recipe=nano.but(lr=2e-3)), "different lr"), (dict(recipe=nano.but(seed=1)), "different seed"), (dict(people=fewer), "other data")]:
+            with pytest.raises(TiprError, match=words) as e: go(**dict(recipe=nano, people=people, path=tmp_path/"a") | change)
+            assert "resume='never'" in str(e.value) and "\n" not in str(e.value)
+        assert go(nano.but(lr=2e-3), people, tmp_path/"a", resume="never").status == "done"
+
+    def test_resume_word(self, people, nano, tmp_path):
+        with pytest.raises(TiprError, match="nothing to resume"): go(nano, people, tmp_path/"a", resume="must")
+        with pytest.raises(TiprError, match="'auto', 'must' or 'never'"): go(nano, people, tmp_path/"a", resume=True)
+
+    def test_two_at_once(self, people, nano, tmp_path):
+        from filelock import FileLock
+        (tmp_path/"a").mkdir()
+        with FileLock(str(tmp_path/"a"/".lock")), pytest.raises(TiprError, match="another process"): go(nano, people, tmp_path/"a")
+
+    def test_wrong_architecture(self, people, nano, tmp_path):
+        PersonCLIP("tipr-tiny").save_pretrained(tmp_path/"tiny")
+        with pytest.raises(TiprError, match="tipr-tiny"): go(nano.but(pretrained=str(tmp_path/"tiny")), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="wants arch"): go(nano, people, tmp_path/"b", encoder=PersonCLIP("tipr-tiny"))
+        with pytest.raises(TiprError, match="wants image_size"): go(nano, people, tmp_path/"c", encoder=PersonCLIP("tipr-nano", (64, 32)))
+        with pytest.raises(TiprError): go(nano.but(arch="tipr-nanno"), people, tmp_path/"d")
+
+    def test_damaged_checkpoint(self, people, nano, tmp_path):
+        with pytest.raises(InterruptedError): go(nano, people, tmp_path/"a", save_steps=2, callbacks=[Trip(3)])
+        file = Checkpoints(tmp_path/"a").newest()/"model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(TiprError, match="safetensors") as e: go(nano, people, tmp_path/"a")
+        assert "\n" not in str(e.value)
+
+    def test_data(self, people, nano, tmp_path):
+        one = dataclasses.replace(people, train=people.train.subset_ids([0]))
+        none = dataclasses.replace(people, train=people.train.subset_captions(np.zeros(len(people.train), bool)))
+        gaps = dataclasses.replace(people, train=people.train.subset_ids(range(1, 24), relabel=False))
+        for data, words in ((one, "one training identity"), (none, "no training captions"), (gaps, "renumber")):
+            with pytest.raises(TiprError, match=words): go(nano, data, tmp_path/"a")
+        with pytest.raises(TiprError, match="larger than the"): go(nano.but(batch_size=4096), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="accumulate"): go(nano.but(accumulate=1000), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="generated"): go(nano.but(extra_fields=("generated",)), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="fp16"): go(nano.but(precision="fp16"), people, tmp_path/"a")
+
+    def test_output_below_a_file(self, people, nano, tmp_path):
+        (tmp_path/"file").write_text("x")
+        with pytest.raises(TiprError, match="file"): go(nano, people, tmp_path/"file"/"run")
+
+    @pytest.mark.parametrize("how", ["safetensors", "os"])
+    def test_disk_full_keeps_the_last_checkpoint(self, people, nano, tmp_path, monkeypatch, how):
+        import safetensors.torch
+        from safetensors import SafetensorError
+        real, calls = safetensors.torch.save_file, []
+        def full(tensors, path, **kw):
+            calls.append(path)
+            if len(calls) > 4:
+                Path(path).write_bytes(b"half")
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)") if how == "safetensors" else OSError(errno.ENOSPC, "No space left on device")
+            return real(tensors, path, **kw)
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(TiprError, match="no space left") as e: go(nano, people, tmp_path/"a", save_steps=2)
+        assert "\n" not in str(e.value)
+        monkeypatch.undo()
+        left = [p.name for p in (tmp_path/"a").iterdir() if p.name.startswith(("last", ".last"))]
+        assert left == ["last-00000002"]
+        same(last_weights(go(nano, people, tmp_path/"a").path), last_weights(go(nano, people, tmp_path/"b").path))
+
+    def test_half_swapped_best_is_mended(self, tmp_path):
+        c = Checkpoints(tmp_path)
+        aside = tmp_path/".best.abc"/"old"
+        aside.mkdir(parents=True)
+        (aside/"metrics.json").write_text("{}")
+        (tmp_path/".last-00000004.xyz").mkdir()
+        c.mend()
+        assert [p.name for p in tmp_path.iterdir()] == ["best"] and (tmp_path/"best"/"metrics.json").exists()
+
+
+class TestGrid:
+    @pytest.fixture
+    def grid(self):
+        return dict(seeds=[0, 1], set={k: v for k, v in NANO.items() if k != "epochs"} | dict(epochs=1), rows=[dict(name="ITC", recipe="clip-tiny"), dict(name="TAL", recipe="tal-tiny")])
+
+    def test_runs_skips_and_goes_on(self, people, grid, tmp_path):
+        out = tmp_path/"t.csv"
+        first = run_grid(dict(grid, seeds=[0]), out, dataset=people, device="cpu", verbose=False)
+        alone = first[first.captions == "all"]
+        assert list(alone.row) == ["ITC", "TAL"] and alone.r1.notna().all() and (alone.status == "done").all() and alone.recipe_hash.nunique() == 2
+        when = out.stat().st_mtime_ns
+        again = run_grid(dict(grid, seeds=[0]), out, dataset=people, device="cpu", verbose=False)
+        assert out.stat().st_mtime_ns == when and again.equals(first)
+        wider = run_grid(grid, out, dataset=people, device="cpu", verbose=False)
+        assert len(wider[wider.captions == "all"]) == 4
+        summary = grid_summary(wider)
+        assert list(summary.index) == ["ITC", "TAL"] and (summary.seeds == 2).all() and "±" in summary.r1["ITC"]
+        assert not list((tmp_path/"t-runs").rglob("last-*")) and len(list((tmp_path/"t-runs").rglob("test.json"))) == 4
+
+    def test_killed_between_training_and_writing(self, people, grid, tmp_path, monkeypatch):
+        grid = dict(grid, seeds=[0], rows=grid["rows"][:1])
+        def die(*a): raise KeyboardInterrupt
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(GridTable, "add", die)
+            run_grid(grid, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
+        steps = []
+        monkeypatch.setattr(Trainer, "train_step", lambda *a: steps.append(1))
+        t = run_grid(grid, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
+        assert not steps and t.r1.notna().all()
+
+    def test_failures_are_rows_and_are_tried_again(self, people, grid, tmp_path):
+        bad = dict(grid, seeds=[0], rows=[grid["rows"][0], dict(name="big", recipe="clip-tiny", set=dict(batch_size=4096))])
+        t = run_grid(bad, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
+        failed = t[t.status == "failed"]
+        assert list(failed.row) == ["big"] and "batch_size" in failed.reason.iloc[0] and (t[t.row == "ITC"].status == "done").all()
+        assert len(run_grid(bad, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)) == len(t)
+
+    def test_evaluation_is_part_of_the_key(self, people, grid, tmp_path):
+        grid = dict(grid, seeds=[0], rows=grid["rows"][:1])
+        a = run_grid(grid, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
+        b = run_grid(dict(grid, splits=["val", "test"]), tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
+        assert set(a.split) == {"test"} and set(b.split) == {"val", "test"} and a.r1.iloc[0] == b[b.split == "test"].r1.iloc[0]
+
+    def test_share_hook_and_columns(self, people, grid, tmp_path, monkeypatch):
+        (tmp_path/"hooks.py").write_text("def extra(job, dataset): return dict(columns={'ids': dataset.train.n_ids}, after=lambda run: {'query_ms': 1.5})\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        spec = dict(grid, seeds=[0], hook="hooks:extra", rows=[dict(name="half", recipe="clip-tiny", train_share=.5)])
+        t = run_grid(spec, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
+        assert (t.ids == 12).all() and (t.query_ms == 1.5).all()
+        with pytest.raises(TiprError, match="hook"): __import__("tipr_nb.training").training._hook("hooks:nothing")
+
+    def test_files(self, tmp_path):
+        (tmp_path/"g.toml").write_text('seeds = [0, 1]\n[set]\nepochs = 3\n[[rows]]\nrecipe = "clip-tiny"\n[[rows]]\nname = "b"\nrecipe = "tal-tiny"\nset = {lr = 1e-4}\n')
+        jobs = read_grid(tmp_path/"g.toml")
+        assert [(j.row, j.recipe.seed, j.recipe.epochs, j.recipe.lr) for j in jobs] == [("clip-tiny", 0, 3, 3e-4), ("clip-tiny", 1, 3, 3e-4), ("b", 0, 3, 1e-4), ("b", 1, 3, 1e-4)]
+        (tmp_path/"bad.toml").write_text("rows = [")
+        for name, words in (("bad.toml", "not TOML"), ("none.toml", "no such file"), ("none.json", "no such file")):
+            with pytest.raises(TiprError, match=words): read_grid(tmp_path/name)
+
+    @pytest.mark.parametrize("slip, words", [(dict(row=1), "did you mean 'rows'"), (dict(rows=[]), "no rows"), (dict(rows=[dict(name="x")]), "no recipe"), (dict(rows=[dict(recipe="clip-tinny")]), "clip-tiny"),
+                                             (dict(rows=[dict(recipe="clip-tiny")]*2), "its own name"), (dict(set=dict(epoch=1)), "did you mean 'epochs'"), (dict(set=dict(objectives=["ITD"])), "objective")])
+    def test_slips(self, grid, slip, words):
+        with pytest.raises(TiprError, match=words): read_grid(grid | slip)
+
+    def test_foreign_table(self, people, grid, tmp_path):
+        (tmp_path/"t.csv").write_text("a,b\n1,2\n")
+        with pytest.raises(TiprError, match="not the table of a grid"): run_grid(grid, tmp_path/"t.csv", dataset=people)
+        assert (tmp_path/"t.csv").read_text() == "a,b\n1,2\n"
+        with pytest.raises(TiprError, match="out_csv"): run_grid(grid)
+
+
+def launch(home, out, objectives, epochs, world=1, save=0, port=29500):
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE.parent), TIPR_CACHE=str(home/"cache"), TIPR_QUIET="1")
+    dist = lambda rank: dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if world > 1 else {}
+    return [subprocess.Popen([sys.executable, str(HERE/"parallel_run.py"), str(home/"people"), str(out), json.dumps(objectives), str(epochs), str(save)], env=env | dist(rank),
+                             stderr=subprocess.PIPE, text=True) for rank in range(world)]
+
+
+def wait(processes):
+    for p in processes:
+        _, err = p.communicate(timeout=240)
+        assert p.returncode == 0, err[-2000:]
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+ALL_LOSSES = [["ITC", {}], ["SDM", {}], ["ID", {}], ["TAL", {"weight": .1}]]
+
+
+def test_two_processes_equal_one(home, people):
+    wait(launch(home, home/"one", ALL_LOSSES, 4) + launch(home, home/"two", ALL_LOSSES, 4, 2, port=free_port()))
+    one, two = (json.loads((home/n/"losses.json").read_text()) for n in ("one", "two"))
+    assert len(one) == len(two) >= 20
+    for a, b in zip(one, two): assert b == {k: pytest.approx(v, rel=1e-5) for k, v in a.items()}
+    for (name, a), b in zip(last_weights(home/"one").items(), [last_weights(home/"two")]*3):
+        if name != "optimizer.safetensors": assert max((a[k] - b[name][k]).abs().max() for k in a) < 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2])
+def test_kill_9_at_random_steps(home, people, world, tmp_path):
+    wait(launch(home, tmp_path/"calm", ALL_LOSSES, 16, world, 1, free_port()))
+    rng = random.Random(world)
+    for _ in range(3):
+        seen, running = Checkpoints(tmp_path/"killed").newest(), launch(home, tmp_path/"killed", ALL_LOSSES, 16, world, 1, free_port())
+        start = time.time()
+        while Checkpoints(tmp_path/"killed").newest() == seen and time.time() - start < 120: time.sleep(.01)
+        time.sleep(rng.uniform(0, .5))
+        for p in running: p.send_signal(signal.SIGKILL)
+        for p in running: p.communicate()
+    wait(launch(home, tmp_path/"killed", ALL_LOSSES, 16, world, 1, free_port()))
+    same(last_weights(tmp_path/"calm"), last_weights(tmp_path/"killed"))
+
+
+@pytest.mark.full
+def test_two_processes_share_a_grid(home, people, tmp_path):
+    spec = dict(seeds=[0, 1, 2], set=NANO, rows=[dict(name="ITC", recipe="clip-tiny"), dict(name="TAL", recipe="tal-tiny")], dataset=dict(name="synth-pedes", root=str(home/"people")))
+    (tmp_path/"g.json").write_text(json.dumps(spec))
+    code = f"from tipr_nb.training import run_grid; run_grid({str(tmp_path/'g.json')!r}, device='cpu')"
+    env = os.environ | dict(PYTHONPATH=str(HERE.parent), OMP_NUM_THREADS="1", TIPR_CACHE=str(home/"cache"))
+    both = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [p.communicate(timeout=300) for p in both]
+    assert all(p.returncode == 0 for p in both), said
+    t = pd.read_csv(tmp_path/"g.csv")
+    assert len(t[t.captions == "all"]) == 6 and not t.duplicated(["row", "seed", "captions"]).any() and (t.status == "done").all()
+    assert all("r1" in out for out, _ in said)
