@@ -230,7 +230,7 @@ def test_interrupt_is_tidy_and_goes_on(few, tmp_path):
     words = [sys.executable, "-m", "tipr_nb.cli", "train", "clip-tiny", "--root", str(few), "--out", str(tmp_path/"run"), *NANO, "--set", "epochs=400"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as p:
         for line in p.stdout:
-            if "epoch 2/" in line: break
+            if "epoch 2 of" in line: break
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "Traceback" not in err and err.strip().splitlines()[-1].startswith("tipr: stopped")

@@ -136,7 +136,7 @@ def test_killed_demo_goes_on(tmp_path):
     env = os.environ | {"TIPR_CACHE": str(tmp_path/"cache")}
     start = lambda out: subprocess.Popen([sys.executable, "-u", "-c", code, str(tmp_path/out)], stdout=subprocess.PIPE, text=True, env=env)
     with start("whole") as p: assert p.wait(timeout=600) == 0
-    for sign in ("[1/4]", "epoch 3/", "epoch 17/", "[3/4]", "[4/4]"):
+    for sign in ("[1/4]", "epoch 3 of", "epoch 17 of", "[3/4]", "[4/4]"):
         with start("killed") as p:
             for line in p.stdout:
                 if sign in line: break

@@ -6,7 +6,8 @@
 __all__ = ['QUICK', 'esc', 'TITLES', 'LOOKALIKES', 'BREAKDOWNS', 'FOOTER', 'STAGES', 'Plan', 'peak_memory', 'Diary', 'demo_data',
            'top_pictures', 'draw_queries', 'shot', 'query_card', 'stylesheet', 'page', 'tile', 'table', 'Result',
            'opening', 'queries_section', 'benchmark_section', 'families', 'curve_section', 'breakdown_section',
-           'command', 'versions', 'making_section', 'build_page', 'as_json', 'run_demo', 'before', 'keep_results']
+           'command', 'versions', 'making_section', 'build_page', 'as_json', 'overview', 'draw_overview', 'run_demo',
+           'before', 'keep_results']
 
 # %% ../nbs/13_demo.ipynb #6e73ede2
 import contextlib, html, os, platform, re, resource, shlex, sys, time
@@ -18,21 +19,21 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .core import TiprError, cache_dir, progress, read_json, write_json, write_text
+from .core import TiprError, atomic_path, cache_dir, progress, read_json, write_json, write_text
 
 # %% ../nbs/13_demo.ipynb #1b6c3be3
 @dataclass
 class Plan:
     "What a demo computes."
     methods:dict[str, str] = field(default_factory=lambda: {"baseline": "clip-tiny"}) # name on the page -> recipe
-    changes:dict[str, Any] = field(default_factory=lambda: dict(epochs=3)) # settings of the recipes that the demo changes, to fit its time
+    changes:dict[str, Any] = field(default_factory=lambda: dict(epochs=2, warmup_epochs=.2, lr=1e-4)) # settings of the recipes that the demo changes, to fit its time
     n_ids:tuple[int, int, int]|None = None # train, val and test identities of a smaller copy; None for the whole benchmark
     queries:int = 10                    # sentences shown with their pictures
     depth:int = 10                      # pictures shown for each
     seed:int = 0                        # of training, and of the choice of queries
     quick:bool = False
 
-QUICK = dict(n_ids=(320, 40, 100), changes=dict(epochs=3), quick=True)
+QUICK = dict(n_ids=(320, 40, 100), quick=True)
 
 # %% ../nbs/13_demo.ipynb #3a678fb6
 def peak_memory() -> float: # MiB
@@ -309,6 +310,38 @@ def as_json(plan:Plan, out:str|Path, data, results:list[Result], diary:Diary) ->
                 methods={r.name: entry(r) for r in results}, seed=plan.seed, quick=plan.quick, dataset=data.name, splits=splits, seconds=diary.seconds, peak_memory_mib=round(diary.data["memory"]),
                 command=command(plan, out), machine=dict(cores=os.cpu_count(), kind=platform.machine()), versions=versions(), date=time.strftime("%Y-%m-%d"))
 
+# %% ../nbs/13_demo.ipynb #f13eba3b
+def overview(split, query:int # index of a caption
+            , ranked:Sequence[int], hits:Sequence[bool] # images, best first, and whether each is a hit
+            , gallery:Sequence[int] # some images of the gallery
+            , size:int # how many it holds
+            ):
+    "A figure: a sentence and a gallery go through two towers and meet in a ranking."
+    from matplotlib.patches import FancyBboxPatch
+    from tipr_nb.figures import COLORS, HIT, INK, MISS, MUTED, LINE, diagram, place, style, wrap
+    boxes = {"text": (4.45, .95, "text tower\na vector for the sentence"), "image": (4.45, 2.75, "image tower\na vector for each picture", COLORS[2]), "cosine": (6.75, 1.85, "cosine\nthe nearest first", COLORS[1])}
+    areas = {"sentence": (1.6, .95, 2.9, 1.25), "gallery": (1.6, 2.75, 2.9, 1.5), "ranking": (9.75, 1.85, 3.7, 1.9)}
+    fig = diagram(boxes, [("sentence", "text"), ("gallery", "image"), ("text", "cosine"), ("image", "cosine"), ("cosine", "ranking")], 11.7, 3.75, areas=areas)
+    ax = fig.axes[0]
+    with style():
+        ax.add_patch(FancyBboxPatch((.15, .33), 2.9, 1.25, boxstyle="round,pad=0,rounding_size=.09", fc="#f6f7f9", ec=LINE))
+        lines = wrap(split.captions[query], 2.65, 8.5, max_lines=6)
+        for k, line in enumerate(lines): ax.text(.28, .955 + (k - len(lines)/2)*.165, line, fontsize=8.5, color=INK, va="top", parse_math=False)
+        for n, i in enumerate(gallery[:14]): place(ax, split.images[i], .15 + n%7*.42, 2.0 + n//7*.78, .38, .74)
+        for n, (i, hit) in enumerate(zip(ranked[:6], hits)): place(ax, split.images[i], 8.05 + n*.6, 1.1, .52, 1.5, frame=HIT if hit else MISS, mark="hit" if hit else "miss")
+        for x, y, text in ((.15, .12, "a sentence"), (.15, 3.62, f"a gallery of {size:,} pictures"), (8.05, 2.78, "green: the right person; red: someone else")): ax.text(x, y, text, fontsize=8, color=MUTED, va="center")
+    return fig
+
+# %% ../nbs/13_demo.ipynb #34a0b1d8
+def draw_overview(plan:Plan, data, result:Result):
+    "The overview of the first drawn sentence with a hit on top and a miss further down (or simply the first)."
+    queries = draw_queries(data.test, plan.queries, plan.seed)
+    tops = {q: top_pictures(result.features, data.test, q, plan.depth) for q in queries}
+    q = next((q for q in queries if tops[q][1][0] and not tops[q][1][:6].all()), queries[0])
+    column, own = data.test.image_columns.get("gallery"), data.test.caption_columns.get("gallery")
+    pool = np.arange(len(data.test.images)) if column is None else np.flatnonzero(column == own[q])
+    return overview(data.test, q, *tops[q][:2], np.random.default_rng(plan.seed).permutation(pool), len(pool))
+
 # %% ../nbs/13_demo.ipynb #c014354a
 STAGES = ("benchmark", "training", "test", "page")
 
@@ -323,7 +356,9 @@ def run_demo(out:str|Path="runs/demo" # folder of the page, the numbers and the 
     with diary.stage("benchmark", "making the benchmark (drawn once, then taken from the cache)"): data = demo_data(plan)
     for name, s in data.splits.items(): say(f"      {name}: {s.n_ids:,} people, {len(s.images):,} pictures, {len(s):,} sentences")
     results = [_method(name, recipe, plan, out, data, diary, say) for name, recipe in plan.methods.items()]
-    with diary.stage("page", "writing the page"): write_text(out/"index.html", build_page(plan, out, data, results, diary))
+    with diary.stage("page", "writing the page"):
+        with atomic_path(out/"overview.png") as new: new.write_bytes(draw_overview(plan, data, results[-1]).png(150))
+        write_text(out/"index.html", build_page(plan, out, data, results, diary))
     write_json(out/"metrics.json", as_json(plan, out, data, results, diary))
     say(f"      done in {diary.seconds['total']:.0f} s, {diary.data['memory']/1024:.1f} GiB at most")
     return out/"index.html"
@@ -354,8 +389,9 @@ def _method(name:str, recipe:str, plan:Plan, out:Path, data, diary:Diary, say) -
 def keep_results(demo:str|Path="runs/demo" # a finished demo
                 , nbs:str|Path="nbs" # folder of the notebooks
                 ) -> Path: # the copy
-    "Copy a demo's numbers to `results/demo.json`, for the README."
+    "Copy a demo's numbers to `results/demo.json` and its picture to `images/overview.png`, for the README."
     numbers = read_json(Path(demo)/"metrics.json", "run `tipr demo` first")
     if numbers["quick"]: raise TiprError(f"{demo}: a quick demo's numbers are not for keeping; run `tipr demo`")
     write_json(Path(nbs)/"results"/"demo.json", numbers)
+    with atomic_path(Path(nbs)/"images"/"overview.png") as new: new.write_bytes((Path(demo)/"overview.png").read_bytes())
     return Path(nbs)/"results"/"demo.json"

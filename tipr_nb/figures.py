@@ -547,9 +547,10 @@ def diagram(boxes:Mapping[str, tuple] # name -> (x, y, text) or (x, y, text, col
            , arrows:Sequence[tuple] # (from, to) or (from, to, words beside it)
            , width:float, height:float # inches
            , pictures:Mapping[str, tuple]|None=None # name -> (x, y, picture, height): arrows may name these too
+           , areas:Mapping[str, tuple]|None=None # name -> (x, y, width, height): places left free, to be drawn on afterwards
            , points:float=9.5, title:str="") -> Plot:
     "A framework figure: boxes (with a picture instead of words where one is given) and the arrows between them."
-    spots = {}
+    spots = {name: (x, y, w/2, h/2) for name, (x, y, w, h) in (areas or {}).items()}
     with style():
         fig, ax = sheet(width, height)
         if title: _say(ax, title, .12, .1, 11, weight="bold")

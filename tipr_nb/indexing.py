@@ -198,13 +198,14 @@ class IndexReport:
     resumed:int=0    # photos taken from an interrupted run
     encoded:int=0    # people that went through the model
     people:int=0     # rows of the gallery
+    photos:int=0     # files they are in
     duplicates:int=0 # rows whose picture is the same, byte for byte, as another row's
     skipped:list[tuple[str, str]] = field(default_factory=list)  # (path, why)
     warnings:list[str] = field(default_factory=list)
     seconds:float=0.
     def lines(self) -> list[str]:
         "The report as sentences for a terminal."
-        out = [f"{self.people} people from {self.new + self.changed + self.unchanged - len({p for p, _ in self.skipped})} photos: {self.new} new, {self.changed} changed, {self.unchanged} as before, {self.removed} gone"
+        out = [f"{self.people} people from {self.photos} photos: {self.new} new, {self.changed} changed, {self.unchanged} as before, {self.removed} gone"
                f"; {self.encoded} encoded in {self.seconds:.1f} s" + (f" ({self.encoded/self.seconds:.0f} a second)" if self.encoded and self.seconds > .5 else "")]
         if self.resumed: out.append(f"{self.resumed} photos were taken over from an interrupted run")
         if self.duplicates: out.append(f"{self.duplicates} people are copies of others, byte for byte")
@@ -493,7 +494,7 @@ def index_photos(folder:str|Path # the gallery
         todo = _plan(photos, old, journal, detector_name(detector), report)
         hashes = set(old.items.table(["sha256"])["sha256"].to_pylist()) & _whole_hashes(old) if old else set()
         report.encoded = _encode_new(todo, model, journal, hashes, detector, batch_size, dtype, workers or min(4, os.cpu_count() or 1), max_pixels, checkpoint)
-        _activate(folder, photos, old, journal, detector_name(detector), report, keep, dtype, model, dict(fingerprint=fingerprint, model=source, arch=getattr(model, "arch", type(model).__name__)), engines, default, text_tower)
+        _activate(folder, photos, old, journal, detector_name(detector), report, keep, dtype, model, dict(fingerprint=fingerprint, model=source or (old.facts.get("model") if old else None), arch=getattr(model, "arch", type(model).__name__)), engines, default, text_tower)
         journal.clear()
     report.seconds = time.monotonic() - start
     return report
@@ -533,10 +534,8 @@ def _plan(photos, old, journal, detector, report):
         key = _key(p, detector)
         files.add(key[0])
         if key in before.rows: report.unchanged += 1
-        else:
-            report.new, report.changed = report.new + (key[0] not in before.files), report.changed + (key[0] in before.files)
-            if key in done.rows: report.resumed += 1
-            else: todo.append(p)
+        elif key in done.rows: report.resumed += 1
+        else: todo.append(p)
     report.removed = sum(f not in files for f in before.files)
     return todo
 
@@ -576,6 +575,9 @@ def _write_skipped(path, skipped):
     need("pyarrow.parquet", "search", "galleries").write_table(pa.Table.from_pylist([s | dict(path=shown_name(os.fsdecode(s["file"]))) for s in skipped], schema), path)
 
 def _fill_report(report, items, skipped, old, keep):
+    states = set(zip(*(items[c].to_pylist() for c in STATE)))
+    fresh, before = {s[0] for s in states if not old or s not in old.states.rows}, old.states.files if old else {}
+    report.photos, report.new, report.changed = len({s[0] for s in states}), len(fresh - before.keys()), len(fresh & before.keys())
     report.people, report.skipped = items.num_rows, [(shown_name(os.fsdecode(s["file"])), s["reason"]) for s in skipped]
     report.duplicates = items.num_rows - items["same_as"].null_count
     if keep: report.removed = 0
@@ -624,7 +626,7 @@ def drop_engines(facts:Mapping # manifest of a generation that is no longer acti
     if built.get("uri"):
         with contextlib.suppress(TiprError), milvus_errors(built["uri"]): Milvus.at(built["uri"]).drop_collection(built["collection"])
 
-# %% ../nbs/10d_indexing.ipynb #a1b296d8
+# %% ../nbs/10d_indexing.ipynb #cell-064
 def import_features(folder:str|Path # the new gallery
                    , features:np.ndarray # (n, d) unit rows, may be memory-mapped
                    , paths:Iterable[str] # (n) photo of each row, below `root`
@@ -653,7 +655,7 @@ def import_features(folder:str|Path # the new gallery
         write_json(folder/"gallery.json", facts | dict(engine=next(iter(engines or {}), "exact")))
     return facts
 
-# %% ../nbs/10d_indexing.ipynb #9d5a9b24
+# %% ../nbs/10d_indexing.ipynb #cell-065
 def _copy_features(path, features, dtype, block=1 << 16):
     with open(path, "wb") as f:
         np.lib.format.write_array_header_1_0(f, dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=features.shape))

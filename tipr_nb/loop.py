@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'Retriever', 'build_encoder', 'check_encoder', 'build_obje
            'lr_factor', 'NaNGuard', 'blame', 'make_train_loader', 'dataset_from_arrays', 'Steps', 'validate',
            'Callback', 'Keeping', 'Trainer']
 
-# %% ../nbs/08c_loop.ipynb #4d0339ac
+# %% ../nbs/08c_loop.ipynb #cell-003
 import contextlib, dataclasses, json, math, re, time
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np, torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# %% ../nbs/08c_loop.ipynb #a708a474
+# %% ../nbs/08c_loop.ipynb #cell-004
 from .core import TiprError, os_errors, progress, read_json, shipped_weights, write_json
 from .data import Batch, CAPTION_TRANSFORMS, ImageCache, PersonDataset, Split, make_loader
 from .clip import Features, OBJECTIVES, PersonCLIP, build_objective, gather_features, read_safetensors
@@ -25,7 +25,7 @@ from .evaluation import evaluate
 from .recipes import OBJECTIVE_HOMES, Recipe, known_name, named
 from .runs import Checkpoints, History, data_hash, environment, git_commit, pack_optimizer, safetensors_errors, save_tensors, unpack_optimizer, weights_hash
 
-# %% ../nbs/08c_loop.ipynb #4fbfb5c0
+# %% ../nbs/08c_loop.ipynb #cell-009
 class Retriever(nn.Module):
     "Encoder and objectives in one module, so that a data-parallel wrapper sees every weight."
     def __init__(self,
@@ -52,7 +52,7 @@ class Retriever(nn.Module):
         losses, logs = self.losses(self.encode(batch), batch)
         return sum(self.weights[name]*loss for name, loss in losses.items()), losses, logs
 
-# %% ../nbs/08c_loop.ipynb #31aff9e1
+# %% ../nbs/08c_loop.ipynb #cell-011
 def build_encoder(r:Recipe) -> PersonCLIP:
     "The recipe's encoder: saved weights of the same architecture, an open_clip tag, or random weights."
     p = r.pretrained
@@ -65,7 +65,7 @@ def check_encoder(encoder:PersonCLIP, r:Recipe):
     for name, have in dict(arch=encoder.arch, image_size=tuple(encoder.image_size)).items():
         if have != getattr(r, name): raise TiprError(f"recipe {r.name} wants {name} {getattr(r, name)}, the encoder has {have}; change the recipe or give another encoder")
 
-# %% ../nbs/08c_loop.ipynb #8fae6a2b
+# %% ../nbs/08c_loop.ipynb #cell-012
 def build_objectives(r:Recipe, encoder:PersonCLIP, n_ids:int # training identities
                     ) -> dict[str, tuple[nn.Module, float]]: # name -> (module, weight)
     "The recipe's objectives; one that is named twice is counted up."
@@ -77,7 +77,7 @@ def build_objectives(r:Recipe, encoder:PersonCLIP, n_ids:int # training identiti
         built[key] = build_objective(name, encoder, n_ids, **args), kw.get("weight", 1.)
     return built
 
-# %% ../nbs/08c_loop.ipynb #c02ab82f
+# %% ../nbs/08c_loop.ipynb #cell-019
 def param_groups(model:Retriever, r:Recipe) -> list[dict]: # groups: params, names, lr, base_lr, weight_decay
     "Sort the weights that learn into groups of one learning rate and decay."
     groups:dict[tuple, dict] = {}
@@ -95,13 +95,13 @@ def param_groups(model:Retriever, r:Recipe) -> list[dict]: # groups: params, nam
     if not groups: raise TiprError(f"recipe {r.name}: freeze {r.freeze} leaves nothing to learn; freeze less")
     return list(groups.values())
 
-# %% ../nbs/08c_loop.ipynb #7851cea3
+# %% ../nbs/08c_loop.ipynb #cell-022
 def make_optimizer(model:Retriever, r:Recipe) -> torch.optim.Optimizer:
     "Fused Adam or AdamW over `param_groups`."
     cls = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[r.optimizer]
     return cls([{k: v for k, v in g.items() if k != "names"} for g in param_groups(model, r)], lr=r.lr, betas=r.betas, eps=r.eps, fused=True)
 
-# %% ../nbs/08c_loop.ipynb #2492f409
+# %% ../nbs/08c_loop.ipynb #cell-024
 def lr_factor(done:float, # share of the run that is done, 0 to 1
               warmup:float, # share that is warm-up
               start:float=.1, # factor at the first step
@@ -112,7 +112,7 @@ def lr_factor(done:float, # share of the run that is done, 0 to 1
     along = min(1., (done - warmup)/max(1 - warmup, 1e-12))
     return end + (1 - end)*.5*(1 + math.cos(math.pi*along))
 
-# %% ../nbs/08c_loop.ipynb #449d306a
+# %% ../nbs/08c_loop.ipynb #cell-028
 class NaNGuard:
     "Remembers, without waiting for the device, the first step at which each watched value was not finite."
     def __init__(self, names:Sequence[str], # what is watched, in the order given to `watch`
@@ -129,7 +129,7 @@ class NaNGuard:
         bad = {n: s for n, s in zip(self.names, self.first.tolist()) if s >= 0}
         return (min(bad.values()), [n for n, s in bad.items() if s == min(bad.values())]) if bad else None
 
-# %% ../nbs/08c_loop.ipynb #56f47c2e
+# %% ../nbs/08c_loop.ipynb #cell-031
 def blame(model:Retriever, batch:Batch) -> list[str]: # names of objectives
     "The objectives whose own gradient is not finite on this batch; slow, for when something is wrong already."
     losses, _ = model.losses(model.encode(batch), batch)
@@ -139,7 +139,7 @@ def blame(model:Retriever, batch:Batch) -> list[str]: # names of objectives
         if not torch.isfinite(loss) or not all(torch.isfinite(g).all() for g in grads if g is not None): bad.append(name)
     return bad
 
-# %% ../nbs/08c_loop.ipynb #b3519ba8
+# %% ../nbs/08c_loop.ipynb #cell-034
 def _transform_spec(spec):
     "The caption transform for `make_loader`; the module it lives in is imported when needed."
     if spec is None or callable(spec): return spec
@@ -148,7 +148,7 @@ def _transform_spec(spec):
     known_name(name, CAPTION_TRANSFORMS, "caption transform")
     return name, kw
 
-# %% ../nbs/08c_loop.ipynb #7b899f0b
+# %% ../nbs/08c_loop.ipynb #cell-035
 def make_train_loader(r:Recipe, split:Split, tokenize:Callable, # `PersonCLIP.tokenize`
                       extra:dict[str, Callable]|None=None, # name -> function from caption indices to a tensor
                       rank:int=0, world:int=1, # this process among how many
@@ -166,7 +166,7 @@ def make_train_loader(r:Recipe, split:Split, tokenize:Callable, # `PersonCLIP.to
     if pixels is not None: loader.images = ImageCache(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     return loader
 
-# %% ../nbs/08c_loop.ipynb #a4b28dbd
+# %% ../nbs/08c_loop.ipynb #cell-040
 def dataset_from_arrays(pixels:np.ndarray, # (n, h, w, 3) uint8, of the recipe's image size
                         captions:Sequence[Sequence[str]], # captions of each image
                         ids:Sequence[int], # (n,) identity of each image
@@ -177,7 +177,7 @@ def dataset_from_arrays(pixels:np.ndarray, # (n, h, w, 3) uint8, of the recipe's
     val, test = (Split(s, [], np.zeros(0), [], np.zeros(0), np.zeros(0)) for s in ("val", "test"))
     return PersonDataset(name, Path(name), train, val, test)
 
-# %% ../nbs/08c_loop.ipynb #243782ab
+# %% ../nbs/08c_loop.ipynb #cell-044
 def _accelerator(r:Recipe, device, path:Path, trackers:Sequence[str]):
     "An `Accelerator` for this recipe."
     from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -189,7 +189,7 @@ def _accelerator(r:Recipe, device, path:Path, trackers:Sequence[str]):
     return Accelerator(mixed_precision=r.precision, cpu=cpu, gradient_accumulation_steps=r.accumulate, log_with=list(trackers) or None, project_dir=str(path),
                        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
-# %% ../nbs/08c_loop.ipynb #56fb4c59
+# %% ../nbs/08c_loop.ipynb #cell-046
 class Steps:
     "Model, data and optimizer of a run, and one optimizer step on them."
     def __init__(self, recipe:Recipe, dataset:PersonDataset, path:str|Path, encoder:PersonCLIP|None=None, device=None, max_seconds:float|None=None, extra:dict|None=None,
@@ -274,7 +274,7 @@ class Steps:
         raise TiprError(f"{self.path.name}: {' and '.join(names)} not finite at step {step} (learning rate {self.lr:.1e}); lower lr, set clip_grad=1.0 or leave fp16"
                         + (f"; {kept.name} is from before" if kept else ""))
 
-# %% ../nbs/08c_loop.ipynb #11d12aec
+# %% ../nbs/08c_loop.ipynb #cell-047
 def _averaged(encoder:PersonCLIP, decay:float):
     "A copy of the encoder that follows it as an exponential moving average."
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -288,7 +288,7 @@ def check_data(dataset:PersonDataset, r:Recipe):
     if r.batch_size > n: raise TiprError(f"recipe {r.name}: batch_size {r.batch_size} is larger than the {n} training captions; make it smaller")
     if set(np.unique(dataset.train.caption_ids)) != set(range(dataset.train.n_ids)): raise TiprError(f"{dataset.name}: training identities are not 0 to n-1; renumber them with train.subset_ids(ids, relabel=True)")
 
-# %% ../nbs/08c_loop.ipynb #74742ce4
+# %% ../nbs/08c_loop.ipynb #cell-054
 METRICS = ("r1", "r5", "r10", "mAP", "mINP")
 
 def validate(encoder:PersonCLIP, split:Split, ids:int|None=None # the first so many identities; None for all
@@ -298,7 +298,7 @@ def validate(encoder:PersonCLIP, split:Split, ids:int|None=None # the first so m
     m = evaluate(encoder, split, n_boot=0, breakdown=(), per_query=False)
     return {k: float(getattr(m, k)) for k in METRICS}
 
-# %% ../nbs/08c_loop.ipynb #96f1e5a2
+# %% ../nbs/08c_loop.ipynb #cell-055
 class Callback:
     "Override what you need; each method gets the `Trainer`. Setting `trainer.stop = True` ends the run after the step."
     def on_start(self, trainer): "Before the first step of this process."
@@ -306,7 +306,7 @@ class Callback:
     def on_eval(self, trainer, metrics:dict[str, float]): "After each look at val (on the main process)."
     def on_end(self, trainer): "When the loop is left."
 
-# %% ../nbs/08c_loop.ipynb #c2324af0
+# %% ../nbs/08c_loop.ipynb #cell-056
 class Keeping(Steps):
     "Steps that are logged, evaluated and saved."
     def __init__(self, *args, callbacks:Sequence[Callback]=(), verbose:bool=True, **kwargs):
@@ -412,7 +412,7 @@ class Keeping(Steps):
         self.sums = {k: torch.tensor(v, device=self.device) for k, v in s["sums"].items()}
         if (self.path/"best"/"metrics.json").exists(): self.best = read_json(self.path/"best"/"metrics.json")
 
-# %% ../nbs/08c_loop.ipynb #f07b1113
+# %% ../nbs/08c_loop.ipynb #cell-059
 class Trainer(Keeping):
     "The loop behind `train`."
     def __init__(self, *args, save_seconds:float=60., save_steps:int|None=None, **kwargs):
@@ -480,7 +480,7 @@ class Trainer(Keeping):
         dist.broadcast(code, 0)
         return words[int(code)]
 
-# %% ../nbs/08c_loop.ipynb #b87bb48d
+# %% ../nbs/08c_loop.ipynb #cell-060
 def _ahead(batches:Iterator[Batch], depth:int=2) -> Iterator[Batch]:
     "The same batches in page-locked memory, made by a thread while the GPU works on the one before."
     from concurrent.futures import ThreadPoolExecutor

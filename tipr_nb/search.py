@@ -254,8 +254,9 @@ def load_model(model:Any # a loaded model, or a folder, alias or hub id
     "A model ready to encode; imports PyTorch only when a name is given."
     if not isinstance(model, (str, Path)): return model, getattr(model, "source", None)
     from tipr_nb.clip import PersonCLIP
-    source = os.path.abspath(model) if os.path.isdir(model) else str(model)
-    return PersonCLIP.from_pretrained(model), source
+    encoder = PersonCLIP.from_pretrained(model)
+    encoder.source = os.path.abspath(model) if os.path.isdir(model) else str(model)   # a gallery notes it down
+    return encoder, encoder.source
 
 # %% ../nbs/11_search.ipynb #cell-031
 class GalleryEngines(GalleryModel):
