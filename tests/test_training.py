@@ -12,8 +12,10 @@ from tipr_nb.clip import OBJECTIVES, Objective, PersonCLIP, register_objective
 from tipr_nb.core import TiprError, shipped_weights
 from tipr_nb.data import load_dataset
 from tipr_nb.synth import make_synth_pedes
-from tipr_nb.training import (RECIPES, Callback, Checkpoints, GridTable, NaNGuard, Recipe, Retriever, Trainer, build_encoder, build_objectives, data_hash, dataset_from_arrays, get_recipe,
-                              grid_summary, lr_factor, param_groups, read_grid, run_grid, share_of_ids, train)
+from tipr_nb.recipes import RECIPES, Recipe, get_recipe
+from tipr_nb.loop import Callback, NaNGuard, Retriever, Trainer, build_encoder, build_objectives, dataset_from_arrays, lr_factor, param_groups
+from tipr_nb.runs import Checkpoints, data_hash
+from tipr_nb.training import GridTable, grid_summary, read_grid, run_grid, share_of_ids, train
 
 HERE = Path(__file__).resolve().parent
 NANO = dict(arch="tipr-nano", pretrained=None, precision="no", batch_size=16, epochs=2, warmup_epochs=1, lr=1e-3, log_every=2)
@@ -381,7 +383,7 @@ class TestGrid:
     def test_files(self, tmp_path):
         (tmp_path/"g.toml").write_text('seeds = [0, 1]\n[set]\nepochs = 3\n[[rows]]\nrecipe = "clip-tiny"\n[[rows]]\nname = "b"\nrecipe = "tal-tiny"\nset = {lr = 1e-4}\n')
         jobs = read_grid(tmp_path/"g.toml")
-        assert [(j.row, j.recipe.seed, j.recipe.epochs, j.recipe.lr) for j in jobs] == [("clip-tiny", 0, 3, 3e-4), ("clip-tiny", 1, 3, 3e-4), ("b", 0, 3, 1e-4), ("b", 1, 3, 1e-4)]
+        assert [(j.row, j.recipe.seed, j.recipe.epochs, j.recipe.lr) for j in jobs] == [("clip-tiny", 0, 3, 1e-4), ("clip-tiny", 1, 3, 1e-4), ("b", 0, 3, 1e-4), ("b", 1, 3, 1e-4)]
         (tmp_path/"bad.toml").write_text("rows = [")
         for name, words in (("bad.toml", "not TOML"), ("none.toml", "no such file"), ("none.json", "no such file")):
             with pytest.raises(TiprError, match=words): read_grid(tmp_path/name)

@@ -8,12 +8,10 @@ _HOMES = {
     "data": ["load_dataset", "check_dataset", "Split", "PersonDataset", "DatasetError"],
     "synth": ["make_synth_pedes"],
     "clip": ["PersonCLIP", "Features"],
-    "tgte": ["PersonGenerator", "generate_split", "enhance"],
     "pruning": ["prune_caption", "CaptionPruner"],
     "evaluation": ["rank_metrics", "evaluate", "compare", "Metrics"],
     "training": ["Recipe", "RECIPES", "train", "run_grid"],
     "search": ["Gallery"],
-    "interop": ["load_peer"],
 }
 _LAZY = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_LAZY)

@@ -8,7 +8,7 @@ __all__ = ['own_archs', 'register_archs', 'arch_config', 'ChannelNorm', 'PatchSt
            'vit_features', 'resnet_features', 'pooled_position', 'token_mask', 'can_trim', 'by_length',
            'native_text_features', 'hf_text_features']
 
-# %% ../nbs/01c_backbones.ipynb #68526c3d
+# %% ../nbs/01c_backbones.ipynb #cell-002
 import difflib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .core import TiprError, ensure_torchvision
 from .tokens import require_hub
 
-# %% ../nbs/01c_backbones.ipynb #83472f81
+# %% ../nbs/01c_backbones.ipynb #cell-003
 ensure_torchvision()
 import open_clip
 from open_clip.hf_model import HFTextEncoder
@@ -30,7 +30,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
-# %% ../nbs/01c_backbones.ipynb #5b63098f
+# %% ../nbs/01c_backbones.ipynb #cell-007
 _ARCHS = Path(str(files("tipr_nb")))/"archs"
 
 def own_archs() -> list[str]:
@@ -49,7 +49,7 @@ def arch_config(arch:str) -> dict:
 
 register_archs()
 
-# %% ../nbs/01c_backbones.ipynb #bdd2c562
+# %% ../nbs/01c_backbones.ipynb #cell-011
 class ChannelNorm(nn.LayerNorm):
     "Layer norm over the channels of (b, c, h, w), at each position by itself."
     def forward(self, x:Tensor) -> Tensor: # (b, c, h, w), same shape out
@@ -66,7 +66,7 @@ class PatchStem(nn.Sequential):
         for i, o in zip(dims, dims[1:]): layers += [nn.Conv2d(i, o, 2, 2), ChannelNorm(o), nn.GELU()]
         super().__init__(*layers[:-2])
 
-# %% ../nbs/01c_backbones.ipynb #7ae060f3
+# %% ../nbs/01c_backbones.ipynb #cell-014
 class SelfAttention(nn.MultiheadAttention):
     "`nn.MultiheadAttention` with the same parameters and a leaner path for self-attention."
     causal = keep_weights = False
@@ -94,7 +94,7 @@ class SelfAttention(nn.MultiheadAttention):
         if self.keep_weights: self.weights = weights.detach()
         return weights.to(v.dtype) @ v
 
-# %% ../nbs/01c_backbones.ipynb #cbf7a791
+# %% ../nbs/01c_backbones.ipynb #cell-017
 def check_image_size(image_size:Sequence[int] # (height, width) in pixels
                     , patch:Sequence[int] # (height, width) of a patch
                     ) -> tuple[int, int]: # (h, w)
@@ -105,7 +105,7 @@ def check_image_size(image_size:Sequence[int] # (height, width) in pixels
     if size != tuple(near): raise TiprError(f"image size {size[0]}x{size[1]} is not a multiple of the patch size {patch[0]}; use {near[0]}x{near[1]}")
     return size
 
-# %% ../nbs/01c_backbones.ipynb #b47b7363
+# %% ../nbs/01c_backbones.ipynb #cell-019
 def resize_positions(positions:Tensor # (1 + gh*gw, d): CLS first, then row by row
                     , old:Sequence[int] # grid they belong to
                     , new:Sequence[int] # grid wanted
@@ -116,7 +116,7 @@ def resize_positions(positions:Tensor # (1 + gh*gw, d): CLS first, then row by r
     grid = F.interpolate(grid, size=tuple(new), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:1], grid.flatten(2)[0].T.to(positions.dtype)])
 
-# %% ../nbs/01c_backbones.ipynb #b95f6ae5
+# %% ../nbs/01c_backbones.ipynb #cell-022
 def text_tower(clip:nn.Module) -> Any:
     "Where the text tower's parts live: in `clip.text`, or in the older layout in `clip` itself."
     return getattr(clip, "text", clip)
@@ -130,7 +130,7 @@ def lean_attention(clip:nn.Module):
     for m in text.transformer.modules():
         if isinstance(m, SelfAttention): m.causal = True
 
-# %% ../nbs/01c_backbones.ipynb #d85b4ff9
+# %% ../nbs/01c_backbones.ipynb #cell-024
 def resize_resnet(visual:ModifiedResNet, old:Sequence[int], new:Sequence[int] # grids of 32-pixel cells
                  ):
     "Give a ResNet's attention pool the positions of another grid, in place."
@@ -156,7 +156,7 @@ def build_clip(arch:str # an open_clip name
     lean_attention(clip)
     return clip
 
-# %% ../nbs/01c_backbones.ipynb #f1817e68
+# %% ../nbs/01c_backbones.ipynb #cell-027
 def patch_tokens(visual:VisionTransformer, images:Tensor # (b, 3, h, w)
                 , keep:Tensor|None=None # (b, m) indices of the patches to compute; all when None
                 ) -> Tensor: # (b, m, width)
@@ -171,7 +171,7 @@ def patch_tokens(visual:VisionTransformer, images:Tensor # (b, 3, h, w)
     x = visual.conv1(kept.flatten(0, 1)).reshape(b, keep.shape[1], -1)
     return x + positions[keep].to(x.dtype)
 
-# %% ../nbs/01c_backbones.ipynb #9a6c62d1
+# %% ../nbs/01c_backbones.ipynb #cell-028
 def vit_features(visual:VisionTransformer, images:Tensor # (b, 3, h, w)
                 , keep:Tensor|None=None # (b, m)
                 ) -> tuple[Tensor, Tensor]: # raw (b, d), tokens (b, 1 + m, d)
@@ -183,7 +183,7 @@ def vit_features(visual:VisionTransformer, images:Tensor # (b, 3, h, w)
     tokens = project(visual.ln_post(x))
     return tokens[:, 0] if visual.pool_type == "tok" else project(visual._pool(x)[0]), tokens
 
-# %% ../nbs/01c_backbones.ipynb #2c81a240
+# %% ../nbs/01c_backbones.ipynb #cell-030
 def resnet_features(visual:ModifiedResNet, images:Tensor # (b, 3, h, w)
                    ) -> tuple[Tensor, Tensor]: # raw (b, d), tokens (b, 1 + n, d)
     "A CLIP ResNet's attention pool asked for every position, not for the mean alone."
@@ -196,7 +196,7 @@ def resnet_features(visual:ModifiedResNet, images:Tensor # (b, 3, h, w)
     tokens = pool.c_proj(x.transpose(1, 2).flatten(2))
     return tokens[:, 0], tokens
 
-# %% ../nbs/01c_backbones.ipynb #11ed601b
+# %% ../nbs/01c_backbones.ipynb #cell-033
 def _pool_type(tower:Any) -> str: return str(getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", ""))
 
 def pooled_position(tower:nn.Module, tokens:Tensor # (b, L)
@@ -214,7 +214,7 @@ def token_mask(clip:nn.Module, tokens:Tensor # (b, L)
     pad = tower.config.pad_token_id if isinstance(tower, HFTextEncoder) else getattr(tower, "pad_id", 0)
     return tokens != pad
 
-# %% ../nbs/01c_backbones.ipynb #d73b5830
+# %% ../nbs/01c_backbones.ipynb #cell-036
 def can_trim(clip:nn.Module) -> bool:
     "Whether padding behind the last real token changes nothing, so that it can be cut off."
     tower = text_tower(clip)
@@ -244,7 +244,7 @@ def native_text_features(clip:nn.Module, tokens:Tensor # (b, L) ids, padded to a
     end = pooled_position(tower, tokens)
     return x[torch.arange(x.shape[0], device=x.device), end], x, token_mask(clip, tokens)
 
-# %% ../nbs/01c_backbones.ipynb #9afae595
+# %% ../nbs/01c_backbones.ipynb #cell-040
 def hf_text_features(tower:HFTextEncoder, tokens:Tensor # (b, L)
                     ) -> tuple[Tensor, Tensor, Tensor]: # raw (b, d), tokens (b, L, d), mask (b, L)
     "A Hugging Face text tower's pooled feature and its tokens, both projected."

@@ -6,7 +6,7 @@
 __all__ = ['GPUS', 'SHARE', 'TOKENS', 'one_pair', 'pair_flops', 'saved_bytes', 'pair_bytes', 'Gpu', 'measure', 'training_cost',
            'real_set', 'cost_table']
 
-# %% ../nbs/09a_costs.ipynb #4dccbdf8
+# %% ../nbs/09a_costs.ipynb #cell-002
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,7 +19,7 @@ from .clip import PersonCLIP
 from .data import LAYOUTS
 from .recipes import Recipe, get_recipe
 
-# %% ../nbs/09a_costs.ipynb #e38498b2
+# %% ../nbs/09a_costs.ipynb #cell-006
 def one_pair(encoder:PersonCLIP, n:int=1, # pairs
              tokens:int=40 # text tokens of a caption, start and end included
             ) -> tuple[Tensor, Tensor]: # (n, 3, h, w) images, (n, tokens) token numbers
@@ -36,7 +36,7 @@ def pair_flops(encoder:PersonCLIP, tokens:int=40) -> int: # operations of a forw
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: encoder.image_features(images), encoder.text_features(ids)
     return counter.get_total_flops()
 
-# %% ../nbs/09a_costs.ipynb #4153158f
+# %% ../nbs/09a_costs.ipynb #cell-010
 def saved_bytes(encoder:PersonCLIP, n:int, tokens:int, precision:str) -> int:
     "Bytes that autograd keeps for a batch of `n` pairs."
     seen = {}
@@ -56,7 +56,7 @@ def pair_bytes(encoder:PersonCLIP, tokens:int=40, precision:str="bf16") -> float
     try: return (saved_bytes(encoder, 3, tokens, precision) - saved_bytes(encoder, 1, tokens, precision))/2
     finally: encoder.train(training)
 
-# %% ../nbs/09a_costs.ipynb #29da8115
+# %% ../nbs/09a_costs.ipynb #cell-014
 @dataclass(frozen=True)
 class Gpu:
     "A card: its maker's peak for dense 16-bit matrix products with 32-bit sums, and its memory."
@@ -67,7 +67,7 @@ class Gpu:
 GPUS = {g.name: g for g in (Gpu("RTX 3090", 71, 24), Gpu("RTX 4090", 165, 24), Gpu("A100", 312, 80), Gpu("H100", 989, 80))}
 SHARE = (.2, .3, .45)   # of the peak that training reaches: hopeful readers take the last, careful ones the first
 
-# %% ../nbs/09a_costs.ipynb #dc7f2197
+# %% ../nbs/09a_costs.ipynb #cell-015
 @lru_cache(maxsize=8)
 def measure(arch:str, image_size:tuple[int, int], tokens:int, precision:str) -> tuple[int, float, int]: # operations and bytes a pair, weights
     "Count one architecture, once."
@@ -88,7 +88,7 @@ def training_cost(recipe:Recipe|str, # a recipe, a name of `RECIPES` or a JSON f
     low, middle, high = (total/(g.tflops*1e12*s)/3600 for s in SHARE[::-1])
     return dict(gpu=g.name, steps=captions//r.batch_size*r.epochs, hours=middle, hours_low=low, hours_high=high, gib=(16*(weights + n_ids*512) + pair*r.batch_size)/2**30, fits=(16*weights + pair*r.batch_size)/2**30 < .9*g.gib)
 
-# %% ../nbs/09a_costs.ipynb #827333b0
+# %% ../nbs/09a_costs.ipynb #cell-021
 TOKENS = {"cuhk-pedes": 32, "icfg-pedes": 46, "rstpreid": 36, "ufine6926": 77}   # of a usual caption
 
 def real_set(name:str) -> dict[str, int]: # captions, tokens, n_ids

@@ -133,7 +133,7 @@ def parts_of(column:pd.Series, edges:Sequence[float]|None=None) -> dict[Any, np.
     kept = level.cat.categories if hasattr(level, "cat") else sorted(level.unique(), key=str)
     return {v: mask for v in kept if (mask := (level == v).to_numpy()).any()}
 
-# %% ../nbs/07b_metrics.ipynb #700992d2
+# %% ../nbs/07b_metrics.ipynb #cell-025
 def _breakdown(t:pd.DataFrame, column:str, n_boot:int, seed:int, edges:Sequence[float]|None=None) -> pd.DataFrame:
     "The headline for each value of a column, with 95 % intervals of R@1 and mAP."
     rows = {}
@@ -145,7 +145,7 @@ def _breakdown(t:pd.DataFrame, column:str, n_boot:int, seed:int, edges:Sequence[
             for i, k in ((0, "r1"), (3, "mAP")): rows[value][f"{k}_lo"], rows[value][f"{k}_hi"] = np.percentile(draws[:, i], [2.5, 97.5])
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(column)
 
-# %% ../nbs/07b_metrics.ipynb #cell-026
+# %% ../nbs/07b_metrics.ipynb #cell-028
 def rank_metrics(query:Tensor|np.ndarray|str|Path # (n_q, d) features, or a file of them
                 , gallery:Tensor|np.ndarray|str|Path # (n_g, d) features, or a file of them
                 , query_ids:Sequence|None=None # (n_q,) identities; default the file's own
@@ -166,7 +166,7 @@ def rank_metrics(query:Tensor|np.ndarray|str|Path # (n_q, d) features, or a file
     return _evaluate_blocks(lambda rows, cols: cosine_blocks(q, g, rows, cols, memory_mb), item_ids(q.ids if query_ids is None else query_ids, len(q), "query"), item_ids(g.ids if gallery_ids is None else gallery_ids, len(g), "gallery"),
                             make_plan(ks, ties, memory_mb, backend), query_groups, gallery_groups, per_query, n_boot, seed, itemsize, ties=ties, **kwargs)
 
-# %% ../nbs/07b_metrics.ipynb #cell-027
+# %% ../nbs/07b_metrics.ipynb #cell-029
 def _groups(groups, n:int, name:str) -> np.ndarray|None:
     return None if groups is None else item_ids(groups, n, name)
 
@@ -182,7 +182,7 @@ def _evaluate_blocks(make_block, query_ids, gallery_ids, plan, query_groups, gal
     m = summarise(table, len(gallery_ids), n_boot, seed, breakdown or {}, **kwargs)
     return replace(m, per_query=table if per_query else None)
 
-# %% ../nbs/07b_metrics.ipynb #cell-040
+# %% ../nbs/07b_metrics.ipynb #cell-042
 def rank_similarity(sim:Tensor|np.ndarray|Callable # (n_q, n_g) similarities, or f(rows, columns) -> (len(rows), len(columns))
                    , query_ids:Sequence # (n_q,)
                    , gallery_ids:Sequence # (n_g,)
@@ -196,7 +196,7 @@ def rank_similarity(sim:Tensor|np.ndarray|Callable # (n_q, n_g) similarities, or
     return _evaluate_blocks(lambda rows, cols: given_blocks(sim, rows, cols, n_q, n_g), item_ids(query_ids, n_q, "query"), item_ids(gallery_ids, n_g, "gallery"), make_plan(ks, ties, memory_mb, backend),
                             query_groups, gallery_groups, per_query, n_boot, seed, 8, ties=ties, **kwargs)
 
-# %% ../nbs/07b_metrics.ipynb #cell-049
+# %% ../nbs/07b_metrics.ipynb #cell-051
 def save_metrics(m:Metrics, path:str|Path # a .json; the per-query table goes beside it as .npz
                 ):
     "Write a `Metrics` so that `load_metrics` and `compare` can use it later."

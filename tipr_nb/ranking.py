@@ -6,26 +6,26 @@
 __all__ = ['TIES', 'load_features', 'Rows', 'item_ids', 'Plan', 'make_plan', 'query_scores', 'cosine_blocks', 'toy_features',
            'given_blocks', 'rank_within']
 
-# %% ../nbs/07a_ranking.ipynb #d20a7dba
+# %% ../nbs/07a_ranking.ipynb #cell-003
 import itertools, math, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-# %% ../nbs/07a_ranking.ipynb #2a1b7a60
+# %% ../nbs/07a_ranking.ipynb #cell-004
 import numpy as np, torch
 from numba import njit
 from torch import Tensor
 from .core import TiprError, progress
 
-# %% ../nbs/07a_ranking.ipynb #8eaf8b55
+# %% ../nbs/07a_ranking.ipynb #cell-014
 def _jit(f:Callable) -> Callable:
     "Compile for the CPU, free of the interpreter lock; machine code is kept on disk where the disk allows it."
     try: return njit(nogil=True, cache=True)(f)
     except RuntimeError: return njit(nogil=True)(f)
 
-# %% ../nbs/07a_ranking.ipynb #ca30ba53
+# %% ../nbs/07a_ranking.ipynb #cell-015
 @_jit
 def _above_few(row, t, more, same):
     "For each threshold: how many of `row` lie above and how many equal it. One pass per threshold, vectorised."
@@ -36,7 +36,7 @@ def _above_few(row, t, more, same):
             b += row[j] == t[i]
         more[i], same[i] = a, b
 
-# %% ../nbs/07a_ranking.ipynb #ceeb3815
+# %% ../nbs/07a_ranking.ipynb #cell-018
 @_jit
 def _above_many(row, t, more, same):
     "The same counts for many thresholds `t`, ascending: bisection into bins, then sums from the top."
@@ -55,7 +55,7 @@ def _above_many(row, t, more, same):
     for i in range(1, n):
         if t[i] == t[i - 1]: same[i] = same[i - 1]
 
-# %% ../nbs/07a_ranking.ipynb #964c1624
+# %% ../nbs/07a_ranking.ipynb #cell-021
 @_jit
 def _count(sim, order, lo, hi, ptr, above, equal, few):
     "Per hit, best first: other people's images above it and level with it. Query `r`'s hits fill `ptr[r]:ptr[r+1]`."
@@ -75,7 +75,7 @@ def _count(sim, order, lo, hi, ptr, above, equal, few):
             above[ptr[r] + n - 1 - i] = more[i] - (n - last)
             equal[ptr[r] + n - 1 - i] = same[i] - (last - first)
 
-# %% ../nbs/07a_ranking.ipynb #011cc0e5
+# %% ../nbs/07a_ranking.ipynb #cell-024
 def _count_torch(sim:Tensor, order:Tensor, lo:np.ndarray, hi:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "`_count` in tensor operations, for similarities on any device."
     size = torch.as_tensor(hi - lo, device=sim.device)
@@ -91,7 +91,7 @@ def _count_torch(sim:Tensor, order:Tensor, lo:np.ndarray, hi:np.ndarray) -> tupl
     above, equal = torch.stack(counts, -1)[:, real].cpu().numpy()
     return above, equal
 
-# %% ../nbs/07a_ranking.ipynb #cf3e74b3
+# %% ../nbs/07a_ranking.ipynb #cell-028
 @_jit
 def _group_ap(M, A, m, t):
     "Expected sum of the precisions at the `m` hits among `t` tied images that follow `A` images with `M` hits."
@@ -115,10 +115,10 @@ def _group_recall(k, A, m, t):
     for x in range(min(k - A, t - m + 1)): none *= (t - m - x)/(t - x)
     return 1 - none
 
-# %% ../nbs/07a_ranking.ipynb #c52a83cf
+# %% ../nbs/07a_ranking.ipynb #cell-032
 TIES = {"expected": 0, "pessimistic": 1, "optimistic": 2}
 
-# %% ../nbs/07a_ranking.ipynb #dcaacffa
+# %% ../nbs/07a_ranking.ipynb #cell-033
 @_jit
 def _score(above, equal, ptr, ks, ties, out):
     "Rows of `out`: rank of the first hit, AP, INP, then R@k for each of `ks`; NaN for a query without hits."
@@ -139,7 +139,7 @@ def _score(above, equal, ptr, ks, ties, out):
             i += m
         if n: out[q, 1] = ap/n
 
-# %% ../nbs/07a_ranking.ipynb #77b99583
+# %% ../nbs/07a_ranking.ipynb #cell-037
 def load_features(path:str|Path # .npy, .npz or .safetensors
                  , key:str|None=None # which array; default 'features', or the only one
                  ) -> tuple[np.ndarray, np.ndarray|None]: # (n, d) features, (n,) ids or None
@@ -154,7 +154,7 @@ def load_features(path:str|Path # .npy, .npz or .safetensors
     if key not in keys: raise TiprError(f"{path}: {'no array ' + repr(key) if key else 'several arrays'} ({', '.join(keys) or 'it is empty'}); name the one to use")
     return arrays[key], arrays.get("ids")
 
-# %% ../nbs/07a_ranking.ipynb #1302d9c2
+# %% ../nbs/07a_ranking.ipynb #cell-038
 def _read_arrays(path:Path) -> dict[str, Any]:
     if path.suffix == ".npy": return {"features": np.load(path, mmap_mode="r")}
     if path.suffix == ".npz":
@@ -164,7 +164,7 @@ def _read_arrays(path:Path) -> dict[str, Any]:
         return load_file(path)
     raise TiprError(f"{path}: features are read from .npy, .npz or .safetensors, not {path.suffix or 'a file without extension'}; convert it")
 
-# %% ../nbs/07a_ranking.ipynb #b29b3be9
+# %% ../nbs/07a_ranking.ipynb #cell-040
 class Rows:
     "Features of any kind as blocks of unit rows."
     def __init__(self, x:Tensor|np.ndarray|str|Path, # (n, d) features, or a file of them
@@ -209,7 +209,7 @@ class Rows:
         if self.scale is not None: x = x*self.scale[rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.device)][:, None].to(dtype)
         return x.to(device)
 
-# %% ../nbs/07a_ranking.ipynb #b6d28e33
+# %% ../nbs/07a_ranking.ipynb #cell-043
 def item_ids(ids:Any, # array, tensor or list of identities: numbers or words
              n:int, # how many there must be
              name:str # 'query' or 'gallery', for the message
@@ -221,7 +221,7 @@ def item_ids(ids:Any, # array, tensor or list of identities: numbers or words
     if ids.dtype.kind == "f" and not np.isfinite(ids).all(): raise TiprError(f"{name}_ids: item {int(np.flatnonzero(~np.isfinite(ids))[0])} is not a number; every item needs an identity")
     return ids.astype(str) if ids.dtype == object else ids
 
-# %% ../nbs/07a_ranking.ipynb #acfff17e
+# %% ../nbs/07a_ranking.ipynb #cell-047
 @dataclass
 class Plan:
     "How to go through the queries: settings shared by all galleries of one evaluation."
@@ -248,7 +248,7 @@ def make_plan(ks:Sequence[int]=(1, 5, 10), # 1, 5 and 10 are always among them
     if ks[0] < 1: raise TiprError(f"ks: R@{ks[0]} does not exist; k starts at 1")
     return Plan(np.array(ks), TIES[ties], memory_mb, backend)
 
-# %% ../nbs/07a_ranking.ipynb #3b8c424c
+# %% ../nbs/07a_ranking.ipynb #cell-049
 def query_scores(block:Callable, # block(a, b) -> (b-a, n_g) similarities of queries a to b, a tensor
                  query_ids:np.ndarray, # (n_q,)
                  gallery_ids:np.ndarray, # (n_g,)
@@ -281,7 +281,7 @@ def _count_threads(pool, threads:int, sim:np.ndarray, order, lo, hi, ptr, few:in
     list(pool.map(work, itertools.pairwise(cut)))
     return above, equal
 
-# %% ../nbs/07a_ranking.ipynb #dba92947
+# %% ../nbs/07a_ranking.ipynb #cell-050
 def cosine_blocks(q:Rows, g:Rows, # features of queries and gallery
                   rows:np.ndarray|slice=slice(None), cols:np.ndarray|slice=slice(None), # which of them
                   memory_mb:float=128 # for converted rows of the gallery
@@ -306,7 +306,7 @@ def _product(x:Tensor, y:Tensor, out:Tensor):
     if out.device.type == "cpu": np.matmul(x.numpy(), y.numpy().T, out=out.numpy())
     else: torch.mm(x, y.T, out=out)
 
-# %% ../nbs/07a_ranking.ipynb #0fdebc1a
+# %% ../nbs/07a_ranking.ipynb #cell-052
 def toy_features(n_ids:int=60, images:int=4, captions:int=8, d:int=32, noise:float=1.2, seed:int=0
                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # captions' features, images' features, captions' ids, images' ids
     "Unit features of people, as a model might give them: for lessons and tests."
@@ -318,7 +318,7 @@ def toy_features(n_ids:int=60, images:int=4, captions:int=8, d:int=32, noise:flo
         return (x/np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
     return stray(caption_ids), stray(image_ids), caption_ids, image_ids
 
-# %% ../nbs/07a_ranking.ipynb #ec092b6c
+# %% ../nbs/07a_ranking.ipynb #cell-055
 def given_blocks(sim:Any, # (n_q, n_g), or f(row numbers, column numbers) -> (rows, columns)
                  rows:np.ndarray|slice, cols:np.ndarray|slice, # which part of it
                  n_q:int, n_g:int) -> Callable: # block(a, b), for `query_scores`
@@ -336,7 +336,7 @@ def given_blocks(sim:Any, # (n_q, n_g), or f(row numbers, column numbers) -> (ro
         return x
     return block
 
-# %% ../nbs/07a_ranking.ipynb #40e9c5da
+# %% ../nbs/07a_ranking.ipynb #cell-058
 def rank_within(make_block:Callable, # make_block(rows, cols) -> block function of a part
                 query_ids:np.ndarray, gallery_ids:np.ndarray, plan:Plan,
                 query_groups:np.ndarray|None=None, gallery_groups:np.ndarray|None=None, # gallery of each query and item; None: one gallery

@@ -150,9 +150,10 @@ _SEN = [("SDM", {}), ("ID", {}), ("TIR", dict(weight=10.)), ("CMT", dict(weight=
 _GEA = [("TGTE", {}), ("GIF", {})]
 
 # %% ../nbs/08a_recipes.ipynb #cell-018
-_TINY = dict(arch="tipr-tiny", pretrained="synth-world", image_size=(96, 32), batch_size=128, epochs=12, warmup_epochs=1., optimizer="adamw", lr=3e-4, eps=1e-8,
+_TINY = dict(arch="tipr-tiny", pretrained="synth-world", image_size=(96, 32), batch_size=128, epochs=2, warmup_epochs=.2, optimizer="adamw", lr=3e-4, eps=1e-8,
              weight_decay=.05, decay_1d=False, groups=[], clip_grad=1., precision="bf16")
-_PRETRAIN = dict(pretrained=None, batch_size=256, epochs=40, lr=5e-4, betas=(.9, .98), eps=1e-6, weight_decay=.1, augment=dict(erase=0.))
+_PRETRAIN = dict(pretrained=None, batch_size=256, epochs=1000, warmup_epochs=40., schedule="time", eval_every=1000, log_every=20, patch_dropout=.5, lr=1e-3,
+                 betas=(.9, .98), eps=1e-6, weight_decay=.1, augment=dict(erase=0.))
 
 # %% ../nbs/08a_recipes.ipynb #cell-019
 RECIPES = {r.name: r for r in [
@@ -163,6 +164,7 @@ RECIPES = {r.name: r for r in [
     Recipe("gea", _GEA, extra_fields=("generated", "other"), **_GEA_SOLVER),
     Recipe("gea-sen", _GEA + _SEN, caption_transform="prune", extra_fields=("generated", "other"), **_SEN_SOLVER)]}
 RECIPES |= {f"{n}-tiny": r.but(name=f"{n}-tiny", **_TINY) for n, r in list(RECIPES.items())}
+RECIPES["clip-tiny"].lr = 1e-4
 RECIPES |= {n: RECIPES["clip-tiny"].but(name=n, **_PRETRAIN) for n in ("pretrain-tiny", "synth-world-pretrain")}
 
 # %% ../nbs/08a_recipes.ipynb #cell-021

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merges_of', 'choose_merges', 'clothing_words', 'ShortTokenizer', 'vocab_and_merges', 'require_hub', 'make_tokenizer']
 
-# %% ../nbs/01a_tokens.ipynb #b3667df9
+# %% ../nbs/01a_tokens.ipynb #cell-002
 import functools, math, os
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .core import TiprError, ensure_torchvision
 
-# %% ../nbs/01a_tokens.ipynb #eb1c7435
+# %% ../nbs/01a_tokens.ipynb #cell-003
 ensure_torchvision()
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-# %% ../nbs/01a_tokens.ipynb #88e333de
+# %% ../nbs/01a_tokens.ipynb #cell-007
 def merges_of(word:str # lower case
              , ranks:dict[tuple[str, str], int] # merge -> its place in CLIP's order
              ) -> list[tuple[str, str]]:
@@ -33,7 +33,7 @@ def merges_of(word:str # lower case
             i += 1
     return made
 
-# %% ../nbs/01a_tokens.ipynb #bcde019d
+# %% ../nbs/01a_tokens.ipynb #cell-009
 def choose_merges(ranks:dict[tuple[str, str], int], words:Sequence[str], n:int) -> list[tuple[str, str]]:
     "`n` merges in CLIP's order: those that keep `words` whole, then the most frequent."
     kept = {m for w in words for m in merges_of(w, ranks)}
@@ -47,7 +47,7 @@ def clothing_words() -> tuple[str, ...]:
     "Words of dress and looks that our own architectures keep whole."
     return tuple((files("tipr_nb")/"archs/words.txt").read_text().split())
 
-# %% ../nbs/01a_tokens.ipynb #262c0730
+# %% ../nbs/01a_tokens.ipynb #cell-011
 _MARKS = ["<start_of_text>", "<end_of_text>"]
 
 class ShortTokenizer(SimpleTokenizer):
@@ -65,14 +65,14 @@ class ShortTokenizer(SimpleTokenizer):
         self.bpe_ranks, self.vocab_size = {m: i for i, m in enumerate(merges)}, vocab_size
         self.sot_token_id, self.eot_token_id = self.all_special_ids = [self.encoder[m] for m in _MARKS]
 
-# %% ../nbs/01a_tokens.ipynb #cc111969
+# %% ../nbs/01a_tokens.ipynb #cell-017
 def vocab_and_merges(tokenizer:SimpleTokenizer # ours or open_clip's
                     ) -> tuple[dict[str, int], list[tuple[str, str]]]: # word -> id, merges in order
     "The ids and merges of a CLIP tokenizer under the names that Hugging Face's `CLIPTokenizer` uses."
     names = dict(zip(_MARKS, ("<|startoftext|>", "<|endoftext|>")))
     return {names.get(w, w): i for w, i in tokenizer.encoder.items()}, list(tokenizer.bpe_ranks)
 
-# %% ../nbs/01a_tokens.ipynb #87b399c6
+# %% ../nbs/01a_tokens.ipynb #cell-020
 def require_hub(repo:str, *names:str # any of these files will do
                ):
     "Fail at once where a hub repository (or folder) is not on this machine and the hub is out of reach."
@@ -82,7 +82,7 @@ def require_hub(repo:str, *names:str # any of these files will do
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") or not _hub_answers():
         raise TiprError(f"{repo}: not in the local hub cache and the hub cannot be reached; run `hf download {repo}` where there is a network, or load a folder with PersonCLIP.from_pretrained")
 
-# %% ../nbs/01a_tokens.ipynb #0c431bae
+# %% ../nbs/01a_tokens.ipynb #cell-022
 def make_tokenizer(arch:str, cfg:dict # open_clip configuration
                   ) -> Callable[[Sequence[str]], Tensor]: # captions -> (b, context) ids
     "The tokenizer of an architecture: Hugging Face's where it names one, else CLIP's, shortened where the vocabulary is."

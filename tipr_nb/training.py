@@ -142,7 +142,7 @@ def _continue(t:Trainer, trackers:Sequence[str]) -> str:
     if trackers: t.accelerator.init_trackers("tipr_nb", config={k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in t.recipe.to_dict().items()})
     return t.fit()
 
-# %% ../nbs/09_training.ipynb #cell-025
+# %% ../nbs/09_training.ipynb #cell-028
 GRID_KEYS = ("rows", "name", "recipe", "set", "seeds", "dataset", "train_share", "max_seconds", "splits", "by", "evaluate", "hook", "keep")
 
 @dataclass
@@ -158,7 +158,7 @@ class Job:
         told = {k: self.settings.get(k) for k in ("max_seconds", "splits", "by", "evaluate", "hook")} | {"weights": weights_hash(self.recipe)}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
 
-# %% ../nbs/09_training.ipynb #cell-026
+# %% ../nbs/09_training.ipynb #cell-029
 def read_grid(spec:str|Path|dict # TOML or JSON file, or the same as a dict
              ) -> list[Job]:
     "Rows x seeds, all checked before anything runs."
@@ -177,7 +177,7 @@ def read_grid(spec:str|Path|dict # TOML or JSON file, or the same as a dict
         jobs += [Job(name, get_recipe(s["recipe"]).but(**s["set"], seed=int(seed), name=name), s) for seed in s.get("seeds", [0])]
     return jobs
 
-# %% ../nbs/09_training.ipynb #cell-027
+# %% ../nbs/09_training.ipynb #cell-030
 def _read_spec(path:Path) -> dict:
     import tomllib
     if path.suffix != ".toml": return read_json(path, "write the grid as TOML or JSON")
@@ -185,7 +185,7 @@ def _read_spec(path:Path) -> dict:
     except FileNotFoundError: raise TiprError(f"{path}: no such file; write the grid as TOML or JSON") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise TiprError(f"{path}: not TOML ({e}); mend that line") from None
 
-# %% ../nbs/09_training.ipynb #cell-031
+# %% ../nbs/09_training.ipynb #cell-034
 def share_of_ids(dataset:PersonDataset, share:float, # of the training identities, above 0, up to 1
                  seed:int=0) -> PersonDataset:
     "The dataset with a seeded share of its training identities, renumbered; val and test stay."
@@ -195,7 +195,7 @@ def share_of_ids(dataset:PersonDataset, share:float, # of the training identitie
     keep = np.random.default_rng(seed).permutation(ids)[:max(2, round(share*len(ids)))]
     return dataclasses.replace(dataset, train=dataset.train.subset_ids(np.sort(keep), relabel=True), notes=[*dataset.notes, f"{share:.0%} of the training identities, seed {seed}"])
 
-# %% ../nbs/09_training.ipynb #cell-034
+# %% ../nbs/09_training.ipynb #cell-037
 class GridTable:
     "The CSV of a grid: several processes may add to it, and a kill leaves it whole."
     key = ["row", "seed", "recipe_hash", "data_hash", "setup"]
@@ -227,7 +227,7 @@ class GridTable:
             first = [c for c in self.first if c in t]
             with atomic_path(self.path) as tmp: t[first + [c for c in t if c not in first]].to_csv(tmp, index=False)
 
-# %% ../nbs/09_training.ipynb #cell-036
+# %% ../nbs/09_training.ipynb #cell-039
 def grid_rows(model:PersonCLIP, dataset:PersonDataset, splits:Sequence[str], by:Sequence[str], # caption columns
               folder:str|Path|None=None, # keep metrics and per-query numbers here
               **kwargs # for `evaluate`
@@ -245,7 +245,7 @@ def grid_rows(model:PersonCLIP, dataset:PersonDataset, splits:Sequence[str], by:
         if folder is not None: save_metrics(m, Path(folder)/f"{name}.json")
     return rows, fine
 
-# %% ../nbs/09_training.ipynb #cell-037
+# %% ../nbs/09_training.ipynb #cell-040
 def run_job(job:Job, dataset:PersonDataset, folder:Path, device=None) -> tuple[list[dict], list[dict]]:
     "Train and evaluate one run of a grid."
     s = job.settings
@@ -256,7 +256,7 @@ def run_job(job:Job, dataset:PersonDataset, folder:Path, device=None) -> tuple[l
     told |= more.get("columns", {}) | (more["after"](run) if "after" in more else {})
     return [r | told for r in rows], [r | dict(status=run.status, commit=told["commit"]) for r in fine]
 
-# %% ../nbs/09_training.ipynb #cell-038
+# %% ../nbs/09_training.ipynb #cell-041
 def _hook(name:str) -> Callable:
     module, _, attr = name.partition(":")
     try: return getattr(import_module(module), attr)
@@ -274,7 +274,7 @@ class _Datasets:
             self.known[key] = d, data_hash(d)
         return self.known[key]
 
-# %% ../nbs/09_training.ipynb #cell-039
+# %% ../nbs/09_training.ipynb #cell-042
 def _run_folder(key:tuple) -> str:
     "Folder name of a run."
     row, seed, recipe, data, _ = key
@@ -305,7 +305,7 @@ def _thin(folder:Path, keep:str):
     if keep == "none": shutil.rmtree(folder, ignore_errors=True)
     for p in folder.glob("last-*") if keep == "best" else (): shutil.rmtree(p, ignore_errors=True)
 
-# %% ../nbs/09_training.ipynb #cell-040
+# %% ../nbs/09_training.ipynb #cell-043
 def run_grid(spec:str|Path|dict, # the grid: TOML or JSON file, or a dict
              out_csv:str|Path|None=None, # the table to extend; None: beside the file, under its name
              runs:str|Path|None=None, # folder of the runs; None: beside the table
@@ -332,7 +332,7 @@ def run_grid(spec:str|Path|dict, # the grid: TOML or JSON file, or a dict
     t = table.read()
     return t[np.any([table.mask(t, k) for k in keys], axis=0)].reset_index(drop=True)
 
-# %% ../nbs/09_training.ipynb #cell-044
+# %% ../nbs/09_training.ipynb #cell-047
 def grid_summary(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
                  metrics:Sequence[str]=METRICS, captions:str="all", split:str="test") -> pd.DataFrame:
     "Mean and standard deviation over seeds, a line per row, in the order of the table."
