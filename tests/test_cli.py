@@ -1,5 +1,5 @@
 """The `tipr` command: what it prints, how it fails, and that it starts quickly."""
-import json, os, signal, subprocess, sys, time
+import json, os, random, resource, shutil, signal, socket, subprocess, sys, time
 
 import pytest
 import typer
@@ -60,7 +60,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     assert done.returncode == 0 and min(taken) < 1., taken
 
 
-@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"]])
+@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"], ["index"], ["search"], ["app"]])
 def test_every_command_helps(words):
     result = tipr(*words, "--help")
     assert result.exit_code == 0
@@ -76,7 +76,8 @@ def test_version_and_no_command():
     assert bare.exit_code == 2 and "Commands:" in bare.output
 
 
-@pytest.mark.parametrize("words", [["trian"], ["train"], ["train", "clip-tiny", "--epochs", "3"], ["evaluate", "x", "--batch-size", "many"]])
+@pytest.mark.parametrize("words", [["trian"], ["train"], ["train", "clip-tiny", "--epochs", "3"], ["evaluate", "x", "--batch-size", "many"], ["index", "photos"], ["index", "--gallery", "g"], ["search", "a man"],
+                                   ["search", "a man", "--gallery", "g", "-k", "0"], ["search", "a man", "--gallery", "g", "--weight", "2"], ["app"], ["app", "--gallery", "g", "--port", "many"]])
 def test_wrong_usage(words):
     result = tipr(*words)
     assert result.exit_code == 2 and "Traceback" not in result.output
@@ -235,3 +236,182 @@ def test_interrupt_is_tidy_and_goes_on(few, tmp_path):
         _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "Traceback" not in err and err.strip().splitlines()[-1].startswith("tipr: stopped")
     assert (tmp_path/"run"/"recipe.json").exists()
+
+
+# photos, galleries, the page
+
+PATTERN = r"(?P<camera>c\d)/"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    from gallery_pictures import archive
+    return archive(tmp_path_factory.mktemp("archive")/"photos")
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    "A run's folder with a (random) model in it."
+    import torch
+    from tipr_nb.clip import PersonCLIP
+    torch.manual_seed(0)
+    PersonCLIP("tipr-nano").save_pretrained((out := tmp_path_factory.mktemp("nano"))/"best")
+    return out
+
+
+@pytest.fixture(scope="module")
+def people(shelf, nano, tmp_path_factory):
+    "A gallery made by the command."
+    folder = tmp_path_factory.mktemp("galleries")/"people"
+    out = tipr("index", shelf, "--gallery", folder, "--model", nano, "--pattern", PATTERN)
+    assert out.exit_code == 0 and "36 people from 36 photos: 36 new" in out.stdout and f"--gallery {folder}" in out.stdout
+    return folder
+
+
+def test_index_again_changes_engines_and_lists_what_it_skips(shelf, people, tmp_path):
+    mine = tmp_path/"photos"
+    shutil.copytree(shelf, mine)
+    shutil.copytree(people, tmp_path/"g")
+    for i in range(7): (mine/f"broken{i}.jpg").write_bytes(b"\xff\xd8" + bytes(i))
+    out = tipr("index", mine, "--gallery", tmp_path/"g", "--pattern", PATTERN, "--engine", "ivf", "--quantise", "none", "--nlist", "2")      # no --model: the gallery knows it
+    assert out.exit_code == 0 and "36 new" in out.stdout and "36 gone" in out.stdout and "0 encoded" in out.stdout and "7 skipped" in out.stdout and "engine ivf" in out.stdout
+    assert out.stdout.count("  skipped ") == 5
+    every = tipr("index", mine, "--gallery", tmp_path/"g", "--pattern", PATTERN, "--skipped")
+    assert every.stdout.count("  skipped ") == 7 and "36 as before" in every.stdout and "engine ivf" in every.stdout
+    report = json.loads(tipr("index", shelf, "--gallery", tmp_path/"g", "--pattern", PATTERN, "--add", "--json").stdout)
+    assert report["people"] == 72 and report["duplicates"] == 36 and report["encoded"] == 0
+
+
+def test_index_cuts_people_out(shelf, nano, tmp_path, monkeypatch):
+    from PIL import Image
+    from gallery_pictures import figure
+    scene = Image.new("RGB", (300, 100), "#888888")
+    for i, c in enumerate(("red", "green")): scene.paste(figure(c, "blue"), (20 + 100*i, 2))
+    (tmp_path/"scenes").mkdir()
+    scene.save(tmp_path/"scenes"/"a.png")
+    assert "warning: 1 of 1 pictures look like full scenes" in tipr("index", tmp_path/"scenes", "--gallery", tmp_path/"whole", "--model", nano).stdout
+    (tmp_path/"boxes.csv").write_text("path,x0,y0,x1,y1\na.png,20,2,68,98\na.png,120,2,168,98\n")
+    assert "2 people from 1 photos" in tipr("index", tmp_path/"scenes", "--gallery", tmp_path/"boxed", "--model", nano, "--boxes", tmp_path/"boxes.csv").stdout
+    (tmp_path/"mine.py").write_text("def people(picture): return [(20, 2, 68, 98), (120, 2, 168, 98)]\nnobody = 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert "2 people from 1 photos" in tipr("index", "scenes", "--gallery", "found", "--model", nano, "--detector", "mine:people").stdout
+    for wrong in ("mine:person", "nothing_like_it:people", "mine", "mine:nobody"): refused(tipr("index", "scenes", "--gallery", "other", "--model", nano, "--detector", wrong), f"--detector {wrong}")
+    assert not (tmp_path/"other").exists()
+
+
+def test_search_by_everything(people, shelf, tmp_path):
+    def ask(*words): return json.loads(tipr("search", *words, "--gallery", people, "--json").stdout)
+    plain = ask("a red coat", "-k", 5)
+    assert [h["rank"] for h in plain["hits"]] == [1, 2, 3, 4, 5] and plain["query"]["text"] == ["a red coat"]
+    assert {h["camera"] for h in ask("a red coat", "--where", "camera == 'c2'")["hits"]} == {"c2"}
+    like = ask("--like", 4, "-k", 3)
+    assert 4 not in [h["row"] for h in like["hits"]] and like["query"]["image"] == "row 4"
+    picture = shelf/"c1"/"red-red-0.png"
+    assert ask("--image", picture, "-k", 1)["hits"][0]["path"] == str(picture)
+    both = ask("a red coat", "a tall man", "--image", picture, "--without", "a hat", "--rerank", "expand", "-k", 2)
+    assert both["query"]["text"] == ["a red coat", "a tall man"] and both["query"]["without"] == ["a hat"] and both["query"]["rerank"] == "expand"
+    sheet = tipr("search", "a red coat", "--gallery", people, "--html", tmp_path/"sheet.html", "-k", 3)
+    assert sheet.stdout.startswith("rank  score  photo") and (tmp_path/"sheet.html").read_text().count("data:image/webp") == 3
+    assert ask("a red coat", "--image-weight", "0", "--like", 4)["hits"][0]["score"] == pytest.approx(max(h["score"] for h in ask("a red coat", "-k", 36)["hits"] if h["row"] != 4), abs=1e-5)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["index", "nowhere", "--gallery", "g"], ["nowhere: no such file or folder"]),
+    (["index", "*.none", "--gallery", "g"], ["*.none: nothing matches"]),
+    (["index", "EMPTY", "--gallery", "g"], ["no pictures there"]),
+    (["index", "SHELF", "--gallery", "FILE"], ["a file, not a folder"]),
+    (["index", "SHELF", "--gallery", "SHELF"], ["holds other files", "choose a new folder"]),
+    (["index", "SHELF", "--gallery", "g", "--model", "no-such-weights"], ["no-such-weights"]),
+    (["index", "SHELF", "--gallery", "g", "--engine", "ivff"], ["did you mean 'ivf'"]),
+    (["index", "SHELF", "--gallery", "g", "--engine", "exact", "--nlist", "3"], ["--nlist goes with --engine ivf"]),
+    (["index", "SHELF", "--gallery", "g", "--engine", "ivf", "--quantise", "4bit"], ["unknown quantiser"]),
+    (["index", "SHELF", "--gallery", "g", "--model", "NANO", "--dtype", "int8"], ["float32 or float16"]),
+    (["index", "SHELF", "--gallery", "g", "--pattern", "(?P<camera"], ["pattern"]),
+    (["index", "SHELF", "--gallery", "g", "--metadata", "none.csv"], ["none.csv: no such file"]),
+    (["search", "a man", "--gallery", "nowhere"], ["nowhere: no gallery there", "tipr index"]),
+    (["search", "--gallery", "PEOPLE"], ["give a sentence or a picture"]),
+    (["search", " ", "--gallery", "PEOPLE"], ["empty sentence"]),
+    (["search", "x", "--gallery", "PEOPLE", "--where", "camera = 'c2'"], ["invalid syntax"]),
+    (["search", "x", "--gallery", "PEOPLE", "--where", "__import__('os').system('touch owned')"], ["filter"]),
+    (["search", "x", "--gallery", "PEOPLE", "--where", "camra == 'c2'"], ["did you mean camera"]),
+    (["search", "x", "--gallery", "PEOPLE", "--engine", "hnsw"], ["this gallery has exact"]),
+    (["search", "x", "--gallery", "PEOPLE", "--rerank", "magic"], ["neighbours or expand"]),
+    (["search", "--like", "99", "--gallery", "PEOPLE"], ["rows 0 to 35"]),
+    (["search", "--image", "nowhere.png", "--gallery", "PEOPLE"], ["nowhere.png: cannot be read"]),
+    (["app", "--gallery", "nowhere"], ["nowhere: no gallery there"]),
+    (["app", "--gallery", "PEOPLE", "--port", "0"], ["between 1 and 65535"]),
+])
+def test_wrong_questions_about_photos(words, says, tmp_path, monkeypatch, shelf, people, nano):
+    (tmp_path/"empty").mkdir()
+    (tmp_path/"file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    names = dict(SHELF=shelf, PEOPLE=people, NANO=nano, EMPTY="empty", FILE="file")
+    refused(tipr(*(names.get(w, w) for w in words)), *says)
+    assert {p.name for p in tmp_path.iterdir()} <= {"empty", "file", "g"} and not (tmp_path/"g"/"gallery.json").exists(), "a refused command makes no gallery"
+
+
+def test_a_port_in_use(people):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        refused(tipr("app", "--gallery", people, "--port", s.getsockname()[1]), "in use; choose another")
+
+
+def test_search_starts_quickly_and_without_torch(nano, tmp_path):
+    "Ten thousand people, a cold process; time on the processor, since the machine may be busy."
+    import numpy as np
+    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.core import write_json
+    from tipr_nb.indexing import import_features
+    from tipr_nb.towers import export_text_tower, model_fingerprint
+    model, n = PersonCLIP.from_pretrained(nano/"best"), 10_000
+    x = np.random.default_rng(0).standard_normal((n, model.dim)).astype(np.float32)
+    facts = import_features(tmp_path/"g", x/np.linalg.norm(x, axis=1, keepdims=True), (f"{i}.jpg" for i in range(n)), model_fingerprint(model), columns=dict(camera=[f"c{i % 4}" for i in range(n)]))
+    export_text_tower(model, tmp_path/"g"/"text", facts["fingerprint"])
+    write_json(tmp_path/"g"/"gallery.json", facts | dict(engine="exact", text_tower=True))
+    code = """import sys
+from tipr_nb.cli import app
+app(sys.argv[1:], standalone_mode=False)
+assert not (found := [m for m in ("torch", "torchvision", "open_clip", "transformers", "pandas", "matplotlib") if m in sys.modules]), found"""
+    def used(): return (r := resource.getrusage(resource.RUSAGE_CHILDREN)).ru_utime + r.ru_stime
+    before = used()
+    out = subprocess.run([sys.executable, "-c", code, "search", "a man in a red coat", "--gallery", str(tmp_path/"g"), "-k", "3", "--where", "camera == 'c2'"], capture_output=True, text=True)
+    assert out.returncode == 0 and out.stdout.count("c2") == 3, out.stderr
+    assert used() - before < 4
+
+
+def test_the_page_from_the_command(people):
+    import urllib.request
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with subprocess.Popen([sys.executable, "-m", "tipr_nb.cli", "app", "--gallery", str(people), "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as p:
+        lines = []
+        for line in p.stdout:
+            lines.append(line)
+            if f"127.0.0.1:{port}" in line: break
+        assert "36 people" in lines[0], p.communicate()
+        assert b"People search" in urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60).read()
+        p.send_signal(signal.SIGINT)
+        _, err = p.communicate(timeout=60)
+    assert "Traceback" not in err
+
+
+@pytest.mark.full
+def test_killed_index_command_resumes_to_the_same_gallery(nano, tmp_path):
+    from gallery_pictures import archive
+    shelf, r = archive(tmp_path/"photos", repeat=20), random.Random(0)
+    command = [sys.executable, "-m", "tipr_nb.cli", "index", str(shelf), "--model", str(nano), "--pattern", PATTERN, "--batch-size", "8"]
+    subprocess.run([*command, "--gallery", str(tmp_path/"calm")], check=True, capture_output=True)
+    for _ in range(8):
+        p = subprocess.Popen([*command, "--gallery", str(tmp_path/"killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try: p.wait(timeout=2 + 8*r.random())
+        except subprocess.TimeoutExpired: p.kill()
+        p.wait()
+        asked = tipr("search", "--like", 3, "--gallery", tmp_path/"killed", "--json")
+        assert asked.exit_code in (0, 2) and "Traceback" not in asked.output
+    last = subprocess.run([*command, "--gallery", str(tmp_path/"killed")], capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    one, two = (json.loads(tipr("search", "--like", 3, "-k", 700, "--gallery", tmp_path/g, "--json").stdout)["hits"] for g in ("calm", "killed"))
+    assert [(h["path"], h["camera"]) for h in one] == [(h["path"], h["camera"]) for h in two] and [h["score"] for h in one] == pytest.approx([h["score"] for h in two], abs=1e-4)

@@ -90,11 +90,10 @@ class Page:
         if not texts and not pictures: return Answer(note="Type a sentence about the person you are looking for.")
         generator = self.generator if imagine else None
         hits = self.gallery.search(texts or None, question.k, image=pictures or None, without=absent or None, where=question.where, rerank=question.rerank or None, generator=generator, weight=weight)
-        query = self.gallery.query(texts or None, pictures or None, absent or None)[0]
         took = f"{1000*sum(hits.seconds.values()):.0f} ms"
         order = "best first" if texts else "most like the one you picked first" if question.like >= 0 else "most like your picture first"
         note = f"{len(hits)} of {len(self.gallery):,} people, {order}, {took}." if hits else "Nobody found. " + ("The filter lets nobody through." if question.where else "")
-        return Answer([(self.tile(h), tile_words(h)) for h in hits], [h.row for h in hits], query, note, imagined=hits.imagined[0] if hits.imagined else None)
+        return Answer([(self.tile(h), tile_words(h)) for h in hits], [h.row for h in hits], hits.vector, note, imagined=hits.imagined[0] if hits.imagined else None)
     def tile(self, hit:Hit) -> Image.Image:
         "A thumbnail, or a grey card where the photo is gone."
         try: picture = hit.picture()
@@ -261,8 +260,8 @@ def serve(gallery:Gallery, *, host:str="127.0.0.1" # address to listen on
          , browser:bool=False # open one
          ): # (blocks, address)
     "Run the search page; a port in use is a one-line `TiprError`."
-    blocks = search_page(gallery, generator, examples, title)
     check_port(host, port)
+    blocks = search_page(gallery, generator, examples, title)
     gr = need("gradio", "app", "the search page")
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try: _, address, _ = blocks.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=browser, share=False, show_error=False, ssr_mode=False, footer_links=[], theme=theme, css=_CSS, max_file_size="20mb", strict_cors=True)
