@@ -11,6 +11,12 @@ from tipr_nb.core import TiprError
 NANO = [w for kv in ("epochs=2", "batch_size=16", "arch=tipr-nano", "pretrained=None", "precision=no", "lr=0.002") for w in ("--set", kv)]
 
 
+def busy() -> float:
+    "Seconds that finished child processes spent on the processor: unlike the clock, no affair of what else the machine does."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def tipr(*words): return CliRunner().invoke(cli.app, [str(w) for w in words], prog_name="tipr")
 
 
@@ -52,12 +58,9 @@ def run(few, tmp_path_factory):
 def test_help_is_quick_and_loads_nothing_heavy():
     code = "import sys, tipr_nb.cli as c; heavy = [m for m in ('torch', 'pandas', 'matplotlib', 'numpy', 'open_clip') if m in sys.modules]; assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True)
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "tipr_nb.cli", "--help"], capture_output=True, text=True)
-        taken.append(time.perf_counter() - start)
-    assert done.returncode == 0 and min(taken) < 1., taken
+    before = busy()
+    done = subprocess.run([sys.executable, "-m", "tipr_nb.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "search" in done.stdout and busy() - before < 1.
 
 
 @pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"], ["index"], ["search"], ["app"]])
@@ -277,7 +280,7 @@ def test_index_again_changes_engines_and_lists_what_it_skips(shelf, people, tmp_
     assert out.exit_code == 0 and "36 new" in out.stdout and "36 gone" in out.stdout and "0 encoded" in out.stdout and "7 skipped" in out.stdout and "engine ivf" in out.stdout
     assert out.stdout.count("  skipped ") == 5
     every = tipr("index", mine, "--gallery", tmp_path/"g", "--pattern", PATTERN, "--skipped")
-    assert every.stdout.count("  skipped ") == 7 and "36 as before" in every.stdout and "engine ivf" in every.stdout
+    assert every.stdout.count("  skipped ") == 6 and "36 as before" in every.stdout and "engine ivf" in every.stdout
     report = json.loads(tipr("index", shelf, "--gallery", tmp_path/"g", "--pattern", PATTERN, "--add", "--json").stdout)
     assert report["people"] == 72 and report["duplicates"] == 36 and report["encoded"] == 0
 
@@ -311,7 +314,7 @@ def test_search_by_everything(people, shelf, tmp_path):
     both = ask("a red coat", "a tall man", "--image", picture, "--without", "a hat", "--rerank", "expand", "-k", 2)
     assert both["query"]["text"] == ["a red coat", "a tall man"] and both["query"]["without"] == ["a hat"] and both["query"]["rerank"] == "expand"
     sheet = tipr("search", "a red coat", "--gallery", people, "--html", tmp_path/"sheet.html", "-k", 3)
-    assert sheet.stdout.startswith("rank  score  photo") and (tmp_path/"sheet.html").read_text().count("data:image/webp") == 3
+    assert sheet.stdout.split()[:4] == ["rank", "score", "photo", "camera"] and (tmp_path/"sheet.html").read_text().count("data:image/webp") == 3
     assert ask("a red coat", "--image-weight", "0", "--like", 4)["hits"][0]["score"] == pytest.approx(max(h["score"] for h in ask("a red coat", "-k", 36)["hits"] if h["row"] != 4), abs=1e-5)
 
 
@@ -373,11 +376,10 @@ def test_search_starts_quickly_and_without_torch(nano, tmp_path):
 from tipr_nb.cli import app
 app(sys.argv[1:], standalone_mode=False)
 assert not (found := [m for m in ("torch", "torchvision", "open_clip", "transformers", "pandas", "matplotlib") if m in sys.modules]), found"""
-    def used(): return (r := resource.getrusage(resource.RUSAGE_CHILDREN)).ru_utime + r.ru_stime
-    before = used()
+    before = busy()
     out = subprocess.run([sys.executable, "-c", code, "search", "a man in a red coat", "--gallery", str(tmp_path/"g"), "-k", "3", "--where", "camera == 'c2'"], capture_output=True, text=True)
     assert out.returncode == 0 and out.stdout.count("c2") == 3, out.stderr
-    assert used() - before < 4
+    assert busy() - before < 4
 
 
 def test_the_page_from_the_command(people):

@@ -140,7 +140,7 @@ def gallery_facts(gallery:Gallery) -> str:
     for name in few_words(gallery, 12):
         column = gallery.items[name]
         n = np.bincount(column.values[column.valid] if column.valid is not None else column.values, minlength=len(column.words))
-        counts.append((name, ", ".join(f"{w} {c:,}" for w, c in zip(column.words, n))))
+        counts.append((name, ", ".join(f"{w} {c:,}" for w, c in sorted(zip(column.words, n)))))
     rows = [("people", f"{f['count']:,}"), ("files left out", f"{f['skipped']:,}"), ("copies", f"{f['duplicates']:,}"), ("model", f.get("model") or f["arch"]), ("features", f"{f['dim']} x {f['dtype']}"), ("engine", f["engine"]), ("indexed", f["updated"].replace("T", " ")), *counts]
     return "<table class='facts'>" + "".join(f"<tr><th>{html.escape(printable(k))}</th><td>{html.escape(printable(v))}</td></tr>" for k, v in rows) + "</table>"
 
@@ -160,10 +160,10 @@ def joined_filter(where:str, chosen:Mapping[str, Sequence[str]]) -> str:
 # %% ../nbs/13_app.ipynb #cell-022
 _CSS = """
 .gradio-container{max-width:1480px!important}
-#people .grid-wrap{max-height:none!important;overflow:visible}
+#people .grid-wrap{max-height:none!important;overflow:visible} #people .grid-container{grid-template-columns:repeat(auto-fill,minmax(106px,1fr))!important}
 #people .thumbnail-item{aspect-ratio:auto;height:230px}
 #note{min-height:30px} .note{margin:4px 0;color:var(--body-text-color-subdued)} .note a{margin-left:8px} .wrong{margin:4px 0;color:#c0392b!important;font-weight:600}
-table.facts{border-collapse:collapse;font-size:13px;width:100%;margin:0!important} table.facts tbody,table.facts tr,table.facts th,table.facts td{border:0!important;padding:3px 0!important;text-align:left;vertical-align:top}
+table.facts{border:0!important;border-collapse:collapse;font-size:13px;width:100%;margin:0!important} table.facts tbody,table.facts tr,table.facts th,table.facts td{border:0!important;padding:3px 0!important;text-align:left;vertical-align:top}
 table.facts th{font-weight:500!important;color:var(--body-text-color-subdued)!important;padding-right:12px!important;white-space:nowrap} table.facts td{overflow-wrap:anywhere}
 #closer{position:sticky;top:12px;align-self:flex-start} #closer .image-container img{height:300px!important;object-fit:contain}
 """
@@ -199,15 +199,20 @@ def _question_column(gr, page, lists, examples):
     out = dict(q=gr.Textbox(label="Sentence", info="several about the same person: one per line", lines=2, elem_id="q", autofocus=True), without=gr.Textbox(label="Without", placeholder="a hat", elem_id="without"))
     out["search"] = gr.Button("Search", variant="primary", elem_id="search")
     gr.Examples([[e] for e in examples], inputs=[out["q"]], label="Try", elem_id="examples")
-    for name in lists: out[f"list_{name}"] = gr.Dropdown(list(page.gallery.items[name].words), multiselect=True, label=name, elem_id=f"list_{name}")
+    for name in lists: out[f"list_{name}"] = gr.Dropdown(sorted(page.gallery.items[name].words), multiselect=True, label=name, elem_id=f"list_{name}")
     with gr.Accordion("More", open=False, elem_id="more"):
-        out["where"] = gr.Textbox(label="Filter", placeholder="camera == 'c2' and width > 40", info="columns: " + ", ".join(page.gallery.facts["columns"]), elem_id="where")
+        out["where"] = gr.Textbox(label="Filter", placeholder="camera == 'c2' and width > 40", info="columns: " + ", ".join(_own_first(page.gallery)), elem_id="where")
         out["k"] = gr.Slider(1, 60, 24, step=1, label="People")
         out["rerank"] = gr.Dropdown([("by cosine", ""), ("helped by neighbours", "neighbours"), ("expanded query", "expand")], value="", label="Ranking")
         out["picture"] = gr.Image(label="A picture of somebody like them", type="pil", height=160, sources=["upload", "clipboard"])
         out["imagine"] = gr.Checkbox(label="Imagine a picture from the sentence, and search with it too", visible=page.generator is not None)
-    out["imagined"] = gr.Image(label="Imagined", visible=False, height=200, interactive=False)
+    out["imagined"] = gr.Image(label="Imagined from the sentence", visible=False, height=230, interactive=False, buttons=[], elem_id="imagined")
     return out
+
+def _own_first(gallery):
+    "Columns for filters, the user's before those that every gallery has."
+    from tipr_nb.indexing import ITEM_TYPES
+    return sorted(gallery.facts["columns"], key=lambda c: c in ITEM_TYPES)
 
 def _closer(gr):
     "What appears on a click."
@@ -235,10 +240,11 @@ def _wire(gr, blocks, page, lists, parts, shown, closer):
         row = rows[event.index]
         person, heat, facts = page.look(row, query)
         return gr.Column(visible=True), person, heat, facts, row
-    gr.on([parts["search"].click, parts["q"].submit, parts["without"].submit, parts["where"].submit], words, inputs, outputs, api_visibility="private")
-    closer["more"].click(asked, [closer["chosen"], *[_blank(gr, n, parts) for n in names]], outputs, api_visibility="private")
-    shown["people"].select(clicked, [shown["rows"], shown["query"]], [closer["column"], closer["person"], closer["heat"], closer["facts"], closer["chosen"]], api_visibility="private")
-    blocks.load(opened, None, [*outputs, *[parts[n] for n in ("q", "without", "where", "k", "rerank")]], api_visibility="private")
+    quiet = dict(api_visibility="private", show_progress_on=[shown["people"]])   # the busy sign only where people will appear
+    gr.on([parts["search"].click, parts["q"].submit, parts["without"].submit, parts["where"].submit], words, inputs, outputs, **quiet)
+    closer["more"].click(asked, [closer["chosen"], *[_blank(gr, n, parts) for n in names]], outputs, **quiet)
+    shown["people"].select(clicked, [shown["rows"], shown["query"]], [closer["column"], closer["person"], closer["heat"], closer["facts"], closer["chosen"]], api_visibility="private", show_progress_on=[closer["heat"]])
+    blocks.load(opened, None, [*outputs, *[parts[n] for n in ("q", "without", "where", "k", "rerank")]], **quiet)
 
 def _blank(gr, name, parts):
     "More like this asks by the picture alone, under the same filter."
@@ -246,7 +252,11 @@ def _blank(gr, name, parts):
 
 def _shown(gr, answer, question):
     "An answer as the values of the page's components."
-    return [answer.tiles, answer.rows, answer.query, _note(answer, question), question.like, gr.Image(answer.imagined, visible=answer.imagined is not None), gr.Column(visible=False)]
+    return [gr.Gallery(answer.tiles, selected_index=None), answer.rows, answer.query, _note(answer, question), question.like, gr.Image(_larger(answer.imagined), visible=answer.imagined is not None), gr.Column(visible=False)]
+
+def _larger(picture, height=220):
+    "A small picture at a size that can be looked at."
+    return picture if picture is None or picture.height >= height else picture.resize((round(picture.width*height/picture.height), height), Image.Resampling.BICUBIC)
 
 def _note(answer, question=None):
     "The sentence above the people, with the link that asks again."

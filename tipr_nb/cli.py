@@ -8,7 +8,7 @@ __all__ = ['app', 'data_app', 'Out', 'Seed', 'Name', 'NameArg', 'Root', 'Shelf',
            'save_lengths', 'data_stats', 'parse_settings', 'train', 'evaluate', 'load_model', 'grid', 'index',
            'check_engine', 'best_of', 'named_function', 'search', 'search_page', 'main']
 
-# %% ../nbs/14_cli.ipynb #bfb8e11d
+# %% ../nbs/14_cli.ipynb #cell-002
 import contextlib, difflib, functools, json, sys
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Optional
@@ -17,7 +17,7 @@ import typer
 
 from .core import TiprError, os_errors
 
-# %% ../nbs/14_cli.ipynb #1c22cb19
+# %% ../nbs/14_cli.ipynb #cell-006
 def _group(text:str) -> typer.Typer:
     return typer.Typer(help=text, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True, context_settings=dict(help_option_names=["-h", "--help"], max_content_width=110))
 
@@ -25,7 +25,7 @@ app = _group("Text-to-image person retrieval: find a person by a sentence.\n\nSt
 data_app = _group("Make, examine or count a dataset.")
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/14_cli.ipynb #c0aa0d4b
+# %% ../nbs/14_cli.ipynb #cell-008
 def tell(text:str): typer.echo(text)
 def warn(text:str): typer.echo(f"tipr: {text}", err=True)
 
@@ -56,7 +56,7 @@ def _mendable(e:Exception) -> str|None:
         except OSError: return None
     return None
 
-# %% ../nbs/14_cli.ipynb #20af0db1
+# %% ../nbs/14_cli.ipynb #cell-011
 def known(name:str, names:Iterable[str], what:str) -> str:
     "The name itself, if it is one of `names`; else a `TiprError` with the nearest."
     names = list(names)
@@ -64,7 +64,7 @@ def known(name:str, names:Iterable[str], what:str) -> str:
     near = difflib.get_close_matches(name.lower(), names, 1, .4)
     raise TiprError(f"unknown {what} '{name}'" + (f"; did you mean '{near[0]}'?" if near else "") + f" Known: {', '.join(names)}")
 
-# %% ../nbs/14_cli.ipynb #23c9bc64
+# %% ../nbs/14_cli.ipynb #cell-014
 Out = Annotated[Path, typer.Option(help="Folder for what is written.")]
 Seed = Annotated[int, typer.Option(help="Seed of training and of every random choice.")]
 
@@ -82,7 +82,7 @@ def demo(quick: Annotated[bool, typer.Option("--quick", help="A small copy of th
     page = run_demo(out, Plan(**QUICK, seed=seed) if quick else Plan(seed=seed), say=tell)
     tell(f"\nnumbers: {out/'metrics.json'}\npage:    {page}   <- open this in a browser")
 
-# %% ../nbs/14_cli.ipynb #51abea1c
+# %% ../nbs/14_cli.ipynb #cell-016
 Name = Annotated[str, typer.Option("--data", help="synth-pedes, cuhk-pedes, icfg-pedes, rstpreid, ufine6926, or folder (your own pictures with a CSV or JSONL).")]
 NameArg = Annotated[str, typer.Argument(metavar="NAME", help="synth-pedes, cuhk-pedes, icfg-pedes, rstpreid, ufine6926, or folder (your own pictures with a CSV or JSONL).")]
 Root = Annotated[Optional[Path], typer.Option(help="Where the dataset lies: the folder with its annotation file, or its parent. Not needed for synth-pedes.")]
@@ -102,7 +102,7 @@ def check_place(name:str, root:Path|None, names:Iterable[str]):
     if root is None and not name.startswith("synth-pedes"): raise TiprError(f"{name}: say where it lies with --root FOLDER (the documentation has a page on how to get it)")
     if root is not None and not root.exists(): raise TiprError(f"{root}: no such folder; check --root")
 
-# %% ../nbs/14_cli.ipynb #9b1fb1c6
+# %% ../nbs/14_cli.ipynb #cell-017
 @command(data_app, "synth")
 def data_synth(root: Annotated[Optional[Path], typer.Option(help="Folder to write; the cache when left out.")]=None,
                ids: Annotated[Optional[int], typer.Option(help="Total of identities, for a smaller set than the benchmark's.")]=None,
@@ -142,7 +142,7 @@ def parse_size(text:str) -> tuple[int, int]: # height, width
     except ValueError: raise TiprError(f"--size {text}: write height x width, such as 96x32") from None
     return h, w
 
-# %% ../nbs/14_cli.ipynb #eb632cae
+# %% ../nbs/14_cli.ipynb #cell-018
 @command(data_app, "check")
 def data_check(name: NameArg, root: Root=None,
                fast: Annotated[bool, typer.Option("--fast", help="Look at image headers only, do not decode every image.")]=False,
@@ -161,7 +161,7 @@ def data_check(name: NameArg, root: Root=None,
     if plot: save_lengths(report.lengths, plot)
     if not report.usable: raise TiprError(f"{name}: not usable: {report.remedy}")
 
-# %% ../nbs/14_cli.ipynb #5ad277c9
+# %% ../nbs/14_cli.ipynb #cell-019
 def length_bars(lengths:dict # split -> tokens per caption
                , limit:int=77, width:int=48) -> str:
     "Caption lengths as a plot made of letters, for a terminal."
@@ -182,7 +182,7 @@ def save_lengths(lengths:dict, path:Path):
     with atomic_path(path) as tmp: tmp.write_bytes(figure.png(160))
     tell(f"plot: {path}")
 
-# %% ../nbs/14_cli.ipynb #47e2c05b
+# %% ../nbs/14_cli.ipynb #cell-021
 @command(data_app, "stats")
 def data_stats(name: NameArg, root: Root=None):
     """Count identities, images and captions of each split.
@@ -192,7 +192,7 @@ def data_stats(name: NameArg, root: Root=None):
     data = open_dataset(name, root)
     tell(f"{data.name}\n{data.summary().to_string()}" + "".join(f"\nnote: {n}" for n in data.notes))
 
-# %% ../nbs/14_cli.ipynb #b3df9174
+# %% ../nbs/14_cli.ipynb #cell-024
 def parse_settings(settings:Iterable[str] # such as ["epochs=3", "SDM.weight=2"]
                   , recipe): # the `training.Recipe` to change
     "The recipe with `key=value` settings applied."
@@ -213,7 +213,7 @@ def _inside(recipe, first:str, rest:str, value) -> dict[str, Any]:
     if first not in names: raise TiprError(f"--set {first}.{rest}: recipe {recipe.name} has no objective or dictionary '{first}'; its objectives are {', '.join(names)}")
     return {"objectives": [(n, kw | {rest: value} if n == first else kw) for n, kw in recipe.objectives]}
 
-# %% ../nbs/14_cli.ipynb #f1e37125
+# %% ../nbs/14_cli.ipynb #cell-026
 @command(app)
 def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (clip, sdm-id, tal, ...; with -tiny for the embedded benchmark) or a JSON file.")],
           data: Name="synth-pedes", root: Root=None,
@@ -242,7 +242,7 @@ def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe
     best = "  ".join(f"{k} {run.best[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP") if k in run.best)
     tell(f"{run.status} after {run.train_seconds:.0f} s of training" + (f"; best on val at step {run.best['step']}: {best}" if best else "") + f"\nweights: {folder/'best'}\nnext:    tipr evaluate {folder/'best'} --data {data}" + (f" --root {root}" if root else ""))
 
-# %% ../nbs/14_cli.ipynb #9fe3b1c2
+# %% ../nbs/14_cli.ipynb #cell-028
 @command(app)
 def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run's folder or its best/, a folder of save_pretrained, the name of shipped weights, or a hub id.")],
              data: Name="synth-pedes", root: Root=None,
@@ -276,7 +276,7 @@ def load_model(checkpoint:str):
     path = Path(checkpoint).expanduser()
     return PersonCLIP.from_pretrained(str(path/"best" if (path/"best").is_dir() else path) if path.exists() else checkpoint)
 
-# %% ../nbs/14_cli.ipynb #8634fbd1
+# %% ../nbs/14_cli.ipynb #cell-030
 @command(app)
 def grid(file: Annotated[Path, typer.Argument(metavar="FILE", help="The grid: a TOML or JSON file of rows and seeds.")],
          out: Annotated[Optional[Path], typer.Option(help="Table to extend; beside FILE, as .csv, when left out.")]=None,
@@ -292,7 +292,7 @@ def grid(file: Annotated[Path, typer.Argument(metavar="FILE", help="The grid: a 
     if not file.is_file(): raise TiprError(f"{file}: no such file; a grid is a TOML or JSON file of rows and seeds")
     tell(run_grid(file, out, runs, device=device).to_string())
 
-# %% ../nbs/14_cli.ipynb #40963b47
+# %% ../nbs/14_cli.ipynb #cell-032
 Shelf = Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]
 Weights = Annotated[Optional[str], typer.Option(help="A trained model: a run's folder, a folder of weights, the name of shipped weights, or a hub id. The gallery's own when left out, or the shipped one for a new gallery.")]
 
@@ -316,7 +316,7 @@ def index(photos: Annotated[list[str], typer.Argument(metavar="PATH", help="Fold
           add: Annotated[bool, typer.Option("--add", help="Keep people whose photos are not under PATH; without it they leave the gallery.")]=False,
           rebuild: Annotated[bool, typer.Option("--rebuild", help="Start anew, e.g. with another model.")]=False,
           wait: Annotated[float, typer.Option(min=0., help="Seconds to wait for another indexer of this gallery.")]=0.,
-          skipped: Annotated[bool, typer.Option("--skipped", help="List every file that was skipped, not only the first five.")]=False,
+          skipped: Annotated[bool, typer.Option("--skipped", help="List every file that was skipped, not only the first few.")]=False,
           as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]=False):
     """Make photos searchable, or bring a gallery up to date.
 
@@ -331,10 +331,10 @@ def index(photos: Annotated[list[str], typer.Argument(metavar="PATH", help="Fold
     built = Gallery.build(photos, best_of(model), gallery, boxes=boxes, metadata=metadata, pattern=pattern, detector=named_function(detector), engine=engine, engine_options=options, add=add, rebuild=rebuild, batch_size=batch_size, wait=wait, **more)
     built.close()
     if as_json: return tell(json.dumps(built.report.__dict__ | dict(gallery=str(gallery)), ensure_ascii=False))
-    few = built.report.skipped[:None if skipped else 5]
+    few = built.report.skipped[1:None if skipped else 6]   # the report's own lines name the first
     tell("\n".join([*built.report.lines(), *(f"  skipped {path}: {why}" for path, why in few), f"{built!r}", f'next: tipr search "a woman in a red coat" --gallery {gallery}']))
 
-# %% ../nbs/14_cli.ipynb #0eff5a41
+# %% ../nbs/14_cli.ipynb #cell-033
 def check_engine(engine:str|None, options:dict) -> str|None:
     "The engine that options go with; `none` as a quantiser becomes None."
     if engine: known(engine, ("exact", "flat", "ivf", "hnsw", "milvus"), "engine")
@@ -364,7 +364,7 @@ def named_function(name:str|None # such as "mydetector:people"
     with contextlib.suppress(AttributeError, TypeError): found.name = name   # a gallery remembers its detector by name
     return found
 
-# %% ../nbs/14_cli.ipynb #ba166290
+# %% ../nbs/14_cli.ipynb #cell-036
 @command(app)
 def search(text: Annotated[Optional[list[str]], typer.Argument(metavar="SENTENCE", help="What the person looks like; several sentences about the same person are combined.")]=None,
            gallery: Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]=...,
@@ -401,7 +401,7 @@ def search(text: Annotated[Optional[list[str]], typer.Argument(metavar="SENTENCE
     tell(hits.table())
     if page: tell(f"contact sheet: {page}")
 
-# %% ../nbs/14_cli.ipynb #8902b542
+# %% ../nbs/14_cli.ipynb #cell-038
 @command(app, "app")
 def search_page(gallery: Shelf,
                 port: Annotated[int, typer.Option(help="Port to listen on.")]=7860,
@@ -426,7 +426,7 @@ def search_page(gallery: Shelf,
     tell(f"{shelf!r}\n{address}   <- open this in a browser; Ctrl-C ends it")
     blocks.block_thread()
 
-# %% ../nbs/14_cli.ipynb #8ab50d36
+# %% ../nbs/14_cli.ipynb #cell-040
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")]=False):
     if version:
@@ -441,6 +441,6 @@ def main():
     "What the `tipr` command runs."
     app(prog_name="tipr")
 
-# %% ../nbs/14_cli.ipynb #ad5ad4c8
+# %% ../nbs/14_cli.ipynb #cell-041
 #| eval: false
 if __name__ == "__main__": main()
