@@ -1,18 +1,18 @@
 """Search at scale against the bare libraries in the same run: latency, recall, filters, opening, indexing throughput, cold starts.
 
-    python -m benchmarks.search                         # a million features (about five minutes on two cores, 6 GB)
-    python -m benchmarks.search --rows 100000 --only vectors,indexing,cold
+    python -m benchmarks.search                         # a million features (about five minutes on two free cores, 6 GB)
+    python -m benchmarks.search --only cold,indexing    # these rows anew, the others of results/search.json stay
+    python -m benchmarks.search --rows 100000           # a try; written to results/search-partial.json
 """
 from __future__ import annotations
 
-import argparse, json, os, shutil, subprocess, sys, tempfile, time
+import argparse, os, resource, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from benchmarks.common import free_memory_gb, interleave, machine, medians, peak_memory, seconds, set_threads, show, write_result
-from tipr_nb.core import TiprError
+from benchmarks.common import free_memory_gb, interleave, medians, peak_memory, seconds, set_threads, show, write_result
 from tipr_nb.engines import ExactEngine, overlap
 from tipr_nb.indexing import import_features, index_photos
 from tipr_nb.photos import find_photos
@@ -41,14 +41,17 @@ def queries_near(x: np.ndarray, n: int, seed: int = 1, noise: float = .3) -> np.
     return (q/np.linalg.norm(q, axis=1, keepdims=True)).astype(np.float32)[rng.permutation(n)]
 
 
-def one_by_one(search, queries) -> tuple[float, np.ndarray]:
-    "Median milliseconds of a query asked alone, and the rows found."
-    times, rows = [], []
-    for q in queries:
-        start = time.perf_counter()
-        rows.append(search(q[None]))
-        times.append(time.perf_counter() - start)
-    return 1000*median(times), np.concatenate(rows)
+def one_by_one(cases: dict, queries, repeats: int = 1) -> dict[str, tuple[float, np.ndarray]]:
+    "Median milliseconds of a query asked alone, and the rows found; the cases take turns at every query."
+    times, rows = {k: [] for k in cases}, {k: [] for k in cases}
+    for r in range(repeats):
+        for q in queries:
+            for k, search in cases.items():
+                start = time.perf_counter()
+                found = search(q[None])
+                times[k].append(time.perf_counter() - start)
+                if not r: rows[k].append(found)
+    return {k: (1000*median(times[k]), np.concatenate(rows[k])) for k in cases}
 
 
 def bare_faiss(x: np.ndarray, nlist: int):
@@ -91,14 +94,11 @@ def vectors(home: Path, n: int, d: int, n_queries: int, repeats: int) -> list[di
         params = faiss.SearchParametersIVF(nprobe=nprobe)
         if overlap(bare.search(q, 10, params=params)[1], truth) >= TARGET: break
     engine = gallery.engine("ivf")
-    ivf = {f"bare FAISS, nprobe {nprobe}": lambda v: bare.search(v, 10, params=params)[1], f"engine, nprobe {engine.effort}": lambda v: engine.search(v, 10)[1],
-           "Gallery, hits with paths and columns": lambda v: np.array([[h.row for h in gallery.hits(*engine.search(v, 10)[::-1][:1])[:10]]]) if False else np.array([[h.row for h in gallery.hits(engine.search(v, 10)[1][0])]])}
-    found, times = {}, {k: [] for k in ivf}
-    for _ in range(repeats):
-        for k, f in ivf.items():
-            t, found[k] = one_by_one(f, q)
-            times[k].append(t)
-    rows += [dict(what=f"query, {k}", ms=median(times[k]), recall=overlap(found[k], truth)) for k in ivf]
+    same = faiss.SearchParametersIVF(nprobe=engine.effort)
+    ivf = {"bare FAISS at the target": lambda v: bare.search(v, 10, params=params)[1], "bare FAISS at the engine's effort": lambda v: bare.search(v, 10, params=same)[1], "engine": lambda v: engine.search(v, 10)[1],
+           "Gallery, hits with paths and columns": lambda v: np.array([[h.row for h in gallery.hits(engine.search(v, 10)[1][0])]])}
+    effort = {"bare FAISS at the target": nprobe}
+    rows += [dict(what=f"query, {k}", ms=t, recall=overlap(found, truth), effort=effort.get(k, engine.effort)) for k, (t, found) in one_by_one(ivf, q, repeats).items()]
 
     def product(v):
         s = x @ v[0]
@@ -106,23 +106,16 @@ def vectors(home: Path, n: int, d: int, n_queries: int, repeats: int) -> list[di
         return top[np.argsort(-s[top])][None]
     exact, few = ExactEngine(gallery.features), q[:max(5, n_queries//20)]
     both = {"bare product and top 10": product, "exact engine": lambda v: exact.search(v, 10)[1]}
-    times = {k: [] for k in both}
-    for _ in range(repeats):
-        for k, f in both.items():
-            t, found[k] = one_by_one(f, few)
-            times[k].append(t)
-    rows += [dict(what=f"exact, {k}", ms=median(times[k]), recall=overlap(found[k], truth[:len(few)])) for k in both]
+    rows += [dict(what=f"exact, {k}", ms=t, recall=overlap(found, truth[:len(few)])) for k, (t, found) in one_by_one(both, few, repeats).items()]
 
     for where in ("camera == 'c7'", "camera == 'c7' and day < 180", "day < 36", "day < 180"):
         mask = gallery.where(where).mask
         true_rows = exact.search(few, 10, gallery.where(where))[1]
-        first = []
-        for name in ("ivf", "exact"):
-            def ask(v):
-                gallery._selections.clear()          # the filter is decided anew each time
-                return gallery.engine(name).search(v, 10, gallery.where(where))[1]
-            t, rows_found = one_by_one(ask, few)
-            rows.append(dict(what=f"filter {where} ({mask.mean():.1%}), {name}", ms=t, recall=overlap(rows_found, true_rows)))
+        def ask(v, name):
+            gallery._selections.clear()          # the filter is decided anew each time
+            return gallery.engine(name).search(v, 10, gallery.where(where))[1]
+        answers = one_by_one({name: lambda v, name=name: ask(v, name) for name in ("ivf", "exact")}, few)
+        rows += [dict(what=f"filter {where} ({mask.mean():.1%}), {name}", ms=t, recall=overlap(found, true_rows)) for name, (t, found) in answers.items()]
 
     code = "import sys, time; import numpy as np; from tipr_nb.search import Gallery; t = time.perf_counter(); g = Gallery(sys.argv[1]); o = time.perf_counter(); e = g.engine('ivf'); p = time.perf_counter(); e.search(np.eye(1, g.features.shape[1], dtype=np.float32), 10); print(o - t, p - o, time.perf_counter() - p)"
     opened = [list(map(float, subprocess.run([sys.executable, "-c", code, str(home/"gallery")], capture_output=True, text=True, check=True).stdout.split())) for _ in range(repeats)]
@@ -178,14 +171,26 @@ def cold(home: Path, n: int, repeats: int) -> list[dict]:
     export_text_tower(model, home/"g"/"text", facts["fingerprint"])
     from tipr_nb.core import write_json
     write_json(home/"g"/"gallery.json", facts | dict(engine="exact", text_tower=True))
-    command = [sys.executable, "-m", "tipr_nb.cli"] if False else [sys.executable, "-c", "import sys; from tipr_nb.search import Gallery; print(Gallery(sys.argv[1]).search('a man in a red coat with a backpack', 10, where=\"camera == 'c2'\").table())"]
-    whole = [seconds(lambda: subprocess.run([*command, str(home/"g")], check=True, capture_output=True)) for _ in range(repeats)]
+    ask = [sys.executable, "-m", "tipr_nb.cli", "search", "a man in a red coat with a backpack", "--gallery", str(home/"g"), "--where", "camera == 'c2'"]
+    commands = {"tipr search": ask, "bare import of torch and open_clip": [sys.executable, "-c", "from tipr_nb.core import ensure_torchvision; ensure_torchvision(); import torch, open_clip"]}
+    times, cpu = {k: [] for k in commands}, {k: [] for k in commands}
+    for _ in range(repeats):
+        for k, command in commands.items():
+            before = _busy()
+            times[k].append(seconds(lambda: subprocess.run(command, check=True, capture_output=True)))
+            cpu[k].append(_busy() - before)
     gallery, warm = Gallery(home/"g"), []
     for i in range(200):
         start = time.perf_counter()
         gallery.search(f"a person in a red coat, number {i}", 10, where="camera == 'c2'")
         warm.append(time.perf_counter() - start)
-    return [dict(what=f"sentence to {n:,} people, cold process", seconds=median(whole)), dict(what=f"sentence to {n:,} people, running process", ms=1000*median(warm))]
+    return [*(dict(what=f"cold process: {k}", people=n, seconds=median(times[k]), cpu_seconds=median(cpu[k])) for k in commands), dict(what="running process: sentence to hits", people=n, ms=1000*median(warm))]
+
+
+def _busy() -> float:
+    "Processor seconds of finished child processes."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main():
@@ -212,8 +217,10 @@ def main():
             if name == "vectors": rows += vectors(home, args.rows, args.dims, args.queries, args.repeats)
             if name == "indexing": rows += indexing(home, args.pictures, args.repeats)
             if name == "cold": rows += cold(home, 10_000, max(3, args.repeats))
+            rows = [r if "load" in r else r | dict(load=round(os.getloadavg()[0], 1)) for r in rows]     # how busy the machine was
+            if args.rows == parser.get_default("rows"): write_result("search", rows, key="what")
     show(rows, "search")
-    print(write_result("search" if args.rows == parser.get_default("rows") and args.only == parser.get_default("only") else "search-partial", rows))
+    print(write_result("search" if args.rows == parser.get_default("rows") else "search-partial", rows, key="what"))
 
 
 if __name__ == "__main__": main()

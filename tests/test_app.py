@@ -29,7 +29,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("question", [Question(), Question("a man & a woman\nin red", "a hat", "camera == 'c2'", 7, 12, "expand"), Question("漢字 é “quotes”", where="note == '#?&'")])
+@pytest.mark.parametrize("question", [Question(), Question("a man & a woman\nin red", "a hat", "camera == 'c2'", 7, 12, "expand", 1), Question("漢字 é “quotes”", where="note == '#?&'")])
 def test_questions_survive_the_address(question):
     params = {k: v[0] for k, v in urllib.parse.parse_qs(question.link()[1:], keep_blank_values=True).items()}
     assert Question.of(params) == question
@@ -47,9 +47,20 @@ def test_answers(gallery):
     like = page.ask(Question(like=answer.rows[0], k=5))
     assert answer.rows[0] not in like.rows and "most like the one you picked" in like.note
     by_picture = page.ask(Question(k=3), picture=figure("green", "white"))
+    assert answer.linked and not by_picture.linked     # no address holds an uploaded picture
     assert gallery.hits(by_picture.rows[:1])[0].path.name == "green-white-0.png"
     person, heat, facts = page.look(answer.rows[0], answer.query)
     assert person.height >= 256 and heat.size[1] >= 192 and "red-blue-0.png" in facts and "1.000" in facts
+
+
+def test_an_imagined_picture(gallery):
+    class Imagines:
+        def generate(self, texts): return [figure("green", "yellow") for _ in texts]
+    page = Page(gallery, Imagines())
+    with_it, without = page.ask(Question("somebody", k=3, imagine=1), weight=.9), page.ask(Question("somebody", k=3))
+    assert with_it.imagined.size == (48, 96) and without.imagined is None and "imagine=1" in Question("x", imagine=1).link()
+    assert gallery.hits(with_it.rows[:1])[0].path.name == "green-yellow-0.png" and with_it.query @ gallery.features[with_it.rows[0]] == pytest.approx(float(with_it.tiles[0][1].split()[0]), abs=1e-3)
+    assert page.ask(Question(like=3, imagine=1)).imagined is None and Page(gallery).ask(Question("x", imagine=1)).imagined is None
 
 
 @pytest.mark.parametrize("question,note", [(Question(), "Type a sentence"), (Question("x", where="camera = 1"), "filter"), (Question(like=10**6), "rows 0 to 35"), (Question("x", where="camera == 'c9'"), "Nobody found"), (Question("x", rerank="magic"), "neighbours or expand")])

@@ -29,6 +29,7 @@ class Question:
     like: int = -1      # row of the gallery to resemble; -1: none
     k: int = 24         # people wanted
     rerank: str = ""    # neighbours, expand or nothing
+    imagine: int = 0    # 1: search with an imagined picture too
     def link(self) -> str:
         "The part of an address after the page's own."
         return "?" + urlencode({k: v for k, v in vars(self).items() if v != getattr(Question, k)})
@@ -36,7 +37,7 @@ class Question:
     def of(cls, params:Mapping[str, str]) -> "Question":
         "From an address's parameters; what is no number where one belongs is left out."
         out = cls(**{k: str(params[k])[:2000] for k in ("q", "without", "where", "rerank") if k in params})
-        for k, low, high in (("like", -1, 2**31), ("k", 1, 200)):
+        for k, low, high in (("like", -1, 2**31), ("k", 1, 200), ("imagine", 0, 1)):
             try: setattr(out, k, min(max(int(params[k]), low), high))
             except (KeyError, ValueError, TypeError): pass
         return out
@@ -75,25 +76,26 @@ class Answer:
     note: str = ""                   # a sentence under the question
     wrong: bool = False              # the note is about a failure
     imagined: Image.Image|None = None
+    linked: bool = True              # an address can ask the same again; not so with an uploaded picture
 
 class Page:
     "The gallery behind the page, and its answers."
     def __init__(self, gallery:Gallery, generator:Any=None # imagines a picture from a sentence
                 , thumbnail:int=256 # height in pixels
                 ): self.gallery, self.generator, self.thumbnail = gallery, generator, thumbnail
-    def ask(self, question:Question, picture:Image.Image|None=None, imagine:bool=False, weight:float=.3) -> Answer:
+    def ask(self, question:Question, picture:Image.Image|None=None, weight:float=.3) -> Answer:
         "Search, and say in words what came of it."
-        return self._safely(self._ask, question, picture, imagine, weight)
-    def _ask(self, question, picture, imagine, weight):
+        return self._safely(self._ask, question, picture, weight)
+    def _ask(self, question, picture, weight):
         texts, absent = (_lines(t) for t in (question.q, question.without))
         pictures = ([question.like] if question.like >= 0 else []) + ([picture] if picture is not None else [])
         if not texts and not pictures: return Answer(note="Type a sentence about the person you are looking for.")
-        generator = self.generator if imagine else None
+        generator = self.generator if question.imagine and texts else None
         hits = self.gallery.search(texts or None, question.k, image=pictures or None, without=absent or None, where=question.where, rerank=question.rerank or None, generator=generator, weight=weight)
         took = f"{1000*sum(hits.seconds.values()):.0f} ms"
         order = "best first" if texts else "most like the one you picked first" if question.like >= 0 else "most like your picture first"
         note = f"{len(hits)} of {len(self.gallery):,} people, {order}, {took}." if hits else "Nobody found. " + ("The filter lets nobody through." if question.where else "")
-        return Answer([(self.tile(h), tile_words(h)) for h in hits], [h.row for h in hits], hits.vector, note, imagined=hits.imagined[0] if hits.imagined else None)
+        return Answer([(self.tile(h), tile_words(h)) for h in hits], [h.row for h in hits], hits.vector, note, imagined=hits.imagined[0] if hits.imagined else None, linked=picture is None)
     def tile(self, hit:Hit) -> Image.Image:
         "A thumbnail, or a grey card where the photo is gone."
         try: picture = hit.picture()
@@ -229,13 +231,13 @@ def _wire(gr, blocks, page, lists, parts, shown, closer):
     names = ["q", "without", "where", "k", "rerank", "picture", "imagine", *[f"list_{n}" for n in lists]]
     inputs, outputs = [parts[n] for n in names], [shown["people"], shown["rows"], shown["query"], shown["note"], shown["like"], parts["imagined"], closer["column"]]
     def asked(like, q, without, where, k, rerank, picture, imagine, *chosen):
-        question = Question(q or "", without or "", joined_filter(where, dict(zip(lists, chosen))), int(like), int(k), rerank or "")
-        return _shown(gr, page.ask(question, picture, imagine), question)
+        question = Question(q or "", without or "", joined_filter(where, dict(zip(lists, chosen))), int(like), int(k), rerank or "", int(bool(imagine)))
+        return _shown(gr, page.ask(question, picture), question)
     def words(*values): return asked(-1, *values)
     def opened(request:gr.Request):
         question = Question.of(dict(request.query_params))
-        if question == Question(): return [gr.skip()]*(len(outputs) + 5)
-        return [*_shown(gr, page.ask(question), question), question.q, question.without, question.where, question.k, question.rerank if question.rerank in ("neighbours", "expand") else ""]
+        if question == Question(): return [gr.skip()]*(len(outputs) + 6)
+        return [*_shown(gr, page.ask(question), question), question.q, question.without, question.where, question.k, question.rerank if question.rerank in ("neighbours", "expand") else "", bool(question.imagine)]
     def clicked(event:gr.SelectData, rows, query):
         row = rows[event.index]
         person, heat, facts = page.look(row, query)
@@ -244,7 +246,7 @@ def _wire(gr, blocks, page, lists, parts, shown, closer):
     gr.on([parts["search"].click, parts["q"].submit, parts["without"].submit, parts["where"].submit], words, inputs, outputs, **quiet)
     closer["more"].click(asked, [closer["chosen"], *[_blank(gr, n, parts) for n in names]], outputs, **quiet)
     shown["people"].select(clicked, [shown["rows"], shown["query"]], [closer["column"], closer["person"], closer["heat"], closer["facts"], closer["chosen"]], api_visibility="private", show_progress_on=[closer["heat"]])
-    blocks.load(opened, None, [*outputs, *[parts[n] for n in ("q", "without", "where", "k", "rerank")]], **quiet)
+    blocks.load(opened, None, [*outputs, *[parts[n] for n in ("q", "without", "where", "k", "rerank", "imagine")]], **quiet)
 
 def _blank(gr, name, parts):
     "More like this asks by the picture alone, under the same filter."
@@ -260,7 +262,7 @@ def _larger(picture, height=220):
 
 def _note(answer, question=None):
     "The sentence above the people, with the link that asks again."
-    link = f'<a href="{html.escape(question.link())}">link to this question</a>' if answer.rows else ""
+    link = f'<a href="{html.escape(question.link())}">link to this question</a>' if answer.rows and answer.linked else ""
     return f'<p class="{"wrong" if answer.wrong else "note"}">{html.escape(answer.note)}{link}</p>'
 
 # %% ../nbs/13_app.ipynb #cell-027
