@@ -12,7 +12,8 @@ def visible(cell) -> bool: return not re.search(r"^#\|\s*(hide|exporti?|default_
 
 
 def prepare(nb):
-    "Drop hidden cells, directives and pictures in outputs (a README shows files, not data)."
+    "Drop hidden cells and directives."
+    nb.metadata["language_info"] = {"name": "python"}
     nb.cells = [c for c in nb.cells if c.cell_type != "raw" and (c.cell_type == "markdown" or visible(c))]
     for c in nb.cells:
         if c.cell_type != "code": continue
@@ -49,17 +50,27 @@ def indented_to_fence(text: str) -> str:
     return re.sub(r"(?:(?<=\n\n)|\A)(?: {4}.*\n)+(?:\n(?: {4}.*\n)+)*", fence, text)
 
 
-def readme() -> str:
+def readme() -> tuple[str, dict[str, bytes]]:
+    "The text, and the pictures among the outputs (a README shows files, not data), named in order."
     nb = prepare(nbformat.read(ROOT / "nbs/index.ipynb", as_version=4))
-    text, _ = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
+    text, resources = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
+    pictures = {}
+    for n, (old, data) in enumerate(resources.get("outputs", {}).items(), 1):
+        new = f"images/index-{n}{Path(old).suffix}"
+        text, pictures[new] = text.replace(f"![png]({old})", f"![what the cell above shows]({new})"), data
+    text = re.sub(r"^[ \t]+$", "", text, flags=re.M)
     text = from_root(tag_fences(indented_to_fence(text)))
-    return "<!-- made from nbs/index.ipynb by `make readme`: edit that -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return "<!-- made from nbs/index.ipynb by `make readme`: edit that -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", pictures
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    new, path = readme(), ROOT / "README.md"
+    (new, pictures), path = readme(), ROOT / "README.md"
+    files = {ROOT / "nbs" / name: data for name, data in pictures.items()}
     if parser.parse_args().check:
-        if not path.exists() or path.read_text() != new: sys.exit("README.md is out of step with nbs/index.ipynb; run `make readme`")
-    else: path.write_text(new)
+        if not path.exists() or path.read_text() != new or any(not f.exists() or f.read_bytes() != data for f, data in files.items()):
+            sys.exit("README.md is out of step with nbs/index.ipynb; run `make readme`")
+    else:
+        path.write_text(new)
+        for f, data in files.items(): f.write_bytes(data)
