@@ -12,6 +12,7 @@ _HOMES = {
     "evaluation": ["rank_metrics", "evaluate", "compare", "Metrics"],
     "training": ["Recipe", "RECIPES", "train", "run_grid"],
     "search": ["Gallery"],
+    "interop": ["load_peer"],
 }
 _LAZY = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_LAZY)

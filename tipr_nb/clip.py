@@ -233,7 +233,7 @@ def write_safetensors(file:str|Path, state:dict[str, Tensor]):
         try: save_file(own, tmp, metadata={"format": "pt"})
         except SafetensorError as e:
             code = re.search(r"os error (\d+)", str(e))
-            raise OSError(int(code[1]), str(e)) if code else e
+            raise (OSError(int(code[1]), str(e)) if code else e) from None
 
 def load_strict(module:nn.Module, state:dict[str, Tensor], file:str|Path, arch:str):
     "Load `state` into `module`, or say in one line which tensor does not fit."

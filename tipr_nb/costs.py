@@ -46,7 +46,7 @@ def saved_bytes(encoder:PersonCLIP, n:int, tokens:int, precision:str) -> int:
         return t
     alive, (images, ids) = [], one_pair(encoder, n, tokens)     # `alive`: no address is used twice
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
-        out = encoder.image_features(images), encoder.text_features(ids)
+        _ = encoder.image_features(images), encoder.text_features(ids)
     return sum(seen.values())
 
 def pair_bytes(encoder:PersonCLIP, tokens:int=40, precision:str="bf16") -> float: # bytes

@@ -238,7 +238,7 @@ def grid_rows(model:PersonCLIP, dataset:PersonDataset, splits:Sequence[str], by:
         known_name(name, dataset.splits, "split")
         split, start = dataset.splits[name], time.perf_counter()
         m = evaluate(model, split, breakdown=[c for c in by if c in split.caption_columns], n_boot=0, **kwargs)
-        told = lambda x, **more: dict(split=name, **more) | {k: round(float(x[k]), 4) for k in METRICS} | dict(n_queries=int(x["queries"]))
+        told = lambda x, name=name, **more: dict(split=name, **more) | {k: round(float(x[k]), 4) for k in METRICS} | dict(n_queries=int(x["queries"]))
         rows.append(told(vars(m) | {"queries": m.n_queries}, captions="all") | dict(eval_seconds=round(time.perf_counter() - start, 2)))
         for column, table in m.by.items():
             for value, x in table.iterrows(): (rows if column == "kind" else fine).append(told(x, captions=value) if column == "kind" else told(x, column=column, value=value))

@@ -1,0 +1,57 @@
+"""nbs/llms.txt, a map of the notebooks for language models, from their titles and first lines: `python scripts/make_llms.py`, or `--check` to fail when it is out of step."""
+import argparse, configparser, json, re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = {".": "The library, in reading order", "tutorials": "Tutorials", "papers": "The papers, each told end to end", "datasets": "The real datasets"}
+
+
+def address(root: Path) -> str:
+    "Where the site is, with a slash at its end; nothing while nobody has published it (links are then relative)."
+    config = configparser.ConfigParser()
+    config.read(root / "settings.ini")
+    host, base = (config["DEFAULT"].get(k, "").strip() for k in ("doc_host", "doc_baseurl"))
+    return f"{host.rstrip('/')}/{base.strip('/')}".rstrip("/") + "/" if host else ""
+
+
+def title(path: Path) -> tuple[str, str]:
+    "A notebook's title and its one line."
+    for c in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if c["cell_type"] != "markdown": continue
+        lines = "".join(c["source"]).strip().splitlines()
+        if lines and lines[0].startswith("# "):
+            return lines[0][2:].strip(), " ".join(" ".join(line.lstrip("> ").strip() for line in lines[1:] if line.startswith(">")).split())
+        break
+    return path.stem, ""
+
+
+def notebooks(root: Path) -> list[Path]:
+    nbs = root / "nbs"
+    return [p for p in sorted(nbs.rglob("*.ipynb")) if not any(q.startswith((".", "_")) for q in p.relative_to(nbs).parts)]
+
+
+def llms(root: Path = ROOT) -> str:
+    home, nbs = address(root), root / "nbs"
+    config = configparser.ConfigParser()
+    config.read(root / "settings.ini")
+    out = [f"# {config['DEFAULT']['title']}", "", f"> {config['DEFAULT']['description']}.", "",
+           "Every page is a notebook that is also the source of a module of the Python package `tipr_nb`; a notebook imports only those before it. Pages show code, its output, and what goes wrong with bad input.", ""]
+    for folder, heading in SECTIONS.items():
+        found = [p for p in notebooks(root) if str(p.parent.relative_to(nbs)) == folder]
+        if not found: continue
+        out += [f"## {heading}", ""]
+        for p in found:
+            name, line = title(p)
+            link = home + str(p.relative_to(nbs).with_suffix(".html"))
+            out.append(f"- [{name}]({link})" + (f": {re.sub(r'[*`]', '', line)}" if line else ""))
+        out.append("")
+    return "\n".join(out).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    new, path = llms(), ROOT / "nbs/llms.txt"
+    if parser.parse_args().check:
+        if not path.exists() or path.read_text(encoding="utf-8") != new: sys.exit("nbs/llms.txt is out of step with the notebooks' titles; run `make readme`")
+    else: path.write_text(new, encoding="utf-8")

@@ -1,0 +1,132 @@
+"""The site's sources: no dead link, nothing of one machine in an output, a map and a citation in step, the address filled in and taken out again."""
+import configparser, json, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "nbs").is_dir(), reason="needs the repository, not an installed package")
+
+
+def notebooks() -> list[Path]: return [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(q.startswith((".", "_")) for q in p.relative_to(ROOT / "nbs").parts)]
+
+
+TO_SPLIT = {"00a_people.ipynb", "00b_drawing.ipynb", "01_synth.ipynb", "05_tir.ipynb", "07_pruning.ipynb", "10b_engines.ipynb", "11_search.ipynb"}  # over 70 cells for now; this list only shrinks
+
+
+def cells(path: Path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def slug(heading: str) -> str:
+    "The anchor that Pandoc makes of a heading."
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", lambda m: m[1] or "", heading)
+    text = re.sub(r"[^\w\s.-]", "", text).strip().lower()
+    return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", text))
+
+
+def anchors(path: Path) -> set[str]: return {slug(m[1]) for c in cells(path) if c["cell_type"] == "markdown" for m in re.finditer(r"(?m)^#{1,6} (.+?)(?: \{[^}]*\})?$", "".join(c["source"]))}
+
+
+def links(path: Path):
+    "Targets of links and pictures in the prose, code fences left out."
+    for c in cells(path):
+        if c["cell_type"] != "markdown": continue
+        text = re.sub(r"```.*?```|`[^`\n]*`|\$[^$\n]+\$", "", "".join(c["source"]), flags=re.S)
+        yield from re.findall(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)", text)
+        yield from re.findall(r"""(?:src|href)=["']([^"']+)["']""", text)
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_links_lead_somewhere(path):
+    dead = []
+    for link in links(path):
+        if re.match(r"(https?|mailto|attachment):", link): continue
+        target, _, anchor = link.partition("#")
+        there = (path.parent / target).resolve() if target else path
+        if target and there.suffix == ".html" and not there.exists(): there = there.with_suffix(".ipynb")
+        if not there.exists(): dead.append(link)
+        elif anchor and there.suffix == ".ipynb" and anchor not in anchors(there): dead.append(link)
+    assert not dead, f"dead links: {', '.join(dead)}"
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_notebook_is_fit_to_be_read(path):
+    found = cells(path)
+    if path.name not in TO_SPLIT: assert len(found) <= 70, "split it: no notebook has more than 70 cells"
+    first = next(("".join(c["source"]) for c in found if c["cell_type"] == "markdown"), "")
+    assert first.startswith("# "), "begins with a title"
+    for c in found:
+        for out in c.get("outputs", []):
+            text = json.dumps([out.get("text"), {k: v for k, v in out.get("data", {}).items() if not k.startswith("image/")}])
+            assert not (m := re.search(r"(?<![\w…])/(tmp|root|home|work|Users)/[\w.-]+/?", text)), f"a path of one machine in an output: {m[0]}"
+
+
+def script(root: Path, name: str, *args: str): return subprocess.run([sys.executable, str(root / "scripts" / name), *args], capture_output=True, text=True, cwd=root)
+
+
+def test_map_for_language_models_is_in_step():
+    done = script(ROOT, "make_llms.py", "--check")
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "nbs/llms.txt").read_text()
+    assert text.startswith("# tipr_nb\n\n> ") and all(f"{p.relative_to(ROOT / 'nbs').with_suffix('.html')})" in text for p in notebooks() if p.parent.name not in ("grids", "results"))
+
+
+def test_citation_and_versions_agree():
+    import tipr_nb
+    text = (ROOT / "CITATION.cff").read_text()
+    config = configparser.ConfigParser()
+    config.read(ROOT / "settings.ini")
+    assert re.search(r"(?m)^version: (.+)$", text)[1] == tipr_nb.__version__ == config["DEFAULT"]["version"]
+    try: import yaml
+    except ImportError: return
+    d = yaml.safe_load(text)
+    assert d["cff-version"] == "1.2.0" and {"title", "authors", "message"} <= set(d) and len(d["references"]) == 2
+
+
+def test_typed():
+    assert (ROOT / "tipr_nb/py.typed").exists() and "py.typed" in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    root = tmp_path / "copy"
+    for name in ("settings.ini", "pyproject.toml", "CITATION.cff", "_quarto.yml", "README.md"): (root / name).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT / name, root / name)
+    for name in ("index.ipynb", "00_core.ipynb", "12_interop.ipynb", "datasets/rstpreid.ipynb"):
+        (root / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "nbs" / name, root / "nbs" / name)
+    (root / "nbs/images").mkdir()
+    shutil.copytree(ROOT / "scripts", root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    assert script(root, "make_llms.py").returncode == 0 and script(root, "make_readme.py").returncode == 0
+    return root
+
+
+def everything(root: Path) -> dict[str, object]:
+    return {str(p.relative_to(root)): json.loads(p.read_text()) if p.suffix == ".ipynb" else p.read_bytes() if p.suffix == ".png" else p.read_text() for p in sorted(root.rglob("*")) if p.is_file() and "__pycache__" not in p.parts}
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists() or not (ROOT / "nbs/index.ipynb").exists(), reason="no README yet")
+def test_address_is_filled_in_and_taken_out(copy):
+    blank = everything(copy)
+    assert not re.search(r"colab-badge|git_url = \S", json.dumps(blank["nbs/00_core.ipynb"]) + str(blank["settings.ini"]))
+    for _ in range(2):   # again changes nothing
+        done = script(copy, "set_address.py", "--git", "https://github.com/someone/tipr_nb", "--docs", "https://someone.github.io/tipr_nb", "--root", str(copy))
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("nothing")
+    now = everything(copy)
+    assert "git_url = https://github.com/someone/tipr_nb\n" in now["settings.ini"] and "doc_baseurl = /tipr_nb\n" in now["settings.ini"] and "user = someone\n" in now["settings.ini"]
+    import tomllib
+    assert tomllib.loads(now["pyproject.toml"])["project"]["urls"]["Documentation"] == "https://someone.github.io/tipr_nb"
+    assert 'repository-code: "https://github.com/someone/tipr_nb"' in now["CITATION.cff"] and "repo-url: https://github.com/someone/tipr_nb" in now["_quarto.yml"] and "https://someone.github.io/tipr_nb/00_core.html" in now["nbs/llms.txt"]
+    core = now["nbs/00_core.ipynb"]["cells"]
+    assert "".join(core[0]["source"]).startswith("# ") and "colab.research.google.com/github/someone/tipr_nb/blob/main/nbs/00_core.ipynb" in "".join(core[1]["source"]) and "eval: false" in "".join(core[2]["source"])
+    assert "colab-badge" not in json.dumps(now["nbs/datasets/rstpreid.ipynb"]) and "colab-badge" not in json.dumps(now["nbs/index.ipynb"])
+    assert script(copy, "set_address.py", "--clear", "--root", str(copy)).returncode == 0
+    assert everything(copy) == blank
+
+
+def test_wrong_address_is_refused(copy):
+    before = everything(copy)
+    for args in (["--git", "someone/tipr_nb"], ["--git", "https://github.com/someone/tipr_nb", "--docs", "someone.github.io"]):
+        done = script(copy, "set_address.py", *args, "--root", str(copy))
+        assert done.returncode == 1 and "write it like https://" in done.stderr and "Traceback" not in done.stderr
+    assert everything(copy) == before

@@ -1,0 +1,374 @@
+"""Peers' checkpoints, built in their layouts with random weights, give the features of the original architecture; what is unsafe or broken is refused in one line."""
+import argparse, math, os, sys, types, warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tipr_nb.checkpoints import read_checkpoint, read_pickle, read_script
+from tipr_nb.clip import CLIP_MEAN, CLIP_STD, PersonCLIP
+from tipr_nb.core import TiprError
+from tipr_nb.interop import convert_file, load_peer, save_hf, save_onnx, save_open_clip
+from tipr_nb.peers import IMAGENET, PEERS, from_hf, guess_grid, model_config, name_arch, recognise, to_hf
+
+import open_clip
+from open_clip.model import CLIP
+
+SMALL = dict(embed_dim=64, vision_cfg=dict(image_size=(96, 32), patch_size=16, width=128, layers=2), text_cfg=dict(context_length=20, vocab_size=700, width=64, heads=1, layers=2), quick_gelu=True)
+TEXTS = ["a man in a red coat", "woman", "a person with a bag"]
+
+
+class PlainBlock(nn.Module):
+    "The block of OpenAI's CLIP as its paper and every peer's code have it, on torch's own attention."
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn, self.ln_1, self.ln_2 = nn.MultiheadAttention(width, heads), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, 4 * width), c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x, mask=None):  # (l, b, d)
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=True, attn_mask=mask)[0]
+        h = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
+
+
+class Blocks(nn.Module):
+    def __init__(self, width, heads, layers):
+        super().__init__()
+        self.resblocks = nn.ModuleList(PlainBlock(width, heads) for _ in range(layers))
+
+    def forward(self, x, mask=None):
+        for b in self.resblocks: x = b(x, mask)
+        return x
+
+
+class PlainVision(nn.Module):
+    def __init__(self, size=(96, 32), patch=16, width=128, layers=2, dim=64):
+        super().__init__()
+        n = (size[0] // patch) * (size[1] // patch)
+        self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding, self.positional_embedding, self.proj = (nn.Parameter(torch.randn(*s) * .1) for s in ((width,), (n + 1, width), (width, dim)))
+        self.ln_pre, self.ln_post, self.transformer = nn.LayerNorm(width), nn.LayerNorm(width), Blocks(width, width // 64, layers)
+
+    def forward(self, x):
+        x = self.conv1(x).flatten(2).transpose(1, 2)
+        x = self.ln_pre(torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding)
+        x = self.transformer(x.transpose(0, 1)).transpose(0, 1)
+        return (self.ln_post(x) @ self.proj)[:, 0]
+
+
+class PlainText(nn.Module):
+    def __init__(self, length=20, vocab=700, width=64, layers=2, dim=64):
+        super().__init__()
+        self.token_embedding, self.ln_final = nn.Embedding(vocab, width), nn.LayerNorm(width)
+        self.positional_embedding, self.text_projection = nn.Parameter(torch.randn(length, width) * .1), nn.Parameter(torch.randn(width, dim) * .1)
+        self.transformer = Blocks(width, width // 64, layers)
+
+    def text(self, tokens):
+        mask = torch.full((tokens.shape[1],) * 2, -math.inf).triu(1)
+        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]
+        x = self.ln_final(self.transformer(x.transpose(0, 1), mask).transpose(0, 1)) @ self.text_projection
+        return x[torch.arange(len(x)), tokens.argmax(1)]
+
+
+class PlainCLIP(PlainText):
+    "OpenAI's layout: the image tower under `visual.`, the text tower bare."
+    def __init__(self, size=(96, 32), patch=16):
+        super().__init__()
+        self.visual = PlainVision(size, patch)
+
+
+def heads(name, d=64):
+    attention = {"in_proj_weight": torch.randn(3 * d, d), "in_proj_bias": torch.randn(3 * d), "out_proj.weight": torch.randn(d, d), "out_proj.bias": torch.randn(d)}
+    classifier = {"classifier.weight": torch.randn(11, d), "classifier.bias": torch.randn(11)}
+    return {"IRRA": classifier | {f"cross_attn.{k}": v for k, v in attention.items()} | {"mlm_head.dense.weight": torch.randn(d, d), "mlm_head.fc.weight": torch.randn(700, d), "ln_post.weight": torch.ones(d), "cross_modal_transformer.resblocks.0.ln_1.weight": torch.ones(d)},
+            "SEN": classifier | {"mask_token": torch.zeros(1, 1, d), "decoder_pos_embed": torch.zeros(1, 13, d), "decoder_embed.weight": torch.randn(d, d), "decoder_pred.weight": torch.randn(768, d), "norm_6.weight": torch.ones(d),
+                                 "cross_modal_transformer_mae.resblocks.0.ln_1.weight": torch.ones(d)} | {f"cross_attn_{t}.{k}": v for t in ("Text", "Image", "TextImage") for k, v in attention.items()},
+            "RDE": {f"{t}.{k}": v for t in ("visul_emb_layer", "texual_emb_layer") for k, v in {"linear.weight": torch.randn(2 * d, d), "mlp.layers.0.weight": torch.randn(d, d), "mlp.bns.1.running_var": torch.ones(d)}.items()},
+            "TBPS-CLIP": {"simclr_mlp.0.weight": torch.randn(d, d), "simclr_mlp.2.bias": torch.randn(d), "logit_scale": torch.tensor(2.5)}}[name]
+
+
+def peer_state(name, model):
+    state = model.state_dict()
+    if name == "TBPS-CLIP": return {(k if k.startswith("visual.") else f"encode_text.{k}"): v for k, v in state.items()} | heads(name)
+    return {f"base_model.{k}": v for k, v in state.items()} | heads(name)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.manual_seed(0)
+    return PlainCLIP().eval()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    torch.manual_seed(1)
+    return CLIP(**SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def irra(plain, tmp_path_factory):
+    path = tmp_path_factory.mktemp("irra") / "best.pth"
+    torch.save({"model": peer_state("IRRA", plain), "optimizer": {"state": {}, "param_groups": []}, "scheduler": {"last_epoch": 3}, "epoch": 3, "iteration": 0}, path)
+    return path
+
+
+def same(a, b, tol=1e-5):
+    with torch.no_grad(): return float((F.normalize(a.float(), dim=-1) - F.normalize(b.float(), dim=-1)).abs().max()) < tol
+
+
+def pixels(size=(96, 32), n=3): return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def full_tokens(model, texts=TEXTS): return model.tokenizer(texts)
+
+
+@pytest.mark.parametrize("name", ["IRRA", "SEN", "RDE", "TBPS-CLIP"])
+@pytest.mark.parametrize("wrapped", ["", "module."])
+def test_peers_features_equal_the_original_forward(name, wrapped, plain, tmp_path):
+    torch.save({"model": {wrapped + k: v for k, v in peer_state(name, plain).items()}, "epoch": 7}, tmp_path / "best.pth")
+    said = []
+    model = load_peer(tmp_path / "best.pth", say=said.append)
+    assert model.image_size == (96, 32) and not model.training and model.origin.peer == name and model.origin.quick_gelu
+    images = pixels()
+    theirs = images
+    if name == "TBPS-CLIP":
+        (m, s), (mean, std) = ([torch.tensor(v).view(3, 1, 1) for v in pair] for pair in ((CLIP_MEAN, CLIP_STD), IMAGENET))
+        theirs = (images * s + m - mean) / std
+    with torch.no_grad():
+        assert same(model.encode_image(images), plain.visual(theirs)) and same(model.encode_text(TEXTS), plain.text(full_tokens(model)))
+    heads_left = {"IRRA": ["identity classifier (2 tensors)", "masked language modelling (MLM)"], "SEN": ["identity classifier", "image restoration (MAE)"], "RDE": ["token selection (TSE) (6 tensors)", "RDE ranks by the mean"], "TBPS-CLIP": ["SimCLR projection", "ImageNet"]}
+    for words in [*heads_left[name], "epoch"]: assert words in said[0]
+    scale = float(model.clip.logit_scale.detach().exp())
+    assert scale == pytest.approx(math.exp(2.5) if name == "TBPS-CLIP" else 50, rel=1e-5)
+
+
+def test_half_precision_and_other_wrappers(plain, tmp_path):
+    half = {f"clip.{k}": (v.half() if v.ndim > 1 else v) for k, v in plain.state_dict().items()}
+    torch.save({"state_dict": half}, tmp_path / "any.pth")
+    with pytest.raises(TiprError, match="quick_gelu=True"): load_peer(tmp_path / "any.pth", say=None)
+    model = load_peer(tmp_path / "any.pth", quick_gelu=True, say=None)
+    assert model.clip.visual.proj.dtype == torch.float32
+    with torch.no_grad(): assert same(model.encode_image(pixels()), plain.visual(pixels()), 5e-3)
+
+
+def test_tbps_settings_of_a_class_that_is_not_here(plain, tmp_path, monkeypatch):
+    EasyDict = type("EasyDict", (dict,), dict(__module__="easydict"))
+    monkeypatch.setitem(sys.modules, "easydict", types.SimpleNamespace(EasyDict=EasyDict))
+    config = EasyDict(device=5)
+    config.experiment = EasyDict(input_resolution=[96, 32])
+    torch.save({"model": peer_state("TBPS-CLIP", plain), "config": config, "args": argparse.Namespace(lr=1e-4), "r1": np.float64(73.)}, tmp_path / "best.pth")
+    monkeypatch.delitem(sys.modules, "easydict")
+    found = read_checkpoint(tmp_path / "best.pth")
+    assert found.beside == ["config", "args", "r1"] and recognise(found.tensors)[0].name == "TBPS-CLIP"
+
+
+@pytest.mark.parametrize("size", [(32, 32), (96, 32)])
+def test_openai_torchscript(size, tmp_path):
+    torch.manual_seed(2)
+    clip = CLIP(**SMALL | dict(vision_cfg=SMALL["vision_cfg"] | dict(image_size=size))).eval()
+    for k, v in dict(input_resolution=32, context_length=20, vocab_size=700).items():
+        if hasattr(clip, k): delattr(clip, k)
+        clip.register_buffer(k, torch.tensor(v))
+    tokens = torch.randint(1, 690, (2, 20), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(clip, (pixels(size, 2), tokens), strict=False).save(tmp_path / "clip.pt")
+        loaded = torch.jit.load(tmp_path / "clip.pt")
+        image, text = loaded(pixels(size, 2), tokens)[:2]
+    ours, theirs = read_script(tmp_path / "clip.pt"), loaded.state_dict()
+    assert set(theirs) <= set(ours) and all(torch.equal(ours[k], v) for k, v in theirs.items())
+    model = load_peer(tmp_path / "clip.pt", say=None)
+    assert model.origin.peer == "OpenAI CLIP" and model.image_size == size
+    assert same(model.encode_image(pixels(size, 2)), image) and same(model.encode_text(tokens), text)
+
+
+def test_openai_state_dict_and_open_clip_files(reference, tmp_path):
+    state = reference.state_dict()
+    torch.save(state | {"input_resolution": torch.tensor(96), "context_length": torch.tensor(20), "vocab_size": torch.tensor(700)}, tmp_path / "openai.pt")
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "epoch_3.pt")
+    tokens = full_tokens(load_peer(tmp_path / "openai.pt", say=None))
+    with torch.no_grad(): image, text = reference.encode_image(pixels()), reference.encode_text(tokens)
+    for name, kwargs in {"openai.pt": {}, "epoch_3.pt": dict(quick_gelu=True)}.items():
+        model = load_peer(tmp_path / name, say=None, **kwargs)
+        assert same(model.encode_image(pixels()), image) and same(model.encode_text(TEXTS), text)
+    wrong = load_peer(tmp_path / "epoch_3.pt", quick_gelu=False, say=None)
+    assert not same(wrong.encode_image(pixels()), image, 1e-4)
+
+
+def test_resnet(tmp_path):
+    torch.manual_seed(3)
+    cfg = dict(embed_dim=64, vision_cfg=dict(image_size=64, layers=[1, 1, 1, 1], width=64, patch_size=None), text_cfg=SMALL["text_cfg"], quick_gelu=True)
+    clip = CLIP(**cfg).eval()
+    torch.save(clip.state_dict(), tmp_path / "rn.pt")
+    model = load_peer(tmp_path / "rn.pt", quick_gelu=True, say=None)
+    with torch.no_grad(): assert model.image_size == (64, 64) and same(model.encode_image(pixels((64, 64))), clip.encode_image(pixels((64, 64))))
+
+
+def hf_model(act="quick_gelu", eos=699):
+    from transformers import CLIPConfig, CLIPModel
+    both = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, hidden_act=act, projection_dim=32)
+    torch.manual_seed(4)
+    return CLIPModel(CLIPConfig(text_config=both | dict(vocab_size=700, max_position_embeddings=20, bos_token_id=698, eos_token_id=eos), vision_config=both | dict(image_size=48, patch_size=16, num_attention_heads=4), projection_dim=32)).eval()
+
+
+def hf_features(model, images, tokens):
+    with torch.no_grad(): return model.visual_projection(model.vision_model(pixel_values=images).pooler_output), model.text_projection(model.text_model(input_ids=tokens).pooler_output)
+
+
+@pytest.mark.parametrize("act,eos,shards", [("quick_gelu", 699, False), ("gelu", 2, False), ("gelu", 699, True)])
+def test_hugging_face_folders(act, eos, shards, tmp_path):
+    theirs = hf_model(act, eos)
+    theirs.save_pretrained(tmp_path, **(dict(max_shard_size="100KB") if shards else {}))
+    assert (tmp_path / "model.safetensors").exists() != shards
+    model = load_peer(tmp_path, say=None)
+    tokens = torch.tensor([[698, 5, 6, 7, 699, 0], [698, 8, 699, 0, 0, 0]])
+    image, text = hf_features(theirs, pixels((48, 48)), tokens)
+    assert model.origin.quick_gelu == (act == "quick_gelu") and model.image_size == (48, 48)
+    assert same(model.encode_image(pixels((48, 48))), image) and same(model.encode_text(tokens), text)
+    assert load_peer(tmp_path, image_size=(96, 32), say=None).encode_image(pixels()).shape == (3, 32)
+
+
+def test_hugging_face_unknown_activation(tmp_path):
+    hf_model("relu").save_pretrained(tmp_path)
+    with pytest.raises(TiprError, match="hidden_act relu"): load_peer(tmp_path, say=None)
+
+
+def test_export_open_clip(irra, tmp_path):
+    model = load_peer(irra, say=None)
+    theirs = open_clip.create_model(f"local-dir:{save_open_clip(model, tmp_path / 'oc')}").eval()
+    with torch.no_grad(): assert same(model.encode_image(pixels()), theirs.encode_image(pixels())) and same(model.encode_text(TEXTS), theirs.encode_text(full_tokens(model)))
+    again = load_peer(tmp_path / "oc", say=None)
+    assert again.image_size == (96, 32) and torch.equal(again.encode_image(pixels()), model.encode_image(pixels()))
+    with pytest.raises(TiprError, match="own"): save_open_clip(PersonCLIP("tipr-nano"), tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_export_hugging_face(irra, tmp_path):
+    from transformers import CLIPModel, CLIPTokenizer
+    hf_model().save_pretrained(tmp_path / "in")
+    model = load_peer(tmp_path / "in", say=None)
+    theirs = CLIPModel.from_pretrained(save_hf(model, tmp_path / "out")).eval()
+    tokens = CLIPTokenizer.from_pretrained(tmp_path / "out")(TEXTS, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+    image, text = hf_features(theirs, pixels((48, 48)), tokens)
+    assert same(model.encode_image(pixels((48, 48))), image) and same(model.encode_text(TEXTS), text)
+    with pytest.raises(TiprError, match="square"): save_hf(load_peer(irra, say=None), tmp_path / "tall")
+    tall = save_hf(load_peer(irra, say=None), tmp_path / "tall", image_size=(64, 64))
+    image, text = hf_features(CLIPModel.from_pretrained(tall).eval(), pixels((64, 64)), torch.tensor([[698, 5, 699]]))
+    resampled = load_peer(irra, image_size=(64, 64), say=None)
+    assert same(resampled.encode_image(pixels((64, 64))), image) and same(resampled.encode_text(torch.tensor([[698, 5, 699]])), text)
+
+
+def test_export_onnx_runs_without_torch(irra, tmp_path):
+    from PIL import Image
+    from tipr_nb.interop import ImageTower
+    from tipr_nb.towers import TextTower
+    model = load_peer(irra, say=None)
+    save_onnx(model, tmp_path)
+    people = [Image.new("RGB", (40, 110), c) for c in ("red", "navy", "grey")] + [Image.effect_noise((30, 90), 60)]
+    assert np.abs(ImageTower(tmp_path).encode_image(people) - model.encode_image(people).numpy()).max() < 1e-4
+    assert np.abs(ImageTower(tmp_path).encode_image(people[:1]) - model.encode_image(people[:1]).numpy()).max() < 1e-4
+    assert np.abs(TextTower(tmp_path).encode_text(TEXTS) - model.encode_text(TEXTS).numpy()).max() < 1e-4
+
+
+def test_convert_and_load_our_own(irra, tmp_path):
+    said = []
+    convert_file(irra, tmp_path / "ours", say=said.append)
+    assert "IRRA" in said[0] and "model.safetensors" in said[-1] and "IRRA" in (tmp_path / "ours" / "README.md").read_text()
+    for model in (PersonCLIP.from_pretrained(tmp_path / "ours"), load_peer(tmp_path / "ours")): assert same(model.encode_text(TEXTS), load_peer(irra, say=None).encode_text(TEXTS), 1e-7)
+    assert load_peer("synth-world").arch == "tipr-tiny"
+    with pytest.raises(TiprError, match="something in it"): convert_file(irra, tmp_path / "ours", say=None)
+    with pytest.raises(TiprError, match="choose tipr, open_clip, hf, onnx"): convert_file(irra, tmp_path / "x", "keras", say=None)
+    assert not (tmp_path / "x").exists()
+
+
+def test_names_of_known_architectures():
+    assert name_arch(open_clip.get_model_config("ViT-B-16"), True) == ("ViT-B-16-quickgelu", None)
+    assert name_arch(open_clip.get_model_config("ViT-B-32"), False) == ("ViT-B-32", None)
+    name, cfg = name_arch(open_clip.get_model_config("ViT-g-14"), True)
+    assert cfg is None or (cfg["quick_gelu"] and cfg["vision_cfg"]["head_width"] == 88)
+    for arch in ("ViT-B-16", "ViT-L-14", "RN50"):   # shapes alone, on the meta device
+        with torch.device("meta"): state = CLIP(**{k: v for k, v in open_clip.get_model_config(arch).items() if k != "quick_gelu"}).state_dict()
+        assert name_arch(model_config(state), False)[0] == arch
+    assert [guess_grid(n) for n in (192, 243, 196, 128, 310, 0)] == [(24, 8), (27, 9), (14, 14), (16, 8), None, None]
+
+
+def test_hugging_face_names_there_and_back(reference):
+    state = reference.state_dict()
+    there = to_hf(state)
+    assert set(there) == {k for k in there} and len(there) == len(state) + 4 * 2 * 2
+    back = from_hf(there)
+    assert set(back) == set(state) and all(torch.equal(back[k], state[k]) for k in state)
+
+
+class Trap:
+    def __init__(self, marker): self.marker = marker
+    def __reduce__(self): return os.system, (f"touch {self.marker}",)
+
+
+class Eval:
+    def __reduce__(self): return eval, ("open('sprung', 'w')",)
+
+
+@pytest.mark.parametrize("where", ["beside", "inside", "alone", "folder"])
+def test_a_pickle_with_code_is_refused_and_not_run(where, plain, tmp_path):
+    trap = Trap(tmp_path / "sprung")
+    found = {"beside": {"model": peer_state("IRRA", plain), "args": trap}, "inside": {"model": peer_state("IRRA", plain) | {"x": trap}}, "alone": trap, "folder": {"a": trap}}[where]
+    path = tmp_path / ("pytorch_model.bin" if where == "folder" else "best.pth")
+    torch.save(found, path)
+    with pytest.raises(TiprError, match="refused.*system.*can run code") as e: load_peer(tmp_path if where == "folder" else path, say=None)
+    assert not (tmp_path / "sprung").exists() and "\n" not in str(e.value)
+
+
+def test_builtins_and_scripts_with_code_are_refused(tmp_path):
+    import zipfile
+    torch.save({"model": {"x": Eval()}}, tmp_path / "eval.pth")
+    with pytest.raises(TiprError, match="refused.*eval"): read_pickle(tmp_path / "eval.pth")
+    with zipfile.ZipFile(tmp_path / "clip.pt", "w") as z:   # a TorchScript archive whose data.pkl is a trap
+        import pickle
+        z.writestr("clip/constants.pkl", b"")
+        z.writestr("clip/data.pkl", pickle.dumps(Trap(tmp_path / "sprung"), protocol=2))
+    with pytest.raises(TiprError, match="refused.*system"): read_checkpoint(tmp_path / "clip.pt")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_bad_input_is_one_line(irra, plain, reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    def fails(match, path, **kwargs):
+        with pytest.raises(TiprError, match=match) as e: load_peer(path, say=None, **kwargs)
+        assert "\n" not in str(e.value)
+    def saved(name, obj):
+        torch.save(obj, tmp_path / name)
+        return tmp_path / name
+    fails("no such file", tmp_path / "none.pth")
+    fails("cannot be reached", "someone/their-clip")
+    fails("no such folder", tmp_path / "nowhere" / "deep")
+    data = irra.read_bytes()
+    for share in (.1, .5, .99):
+        (tmp_path / "cut.pth").write_bytes(data[:int(len(data) * share)])
+        fails("not a complete checkpoint", tmp_path / "cut.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    fails("not a complete safetensors", tmp_path / "cut.safetensors")
+    fails("multiple of the patch size 16; use 96x32", irra, image_size=(100, 30))
+    state = peer_state("IRRA", plain)
+    fails("no grid.*image_size", saved("stride.pth", state | {"base_model.visual.positional_embedding": torch.randn(311, 128)}))
+    fails("no grid.*do not fit 96x32", saved("stride.pth", state | {"base_model.visual.positional_embedding": torch.randn(311, 128)}), image_size=(96, 32))
+    fails("looks like IRRA, but text_projection missing", saved("part.pth", {k: v for k, v in state.items() if "text_projection" not in k}))
+    fails("resblocks.1.ln_1.weight is missing", saved("hole.pth", {k: v for k, v in state.items() if k != "base_model.transformer.resblocks.1.ln_1.weight"}))
+    fails("nearest is.*visual.proj", saved("text.pth", {k: v for k, v in reference.state_dict().items() if not k.startswith("visual")}))
+    fails("no CLIP in it", saved("linear.pth", nn.Linear(3, 3).state_dict()))
+    fails("no tensors by name", saved("list.pth", [torch.zeros(3)]))
+    (tmp_path / "folder").mkdir()
+    fails("download the whole repository", tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text("{")
+    fails("not complete JSON", tmp_path / "folder")
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    (tmp_path / "folder" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}')
+    fails("not an index", tmp_path / "folder")
+    fails("does not say which activation", saved("bare.pth", reference.state_dict()))
+
+
+def test_every_peer_is_tried_and_named():
+    assert {"IRRA", "SEN", "RDE", "TBPS-CLIP", "OpenAI CLIP", "Hugging Face CLIPModel"} <= {p.name for p in PEERS}
