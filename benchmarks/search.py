@@ -111,10 +111,10 @@ def vectors(home: Path, n: int, d: int, n_queries: int, repeats: int) -> list[di
     for where in ("camera == 'c7'", "camera == 'c7' and day < 180", "day < 36", "day < 180"):
         mask = gallery.where(where).mask
         true_rows = exact.search(few, 10, gallery.where(where))[1]
-        def ask(v, name):
+        def ask(v, name, where=where):
             gallery._selections.clear()          # the filter is decided anew each time
             return gallery.engine(name).search(v, 10, gallery.where(where))[1]
-        answers = one_by_one({name: lambda v, name=name: ask(v, name) for name in ("ivf", "exact")}, few)
+        answers = one_by_one({name: lambda v, name=name, ask=ask: ask(v, name) for name in ("ivf", "exact")}, few)
         rows += [dict(what=f"filter {where} ({mask.mean():.1%}), {name}", ms=t, recall=overlap(found, true_rows)) for name, (t, found) in answers.items()]
 
     code = "import sys, time; import numpy as np; from tipr_nb.search import Gallery; t = time.perf_counter(); g = Gallery(sys.argv[1]); o = time.perf_counter(); e = g.engine('ivf'); p = time.perf_counter(); e.search(np.eye(1, g.features.shape[1], dtype=np.float32), 10); print(o - t, p - o, time.perf_counter() - p)"
@@ -177,7 +177,7 @@ def cold(home: Path, n: int, repeats: int) -> list[dict]:
     for _ in range(repeats):
         for k, command in commands.items():
             before = _busy()
-            times[k].append(seconds(lambda: subprocess.run(command, check=True, capture_output=True)))
+            times[k].append(seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True)))
             cpu[k].append(_busy() - before)
     gallery, warm = Gallery(home/"g"), []
     for i in range(200):

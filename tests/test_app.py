@@ -136,6 +136,11 @@ def fetch(url: str) -> int:
     except urllib.error.HTTPError as e: return e.code
 
 
+def test_thumbnails_stay_private(address):
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert folder.name.startswith("tipr-page-") and folder.stat().st_mode & 0o077 == 0
+
+
 def test_only_loopback_listens(address):
     port = int(address.rstrip("/").rsplit(":", 1)[1])
     assert fetch(address) == 200 and address.startswith("http://127.0.0.1:")
@@ -179,6 +184,7 @@ def test_the_page_in_a_browser(address, gallery, tmp_path):
         page.wait_for_selector("#heat img")
         assert "red-blue-0.png" in page.inner_text("#closer") and page.locator("#person img").count() == 1
         page.screenshot(path=tmp_path/"clicked.png")
+        assert any(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.webp"))     # the thumbnails are there and nowhere else
         page.click("#more_like")
         page.wait_for_function("document.querySelector('#note').innerText.includes('most like the one you picked')")
         assert not page.locator("#people button").first.inner_text().startswith("1.000")

@@ -382,12 +382,13 @@ assert not (found := [m for m in ("torch", "torchvision", "open_clip", "transfor
     assert busy() - before < 4
 
 
-def test_the_page_from_the_command(people):
+def test_the_page_from_the_command(people, tmp_path):
     import urllib.request
+    (tmp_path/"tmp").mkdir()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with subprocess.Popen([sys.executable, "-m", "tipr_nb.cli", "app", "--gallery", str(people), "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    with subprocess.Popen([sys.executable, "-m", "tipr_nb.cli", "app", "--gallery", str(people), "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={k: v for k, v in os.environ.items() if k != "GRADIO_TEMP_DIR"} | {"PYTHONUNBUFFERED": "1", "TMPDIR": str(tmp_path/"tmp")},
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as p:
         lines = []
         for line in p.stdout:
@@ -397,7 +398,7 @@ def test_the_page_from_the_command(people):
         assert b"People search" in urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=60).read()
         p.send_signal(signal.SIGINT)
         _, err = p.communicate(timeout=60)
-    assert "Traceback" not in err
+    assert "Traceback" not in err and not list((tmp_path/"tmp").iterdir()), "thumbnails go with the process"
 
 
 @pytest.mark.full

@@ -7,7 +7,7 @@ __all__ = ['EXAMPLES', 'NOTE', 'Question', 'match_map', 'warmed', 'Answer', 'Pag
            'few_words', 'joined_filter', 'search_page', 'serve', 'check_port', 'find_chromium']
 
 # %% ../nbs/13_app.ipynb #cell-003
-import html, os, socket, sys, threading, traceback
+import atexit, html, os, shutil, socket, sys, tempfile, threading, traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
@@ -178,9 +178,10 @@ def search_page(gallery:Gallery # to be searched
                , title:str="People search"):
     "The page as Gradio Blocks."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    _private_folder()
     gr, page = need("gradio", "app", "the search page"), Page(gallery, generator)
     lists = few_words(gallery)
-    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"## {html.escape(title)}")
         rows, query, like = gr.State([]), gr.State(None), gr.State(-1)
         with gr.Row():
@@ -196,6 +197,13 @@ def search_page(gallery:Gallery # to be searched
     return blocks
 
 # %% ../nbs/13_app.ipynb #cell-023
+def _private_folder():
+    "Gradio keeps thumbnails and uploads as files: in a folder that this user alone can read and that goes with the process."
+    if "GRADIO_TEMP_DIR" in os.environ: return
+    os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="tipr-page-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+# %% ../nbs/13_app.ipynb #cell-024
 def _question_column(gr, page, lists, examples):
     "The components of a question."
     out = dict(q=gr.Textbox(label="Sentence", info="several about the same person: one per line", lines=2, elem_id="q", autofocus=True), without=gr.Textbox(label="Without", placeholder="a hat", elem_id="without"))
@@ -225,7 +233,7 @@ def _closer(gr):
         facts, more = gr.HTML(), gr.Button("More like this", elem_id="more_like")
     return dict(column=column, person=person, heat=heat, facts=facts, more=more, chosen=gr.State(-1))
 
-# %% ../nbs/13_app.ipynb #cell-024
+# %% ../nbs/13_app.ipynb #cell-025
 def _wire(gr, blocks, page, lists, parts, shown, closer):
     "Connect events to the page's answers."
     names = ["q", "without", "where", "k", "rerank", "picture", "imagine", *[f"list_{n}" for n in lists]]
@@ -265,7 +273,7 @@ def _note(answer, question=None):
     link = f'<a href="{html.escape(question.link())}">link to this question</a>' if answer.rows and answer.linked else ""
     return f'<p class="{"wrong" if answer.wrong else "note"}">{html.escape(answer.note)}{link}</p>'
 
-# %% ../nbs/13_app.ipynb #cell-027
+# %% ../nbs/13_app.ipynb #cell-028
 def serve(gallery:Gallery, *, host:str="127.0.0.1" # address to listen on
          , port:int=7860, generator:Any=None, examples:Sequence[str]=EXAMPLES, title:str="People search"
          , wait:bool=True # until Ctrl-C; else return at once
@@ -296,8 +304,7 @@ def check_port(host:str, port:int):
         try: s.bind((host, port))
         except OSError as e: raise TiprError(f"port {port} on {host}: {'in use' if e.errno == 98 else e.strerror}; choose another with port= (--port)") from None
 
-# %% ../nbs/13_app.ipynb #cell-030
+# %% ../nbs/13_app.ipynb #cell-031
 def find_chromium() -> str|None:
     "Debian's Chromium, or another that is installed."
-    import shutil
     return next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)

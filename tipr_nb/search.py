@@ -271,7 +271,7 @@ def load_model(model:Any # a loaded model, or a folder, alias or hub id
     encoder.source = os.path.abspath(model) if os.path.isdir(model) else str(model)   # a gallery notes it down
     return encoder, encoder.source
 
-# %% ../nbs/11_search.ipynb #98ff3460
+# %% ../nbs/11_search.ipynb #cell-031
 def load_generator(generator:Any=None # a loaded one, a folder or hub id; None: the shipped one
                   ) -> Any:
     "A generator that draws the people of sentences; a one-line `TiprError` where this version has none."
@@ -280,7 +280,7 @@ def load_generator(generator:Any=None # a loaded one, a folder or hub id; None: 
     except ImportError: raise TiprError("this version of tipr_nb has no generator of pictures; search without one") from None
     return PersonGenerator.from_pretrained(*([] if generator is None else [generator]))
 
-# %% ../nbs/11_search.ipynb #cell-031
+# %% ../nbs/11_search.ipynb #cell-034
 class GalleryEngines(GalleryModel):
     "A gallery with its engines: one answer format, whichever is asked."
     def _load(self):
@@ -324,7 +324,7 @@ class GalleryEngines(GalleryModel):
         for e in self._engines.values(): e.close()
         self._engines = {"exact": ExactEngine(self.features)}
 
-# %% ../nbs/11_search.ipynb #cell-034
+# %% ../nbs/11_search.ipynb #cell-037
 class GalleryHits(GalleryEngines):
     "A gallery that turns its rows into hits."
     @cached_property
@@ -346,12 +346,12 @@ class GalleryHits(GalleryEngines):
         file = os.fsdecode(facts["file"])
         return Path(file) if self.root is None else Path(self.root)/os.path.relpath(file, _root_of(file, facts))
 
-# %% ../nbs/11_search.ipynb #cell-035
+# %% ../nbs/11_search.ipynb #cell-038
 def _root_of(file, facts):
     "The root folder, from the exact name and the number of parts below it."
     return Path(file).parents[len(Path(facts["path"]).parts) - 1]
 
-# %% ../nbs/11_search.ipynb #cell-037
+# %% ../nbs/11_search.ipynb #cell-040
 class GalleryQuery(GalleryHits):
     "A gallery that encodes questions; an example picture that is in the gallery needs no model."
     def query(self, text=None, image=None, without=None, generator=None, weight:float=.3, image_weight:float=.5, without_weight:float=.25
@@ -381,7 +381,7 @@ class GalleryQuery(GalleryHits):
                 features.append(self.encode_image([picture])[0]); names.append(name)
         return (np.stack(features) if features else None), names, skip
 
-# %% ../nbs/11_search.ipynb #cell-038
+# %% ../nbs/11_search.ipynb #cell-041
 def _sentences(text, what):
     texts = [] if text is None else list(text) if isinstance(text, (list, tuple)) else [text]
     for t in texts:
@@ -398,7 +398,7 @@ def _open(path):
     try: return open_picture(data)
     except TiprError as e: raise TiprError(f"{shown_name(str(path))}: {e}") from None
 
-# %% ../nbs/11_search.ipynb #cell-040
+# %% ../nbs/11_search.ipynb #cell-043
 class Gallery(GalleryQuery):
     "People in photos, ready to be searched."
     def search(self, text:str|Sequence[str]|None=None # a sentence, or several about the same person
@@ -486,12 +486,12 @@ class Gallery(GalleryQuery):
         queries, allowed = self.encode_text(list(texts)), self.where(where)
         return overlap(self.engine(engine).search(queries, k, allowed)[1], self.engine("exact").search(queries, k, allowed)[1])
 
-# %% ../nbs/11_search.ipynb #cell-041
+# %% ../nbs/11_search.ipynb #cell-044
 def _count(k):
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise TiprError(f"k={k!r}: ask for one person or more")
     return int(k)
 
-# %% ../nbs/11_search.ipynb #cell-054
+# %% ../nbs/11_search.ipynb #cell-059
 def search_box(gallery:Gallery
               , k:int=12 # people shown
               ):
