@@ -13,7 +13,7 @@ ALL := dev,search,app,milvus,onnx,peft,hub
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-full setup lock docs nbs readme check clean
+.PHONY: help demo test test-full setup lock docs nbs readme address check clean
 
 help:
 	@echo "make demo       train a retriever on the embedded benchmark and write $(OUT)/index.html"
@@ -22,7 +22,7 @@ help:
 	@echo "make setup      everything installed in $(VENV), nothing run"
 	@echo "make nbs        run all notebooks in place and keep their outputs (FLAGS=slow,gpu adds flagged cells)"
 	@echo "make docs       build the site with Quarto into _docs (without Quarto: process the notebooks only)"
-	@echo "make readme     README.md from nbs/index.ipynb;  make lock: constraints.txt anew;  make clean"
+	@echo "make readme     README.md from nbs/index.ipynb and nbs/llms.txt from all;  make lock: constraints.txt anew;  make clean"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; found $$($(PYTHON) --version). Set PYTHON=python3.11"; exit 2; }
@@ -62,6 +62,11 @@ nbs: $(VENV)/.dev
 
 readme: $(VENV)/.dev
 	$(BIN)/python scripts/make_readme.py
+	$(BIN)/python scripts/make_llms.py
+
+# The repository's address, everywhere: make address GIT=https://github.com/OWNER/NAME DOCS=https://OWNER.github.io/NAME
+address: $(VENV)/.dev
+	$(BIN)/python scripts/set_address.py $(if $(GIT),--git $(GIT)) $(if $(DOCS),--docs $(DOCS))
 
 docs: $(VENV)/.dev
 	$(BIN)/python scripts/make_docs.py

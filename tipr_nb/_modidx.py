@@ -684,6 +684,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'tipr_nb.hub.metric_rows': ('hub.html#metric_rows', 'tipr_nb/hub.py'),
                              'tipr_nb.hub.model_card': ('hub.html#model_card', 'tipr_nb/hub.py'),
                              'tipr_nb.hub.pack_run': ('hub.html#pack_run', 'tipr_nb/hub.py'),
+                             'tipr_nb.hub.publish': ('hub.html#publish', 'tipr_nb/hub.py'),
                              'tipr_nb.hub.push_to_hub': ('hub.html#push_to_hub', 'tipr_nb/hub.py'),
                              'tipr_nb.hub.read_run': ('hub.html#read_run', 'tipr_nb/hub.py'),
                              'tipr_nb.hub.read_split': ('hub.html#read_split', 'tipr_nb/hub.py'),

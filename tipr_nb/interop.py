@@ -96,7 +96,7 @@ def load_peer(path:str|Path # checkpoint file, folder, or hub id
             ) -> PersonCLIP:
     "Another project's checkpoint as a `PersonCLIP` in evaluation mode: IRRA, SEN, RDE, TBPS-CLIP, OpenAI CLIP, open_clip, Hugging Face's `CLIPModel`, or our own."
     if str(path) in shipped_weights() or f"clip-{path}" in shipped_weights(): return PersonCLIP.from_pretrained(path, image_size=image_size)
-    found = read_checkpoint(path)
+    found = read_checkpoint(Path(path)/"best" if (Path(path)/"best"/"config.json").is_file() else path) # a run keeps its weights in best/
     if found.config.get("model_type") == "tipr-person-clip": return PersonCLIP.from_pretrained(found.path, image_size=image_size)
     where = found.path.name
     peer, state, rest = recognise(found.tensors, where)
@@ -247,6 +247,7 @@ def convert_file(source:str|Path # whatever `load_peer` reads
     if to not in TARGETS: raise TiprError(f"to {to!r}: unknown layout; choose {', '.join(TARGETS)}")
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise TiprError(f"{out}: there is something in it already; choose another folder")
-    written = TARGETS[to](load_peer(source, image_size, quick_gelu, say), out)
-    if say is not None: say(f"written: {written} ({', '.join(sorted(p.name for p in written.iterdir()))})")
-    return written
+    model = load_peer(source, image_size, quick_gelu, say)
+    with atomic_path(out, folder=True) as tmp: TARGETS[to](model, tmp)
+    if say is not None: say(f"written: {out} ({', '.join(sorted(p.name for p in out.iterdir()))})")
+    return out
