@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from gallery_pictures import archive, figure
-from tipr_nb.core import TiprError
+from tipr_nb.core import TiprError, shipped_weights
 from tipr_nb.indexing import COLOURS, ColourModel
-from tipr_nb.search import Gallery, Hit, Hits, contact_sheet, expanded_query, mix_query, printable, query_words, reranked, search_box, smoothed_scores, unit_rows
+from tipr_nb.search import DEFAULT_MODEL, Gallery, Hit, Hits, contact_sheet, expanded_query, load_generator, mix_query, model_for, printable, query_words, reranked, search_box, smoothed_scores, unit_rows
 
 PATTERN = r"(?P<camera>c\d)/"
 
@@ -190,6 +190,9 @@ def test_enhancement_by_a_generator(gallery):
             return [figure("green", "yellow") for _ in texts]
     hits = gallery.search("somebody", generator=Imagines(), weight=.9, k=3)
     assert hits[0].path.name == "green-yellow-0.png" and hits.imagined[0].size == (48, 96) and Imagines.asked == ["somebody"]
+    assert np.allclose(gallery.features[hits[0].row] @ hits.vector, hits[0].score, atol=1e-5) and contact_sheet(hits).count("data:image/webp") == 4 and "imagined from the sentence" in contact_sheet(hits)
+    assert (given := Imagines()) is load_generator(given)
+    with pytest.raises(TiprError): load_generator("no/such/generator/here")
     assert names(gallery.search("a red coat and red trousers", generator=Imagines(), weight=0., k=1)) == ["red-red-0.png"]
 
 
@@ -219,7 +222,8 @@ def test_reranking_in_a_gallery(gallery):
 
 @pytest.mark.parametrize("ask,why", [(dict(), "give a sentence or a picture"), (dict(text=""), "empty sentence"), (dict(text=["a man", " "]), "empty sentence"), (dict(text="x", without=""), "empty sentence"), (dict(text=5), "empty sentence"),
                                      (dict(text="x", k=0), "one person or more"), (dict(text="x", k=True), "one person"), (dict(text="x", k=2.5), "one person"), (dict(text="x", where="camera = 'c2'"), "filter"), (dict(text="x", where="nope == 1"), "no column nope"),
-                                     (dict(image=999), "rows 0 to 35"), (dict(image=-1), "rows 0 to 35"), (dict(image="nowhere.png"), "cannot be read"), (dict(text="x", engine="annoy"), "this gallery has exact"), (dict(text="x", rerank="magic"), "neighbours or expand")])
+                                     (dict(image=999), "rows 0 to 35"), (dict(image=-1), "rows 0 to 35"), (dict(image="nowhere.png"), "cannot be read"), (dict(text="x", engine="annoy"), "this gallery has exact"), (dict(text="x", rerank="magic"), "neighbours or expand"),
+                                     (dict(text="x", weight=1.5), "between 0 and 1"), (dict(text="x", image_weight=-.1), "between 0 and 1"), (dict(text="x", without_weight="much"), "between 0 and 1")])
 def test_bad_questions_are_one_line(gallery, ask, why):
     with pytest.raises(TiprError, match=why) as e: gallery.search(**ask)
     assert "\n" not in str(e.value)
@@ -275,6 +279,12 @@ def real(shelf, tmp_path_factory):
     try: gallery = Gallery.build(shelf, home/"model", home/"g", pattern=PATTERN)
     finally: os.environ.pop("TIPR_CACHE") if old is None else os.environ.update(TIPR_CACHE=old)
     return gallery
+
+
+def test_the_model_of_a_gallery_comes_before_the_default(real, tmp_path):
+    assert f"clip-{DEFAULT_MODEL}" in shipped_weights()
+    assert model_for() == model_for(tmp_path/"none") == model_for(real.folder, rebuild=True) == DEFAULT_MODEL
+    assert model_for(real.folder) == real.facts["model"] and model_for(real.folder, "another") == "another"
 
 
 def test_a_cold_search_needs_no_torch(real):
