@@ -165,6 +165,7 @@ RECIPES = {r.name: r for r in [
     Recipe("gea-sen", _GEA + _SEN, caption_transform="prune", extra_fields=("generated", "other"), **_SEN_SOLVER)]}
 RECIPES |= {f"{n}-tiny": r.but(name=f"{n}-tiny", **_TINY) for n, r in list(RECIPES.items())}
 RECIPES["clip-tiny"].lr = 1e-4
+RECIPES["sen-tiny"].groups = [("decoder", dict(lr_scale=5.))]
 RECIPES |= {n: RECIPES["clip-tiny"].but(name=n, **_PRETRAIN) for n in ("pretrain-tiny", "synth-world-pretrain")}
 
 # %% ../nbs/08a_recipes.ipynb #cell-021
