@@ -405,6 +405,7 @@ class FaissEngine:
         try: self.index = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP)
         except RuntimeError as e: raise TiprError(f"{path}: not a readable FAISS index ({str(e).splitlines()[0][-80:]}); run `tipr index` again") from None
         if self.index.ntotal != len(features): raise TiprError(f"{path}: {self.index.ntotal} rows where the gallery has {len(features)}; run `tipr index` again")
+        if hasattr(self.index, "invlists"): faiss.downcast_InvertedLists(self.index.invlists).prefetch_nthread = 0   # a mapped file would start threads at every query to read ahead
         self.features, self.effort, self.small, self.exact = features, effort, small, ExactEngine(features)
         self.refine = refine if "ScalarQuantizer" in type(self.index).__name__ or "SQ" in type(self.index).__name__ else 1
         self.params = search_params(self.index, effort)
