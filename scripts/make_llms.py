@@ -37,7 +37,7 @@ def llms(root: Path = ROOT) -> str:
     out = [f"# {config['DEFAULT']['title']}", "", f"> {config['DEFAULT']['description']}.", "",
            "Every page is a notebook that is also the source of a module of the Python package `tipr_nb`; a notebook imports only those before it. Pages show code, its output, and what goes wrong with bad input.", ""]
     for folder, heading in SECTIONS.items():
-        found = [p for p in notebooks(root) if str(p.parent.relative_to(nbs)) == folder]
+        found = sorted((p for p in notebooks(root) if str(p.parent.relative_to(nbs)) == folder), key=lambda p: p.stem != "index")
         if not found: continue
         out += [f"## {heading}", ""]
         for p in found:

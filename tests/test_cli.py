@@ -63,7 +63,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     assert done.returncode == 0 and "search" in done.stdout and busy() - before < 1.
 
 
-@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"], ["index"], ["search"], ["app"]])
+@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"], ["index"], ["search"], ["app"], ["convert"], ["card"], ["push"], ["data", "export"]])
 def test_every_command_helps(words):
     result = tipr(*words, "--help")
     assert result.exit_code == 0

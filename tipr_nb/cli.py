@@ -6,7 +6,8 @@
 __all__ = ['app', 'data_app', 'Out', 'Seed', 'Name', 'NameArg', 'Root', 'Shelf', 'Weights', 'tell', 'warn', 'command', 'known',
            'demo', 'open_dataset', 'check_place', 'data_synth', 'data_world', 'parse_size', 'data_check', 'length_bars',
            'save_lengths', 'data_stats', 'parse_settings', 'train', 'evaluate', 'load_model', 'grid', 'index',
-           'check_engine', 'best_of', 'named_function', 'search', 'search_page', 'main']
+           'check_engine', 'best_of', 'named_function', 'search', 'search_page', 'convert', 'card', 'push',
+           'data_export', 'main']
 
 # %% ../nbs/14_cli.ipynb #cell-002
 import contextlib, difflib, functools, json, sys
@@ -427,6 +428,60 @@ def search_page(gallery: Shelf,
     blocks.block_thread()
 
 # %% ../nbs/14_cli.ipynb #cell-040
+@command(app)
+def convert(source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint file or folder (IRRA, SEN, RDE, TBPS-CLIP, OpenAI CLIP, open_clip, Hugging Face), a run's folder, or a hub id.")],
+            out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+            to: Annotated[str, typer.Option(help="tipr (for recipes and search), open_clip, hf or onnx.")]="tipr",
+            size: Annotated[Optional[str], typer.Option(help="Height x width in pixels to resample the positions to, such as 384x128; the checkpoint's own when left out.")]=None,
+            quick_gelu: Annotated[Optional[bool], typer.Option("--quick-gelu/--gelu", help="The activation of the towers, where the file does not say.")]=None):
+    """Turn a checkpoint into another project's layout.
+
+    Nothing in the file is executed; a pickle that asks for more than tensors is refused. What was recognised and what was left aside is said.
+
+    Example: tipr convert best.pth runs/irra
+    """
+    from tipr_nb.interop import convert_file
+    convert_file(source, out, to, parse_size(size) if size else None, quick_gelu, tell)
+
+# %% ../nbs/14_cli.ipynb #cell-042
+@command(app)
+def card(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished training run.")]):
+    """Print a model card filled from a run.
+
+    Recipe, data, limits, and every evaluation that was saved into the run's folder with its intervals.
+
+    Example: tipr card runs/sdm-id > README.md
+    """
+    from tipr_nb.hub import model_card
+    tell(model_card(run))
+
+@command(app)
+def push(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A finished training run, or what `tipr data export` wrote.")],
+         repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hugging Face hub; made if it is not there.")],
+         public: Annotated[bool, typer.Option("--public", help="Let everybody see it; private when left out.")]=False):
+    """Send a run or a dataset to the Hugging Face hub.
+
+    With its card. Log in first with `hf auth login`.
+
+    Example: tipr push runs/sdm-id me/sdm-id
+    """
+    from tipr_nb.hub import publish
+    tell(publish(folder, repo, not public))
+
+@command(data_app, "export")
+def data_export(name: NameArg, out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")], root: Root=None,
+                split: Annotated[Optional[list[str]], typer.Option(help="Only this split; may be given several times.")]=None):
+    """Write a dataset as Parquet, pictures inside.
+
+    In the layout of the hub, so that `datasets` and its viewer read it. Mind the licence: most benchmarks may not be passed on.
+
+    Example: tipr data export synth-pedes synth-pedes-v1 --split test
+    """
+    from tipr_nb.hub import export_dataset
+    folder = export_dataset(open_dataset(name, root, need=()), out, split or None)
+    tell(f"written: {folder} ({', '.join(sorted(p.name for p in folder.rglob('*.parquet')))})")
+
+# %% ../nbs/14_cli.ipynb #cell-044
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")]=False):
     if version:
@@ -441,6 +496,6 @@ def main():
     "What the `tipr` command runs."
     app(prog_name="tipr")
 
-# %% ../nbs/14_cli.ipynb #cell-041
+# %% ../nbs/14_cli.ipynb #cell-045
 #| eval: false
 if __name__ == "__main__": main()
