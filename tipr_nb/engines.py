@@ -24,7 +24,7 @@ from .photos import need
 # %% ../nbs/10b_engines.ipynb #cell-004
 if TYPE_CHECKING: import pyarrow as pa
 
-# %% ../nbs/10b_engines.ipynb #cell-009
+# %% ../nbs/10b_engines.ipynb #cell-007
 @dataclass(frozen=True)
 class Test:
     "One comparison of a column with a value."
@@ -51,7 +51,7 @@ def opposite(node:Test|Every|Some):
     if isinstance(node, Test): return Test(node.column, _OPPOSITE[node.op], node.value)
     return (Some if isinstance(node, Every) else Every)(tuple(opposite(p) for p in node.parts))
 
-# %% ../nbs/10b_engines.ipynb #cell-012
+# %% ../nbs/10b_engines.ipynb #cell-010
 _COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in", ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not"}
 _METHODS = ("startswith", "endswith", "contains")
 
@@ -75,7 +75,7 @@ class _Reader:
         if isinstance(node, ast.Call): return self.method(node)
         self.fail(node, f"{type(node).__name__} is not part of the filter language")
 
-# %% ../nbs/10b_engines.ipynb #cell-013
+# %% ../nbs/10b_engines.ipynb #cell-011
 def _comparison(self, node):
     "A chain such as 10 < x0 < 90 is the two comparisons joined."
     sides, parts = [node.left, *node.comparators], []
@@ -106,7 +106,7 @@ def _method(self, node):
 
 _Reader.comparison, _Reader.test, _Reader.method = _comparison, _test, _method
 
-# %% ../nbs/10b_engines.ipynb #cell-014
+# %% ../nbs/10b_engines.ipynb #cell-012
 MAX_FILTER = 2000   # characters
 
 def parse_filter(text:str # such as `camera == 'c2' and x0 > 10`
@@ -128,7 +128,7 @@ def _depths(text):
         depth += (c in "([{~-") - (c in ")]}")
         yield depth
 
-# %% ../nbs/10b_engines.ipynb #cell-018
+# %% ../nbs/10b_engines.ipynb #cell-016
 @dataclass
 class Column:
     "One metadata column, ready for comparisons."
@@ -166,7 +166,7 @@ def column_kind(t:"pa.DataType") -> str:
     if types.is_floating(t): return "float"
     return "time" if types.is_timestamp(t) else "text"
 
-# %% ../nbs/10b_engines.ipynb #cell-021
+# %% ../nbs/10b_engines.ipynb #cell-019
 def typed_value(column:str, kind:str, value:Any) -> Any:
     "`value` as the column's type (times as microseconds since 1970), or a `TiprError`."
     if kind == "text" and isinstance(value, str): return value
@@ -184,7 +184,7 @@ def _microseconds(column, value):
     t = t.astimezone(timezone.utc).replace(tzinfo=None) if t.tzinfo else t
     return int((t - datetime(1970, 1, 1)).total_seconds() * 1_000_000 + .5)
 
-# %% ../nbs/10b_engines.ipynb #cell-024
+# %% ../nbs/10b_engines.ipynb #cell-022
 class Selection:
     "The rows of a table that a filter allows, as a mask, as row numbers, and as a Milvus expression."
     def __init__(self, where:str # the filter
@@ -216,7 +216,7 @@ class Selection:
         if isinstance(node, Test): return test_mask(self.columns[node.column], node)
         return (np.logical_and if isinstance(node, Every) else np.logical_or).reduce([self._mask(p) for p in node.parts])
 
-# %% ../nbs/10b_engines.ipynb #cell-025
+# %% ../nbs/10b_engines.ipynb #cell-023
 _OPERATORS:dict[str, Callable] = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "startswith": str.startswith, "endswith": str.endswith, "contains": operator.contains}
 
 def word_test(word:str, op:str, value:Any) -> bool:
@@ -235,7 +235,7 @@ def test_mask(column:Column, test:Test) -> np.ndarray: # (n,) bool
     else: found = _OPERATORS[test.op](column.values, test.value)
     return found & column.valid if column.valid is not None else found
 
-# %% ../nbs/10b_engines.ipynb #cell-030
+# %% ../nbs/10b_engines.ipynb #cell-028
 def sort_hits(scores:np.ndarray # (q, m) candidates' scores
              , rows:np.ndarray # (q, m) their rows, -1 for none
              , k:int) -> tuple[np.ndarray, np.ndarray]: # (q, k) each
@@ -248,7 +248,7 @@ def sort_hits(scores:np.ndarray # (q, m) candidates' scores
         rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
     return scores, rows
 
-# %% ../nbs/10b_engines.ipynb #cell-034
+# %% ../nbs/10b_engines.ipynb #cell-031
 class ExactEngine:
     "Every allowed row is looked at: exact, no index to build; time grows with the gallery."
     name = "exact"
@@ -274,7 +274,7 @@ class ExactEngine:
         return sort_hits(np.hstack([s for s, _ in found]), np.hstack([r for _, r in found]), k)
     def close(self): "Nothing to let go of."
 
-# %% ../nbs/10b_engines.ipynb #cell-035
+# %% ../nbs/10b_engines.ipynb #cell-032
 def top_k(queries:np.ndarray # (q, d) float32
          , block:np.ndarray # (m, d)
          , k:int, first:int=0 # row number of the block's first row
@@ -295,7 +295,7 @@ def largest(scores:np.ndarray # (n,)
     candidates = np.concatenate([(groups[:, None]*group + np.arange(group)).ravel(), np.arange(n, len(scores))])
     return candidates[np.argpartition(scores[candidates], -k)[-k:]]
 
-# %% ../nbs/10b_engines.ipynb #cell-042
+# %% ../nbs/10b_engines.ipynb #cell-038
 FAISS_KINDS = ("flat", "ivf", "hnsw")
 QUANTISERS = (None, "fp16", "8bit")
 
@@ -313,7 +313,7 @@ def faiss_recipe(kind:str # flat, ivf or hnsw
     best = 2**round(math.log2(max(1, 4*math.sqrt(n))))
     return f"IVF{max(1, min(nlist or best, n//39 or 1))},{code}"
 
-# %% ../nbs/10b_engines.ipynb #cell-044
+# %% ../nbs/10b_engines.ipynb #cell-040
 def build_faiss(features:np.ndarray # (n, d) unit rows, may be memory-mapped
                , path:str|Path # file to write
                , kind:str="ivf", quantise:str|None="fp16", nlist:int|None=None, links:int=32
@@ -331,7 +331,7 @@ def build_faiss(features:np.ndarray # (n, d) unit rows, may be memory-mapped
     options = dict(kind=kind, quantise=quantise, recipe=recipe, n_bytes=os.path.getsize(path))
     return options | calibrate(index, features, recall, seed)
 
-# %% ../nbs/10b_engines.ipynb #cell-045
+# %% ../nbs/10b_engines.ipynb #cell-041
 def _train(faiss, index, features, seed):
     "k-means on a sample, quantiser on the same; the largest gallery trains on a quarter million rows."
     n, rng = len(features), np.random.default_rng(seed)
@@ -350,7 +350,7 @@ def _near_rows(features, seed, n=200):
     noised = rows + noise*(.33/math.sqrt(rows.shape[1]))
     return noised/np.linalg.norm(noised, axis=1, keepdims=True)
 
-# %% ../nbs/10b_engines.ipynb #cell-046
+# %% ../nbs/10b_engines.ipynb #cell-042
 def calibrate(index # FAISS index
              , features:np.ndarray # (n, d)
              , recall:float=.98 # wanted share of the true ten nearest
@@ -374,7 +374,7 @@ def overlap(found:np.ndarray, truth:np.ndarray) -> float: # (q, k) rows each, -1
     n = int((truth >= 0).sum())
     return sum(len(np.intersect1d(f[f >= 0], t[t >= 0])) for f, t in zip(found, truth))/n if n else 1.
 
-# %% ../nbs/10b_engines.ipynb #cell-047
+# %% ../nbs/10b_engines.ipynb #cell-043
 def search_params(index, effort:int|None=None # cells or breadth
                  , mask:np.ndarray|None=None # (n,) allowed rows
                  ):
@@ -388,7 +388,7 @@ def search_params(index, effort:int|None=None # cells or breadth
     if hasattr(index, "hnsw"): return faiss.SearchParametersHNSW(efSearch=int(effort or index.hnsw.efSearch), **kw)
     return faiss.SearchParameters(**kw)
 
-# %% ../nbs/10b_engines.ipynb #cell-049
+# %% ../nbs/10b_engines.ipynb #cell-045
 class FaissEngine:
     "Approximate search with FAISS; scores are recomputed from the stored features."
     name = "faiss"
@@ -426,7 +426,7 @@ class FaissEngine:
         return None if self.effort is None else min(limit, math.ceil(self.effort*len(self.features)/n_allowed))
     def close(self): "The index is memory-mapped and freed with this object."
 
-# %% ../nbs/10b_engines.ipynb #cell-058
+# %% ../nbs/10b_engines.ipynb #cell-053
 def milvus_expression(selection:Selection) -> str:
     "The selection's filter in the language of Milvus."
     return _milvus(selection.tree, selection.columns)
@@ -435,7 +435,7 @@ def _milvus(node, columns):
     if isinstance(node, Test): return _milvus_test(node, columns[node.column])
     return "(" + (" and " if isinstance(node, Every) else " or ").join(_milvus(p, columns) for p in node.parts) + ")"
 
-# %% ../nbs/10b_engines.ipynb #cell-059
+# %% ../nbs/10b_engines.ipynb #cell-054
 def _milvus_test(test, column):
     name, op, value = test.column, test.op, test.value
     if op == "null": return f"({name} is null)"
@@ -455,7 +455,7 @@ def _quoted(value):
     safe = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
     return f'"{safe}"'
 
-# %% ../nbs/10b_engines.ipynb #cell-061
+# %% ../nbs/10b_engines.ipynb #cell-056
 class Milvus:
     "A connection, opened once per address and shared."
     clients:dict[str, Any] = {}
@@ -477,7 +477,7 @@ class Milvus:
 
 def _last_words(e): return (str(getattr(e, "message", "") or e).splitlines() or [type(e).__name__])[-1][:160]
 
-# %% ../nbs/10b_engines.ipynb #cell-062
+# %% ../nbs/10b_engines.ipynb #cell-057
 @contextlib.contextmanager
 def milvus_errors(uri:str):
     "Milvus's exceptions as one line."
@@ -487,7 +487,7 @@ def milvus_errors(uri:str):
         if not type(e).__module__.startswith(("pymilvus", "grpc", "milvus_lite")): raise
         raise TiprError(f"{uri}: Milvus refused ({_last_words(e)})") from e
 
-# %% ../nbs/10b_engines.ipynb #cell-063
+# %% ../nbs/10b_engines.ipynb #cell-058
 MILVUS_TYPES = {"int": "INT64", "float": "DOUBLE", "bool": "BOOL", "time": "INT64", "text": "VARCHAR"}
 
 def build_milvus(features:np.ndarray # (n, d) unit rows
@@ -517,7 +517,7 @@ def build_milvus(features:np.ndarray # (n, d) unit rows
         client.load_collection(collection)
     return dict(kind="milvus", uri=uri, collection=collection, index=index)
 
-# %% ../nbs/10b_engines.ipynb #cell-064
+# %% ../nbs/10b_engines.ipynb #cell-059
 def _milvus_rows(features, columns, start, stop):
     block = np.asarray(features[start:stop], np.float32)
     rows = [dict(row=start + i, feature=f.tolist()) for i, f in enumerate(block)]
@@ -528,7 +528,7 @@ def _milvus_rows(features, columns, start, stop):
             r[name] = None if not known else c.words[v] if c.words is not None else v
     return rows
 
-# %% ../nbs/10b_engines.ipynb #cell-065
+# %% ../nbs/10b_engines.ipynb #cell-060
 class MilvusEngine:
     "Search in a Milvus collection; the filter is decided there."
     name = "milvus"

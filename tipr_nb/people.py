@@ -15,14 +15,14 @@ from typing import Any, Iterable, Sequence
 
 import numpy as np
 
-# %% ../nbs/00a_people.ipynb #cell-008
+# %% ../nbs/00a_people.ipynb #cell-006
 COLOURS = {"black": (30, 30, 34), "white": (238, 238, 234), "grey": (132, 134, 138), "red": (192, 32, 38), "blue": (38, 84, 190), "light blue": (132, 186, 232),
            "navy": (26, 36, 92), "green": (40, 124, 66), "yellow": (238, 204, 48), "orange": (236, 122, 30), "pink": (242, 150, 184), "purple": (116, 58, 150),
            "brown": (110, 68, 40), "beige": (212, 188, 148)}
 HAIR_COLOURS = {"black": (26, 22, 22), "brown": (86, 54, 32), "blonde": (214, 176, 96), "grey": (168, 168, 168), "red": (158, 70, 30)}
 SKINS = ((244, 208, 180), (226, 180, 146), (198, 146, 108), (150, 100, 70), (98, 64, 46))
 
-# %% ../nbs/00a_people.ipynb #cell-011
+# %% ../nbs/00a_people.ipynb #cell-009
 def to_lab(rgb:Sequence|np.ndarray # (..., 3) sRGB in 0..255
           ) -> np.ndarray: # (..., 3) CIE L*a*b*
     "sRGB to CIE L*a*b* (D65)."
@@ -32,7 +32,7 @@ def to_lab(rgb:Sequence|np.ndarray # (..., 3) sRGB in 0..255
     f = np.where(xyz > .008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
-# %% ../nbs/00a_people.ipynb #cell-013
+# %% ../nbs/00a_people.ipynb #cell-011
 def nearest_colour(rgb:Sequence|np.ndarray # (3,) or (n, 3) RGB in 0..255
                   , names:Sequence[str]|None=None # colours to choose from; all of `COLOURS` by default
                   ) -> str|list[str]:
@@ -42,7 +42,7 @@ def nearest_colour(rgb:Sequence|np.ndarray # (3,) or (n, 3) RGB in 0..255
     best = ((to_lab(rgb)[..., None, :] - centres) ** 2).sum(-1).argmin(-1)
     return names[int(best)] if rgb.ndim == 1 else [names[i] for i in best]
 
-# %% ../nbs/00a_people.ipynb #cell-016
+# %% ../nbs/00a_people.ipynb #cell-014
 _C = tuple(COLOURS)
 FIELDS = {"gender": ("woman", "man"), "age": ("young", "adult", "older"), "build": ("slim", "average", "heavy"),
           "upper": ("t-shirt", "shirt", "hoodie", "sweater", "jacket", "coat", "vest", "dress"), "upper_colour": _C,
@@ -57,14 +57,14 @@ FIELDS = {"gender": ("woman", "man"), "age": ("young", "adult", "older"), "build
           "held": ("none", "handbag", "shopping bag", "two shopping bags", "suitcase", "umbrella", "phone", "cup", "book", "dog"),
           "held_colour": ("none", *_C), "held_side": ("none", "left", "right")}
 
-# %% ../nbs/00a_people.ipynb #cell-020
+# %% ../nbs/00a_people.ipynb #cell-017
 SEASONS, ROLES = ("winter", "mild", "summer"), ("student", "office", "tourist", "shopper", "jogger", "labourer", "walker")
 
 def _weights(text:str) -> dict[str, float]:
     "`'coat 8, t-shirt .1'` as a dictionary of weights."
     return {value: float(w) for value, w in (part.strip().rsplit(" ", 1) for part in text.split(","))}
 
-# %% ../nbs/00a_people.ipynb #cell-022
+# %% ../nbs/00a_people.ipynb #cell-019
 _ANY = "black 3, white 2, grey 2, red 1.3, blue 1.5, light blue 1, navy 1.5, green 1, yellow .7, orange .5, pink .7, purple .6, brown .8, beige .8"
 _BODY = {
  "season": {"*": "winter 1, mild 1.2, summer 1"},
@@ -77,7 +77,7 @@ _BODY = {
  "hair_colour": {"*": "black 3, brown 3, blonde 1.5, grey .1, red .5", "older": "grey 70, blonde .5, red .3", "young": "grey .05"},
 }
 
-# %% ../nbs/00a_people.ipynb #cell-023
+# %% ../nbs/00a_people.ipynb #cell-020
 _CLOTHES = {
  "upper": {"*": "t-shirt 1.4, shirt 1.4, hoodie 1, sweater 1, jacket 1.2, coat .8, vest .4, dress .5",
    "winter": "t-shirt .02, shirt .15, sweater 1.2, jacket 3, coat 6, vest .6, dress .06",
@@ -104,7 +104,7 @@ _CLOTHES = {
    "upper=coat": "none 2, white 1.2, grey .8, black .5, red .3, beige .4, light blue .3", "summer": "none .6"},
 }
 
-# %% ../nbs/00a_people.ipynb #cell-024
+# %% ../nbs/00a_people.ipynb #cell-021
 _BELOW = {
  "lower": {"*": "jeans 3, trousers 2, shorts .5, skirt .4, leggings .4", "man": "skirt 0, leggings .05", "summer": "shorts 6, skirt 3",
    "winter": "shorts .02, skirt .5", "office": "trousers 5, jeans .5, shorts .05, skirt 3, leggings .3",
@@ -124,7 +124,7 @@ _BELOW = {
    "shoes=boots": "brown 2, white .1, black 1.5, beige 1.5", "shoes=sandals": "brown 2.5, beige 2"},
 }
 
-# %% ../nbs/00a_people.ipynb #cell-025
+# %% ../nbs/00a_people.ipynb #cell-022
 _THINGS = {
  "hat": {"*": "none 7, cap .8, beanie .25, hat .3", "winter": "beanie 10, hat 1.2", "summer": "cap 1.6, hat 2.5, beanie .02", "jogger": "cap 2.5",
    "labourer": "cap 4, hat .2", "tourist": "hat 5, cap 2", "office": "hat .5, cap .1", "older": "hat 2.5", "upper=hoodie": "hood 1.4",
@@ -154,12 +154,12 @@ _THINGS = {
  "held_side": {"*": "left 1, right 1"},
 }
 
-# %% ../nbs/00a_people.ipynb #cell-027
+# %% ../nbs/00a_people.ipynb #cell-024
 PRIOR = {f: {tag: _weights(text) for tag, text in table.items()} for f, table in (_BODY | _CLOTHES | _BELOW | _THINGS).items()}
 _MATCH = {"bag_colour": ("shoe_colour", 3.), "hat_colour": ("upper_colour", 2.), "held_colour": ("bag_colour", 2.), "scarf": ("hat_colour", 4.)}
 _DIFFER = {"pattern_colour": 0., "sleeve_colour": 0., "inner": .1, "lower_colour": .3}      # from the upper garment's colour
 
-# %% ../nbs/00a_people.ipynb #cell-030
+# %% ../nbs/00a_people.ipynb #cell-027
 def _fixed(name:str, a:dict[str, str]) -> str|None:
     "The value a field must have given the others (a colour of nothing is none), or None if it is free."
     if name == "pattern_colour" and a["pattern"] == "plain": return "none"
@@ -173,7 +173,7 @@ def _fixed(name:str, a:dict[str, str]) -> str|None:
     if name == "held_side" and a["held"] in ("none", "two shopping bags"): return "none"
     return None
 
-# %% ../nbs/00a_people.ipynb #cell-034
+# %% ../nbs/00a_people.ipynb #cell-030
 @dataclass(frozen=True)
 class Camera:
     "How a camera sees: the scene behind, colour gains, exposure, contrast, blur (pixels at height 96), noise (grey levels), JPEG quality."
@@ -186,7 +186,7 @@ class Camera:
     noise: float = 2.
     jpeg: int = 88
 
-# %% ../nbs/00a_people.ipynb #cell-036
+# %% ../nbs/00a_people.ipynb #cell-032
 @dataclass(frozen=True)
 class Annotator:
     "A caption writer: sentence plans, favourite synonyms, and how often this one mentions the pose, adds a filler, says what is absent, counts bags."
@@ -201,7 +201,7 @@ class Annotator:
     article: bool = True
     oxford: bool = False
 
-# %% ../nbs/00a_people.ipynb #cell-038
+# %% ../nbs/00a_people.ipynb #cell-034
 @dataclass(frozen=True, eq=False)
 class World:
     "A drawn world: a prior over people, cameras, who writes the captions of which split, and the seed that all of it hangs on."
@@ -235,7 +235,7 @@ class World:
         if name in _DIFFER: tags.append("differ=" + a["upper_colour"])
         return self.table(name, tuple(tags))
 
-# %% ../nbs/00a_people.ipynb #cell-043
+# %% ../nbs/00a_people.ipynb #cell-038
 def keyed_rng(*key:int # world salt, split, identity, image, purpose, ...
              ) -> np.random.Generator:
     "An independent random generator for each key."
@@ -253,7 +253,7 @@ def one(rng:np.random.Generator, items:Sequence) -> Any:
     "One of the items, all equally likely."
     return items[int(rng.random() * len(items))]
 
-# %% ../nbs/00a_people.ipynb #cell-045
+# %% ../nbs/00a_people.ipynb #cell-040
 @dataclass(frozen=True)
 class Person:
     "An identity: attributes, the season and role they were drawn from, and a seed for what no attribute says (skin, shades, height)."
@@ -262,7 +262,7 @@ class Person:
     role: str
     seed: int = 0
 
-# %% ../nbs/00a_people.ipynb #cell-046
+# %% ../nbs/00a_people.ipynb #cell-041
 def sample_person(world:World # whose prior
                  , seed:int|np.random.Generator=0 # seed, or a generator to go on with
                  ) -> Person:
@@ -273,13 +273,13 @@ def sample_person(world:World # whose prior
     for name in FIELDS: a[name] = pick(rng, world.given(name, season, role, a))
     return Person(a, season, role, int(rng.random() * 2**31))
 
-# %% ../nbs/00a_people.ipynb #cell-051
+# %% ../nbs/00a_people.ipynb #cell-046
 def surprise(world:World, person:Person) -> dict[str, float]:
     "Per field, -ln of its probability given season, role and the fields before it (nats); capped at one in a thousand."
     a = person.attributes
     return {n: -math.log(max(world.given(n, person.season, person.role, a).get(a[n], 0.), 1e-3)) for n in FIELDS}
 
-# %% ../nbs/00a_people.ipynb #cell-055
+# %% ../nbs/00a_people.ipynb #cell-049
 VIEWS, POSES = ("front", "back", "left", "right"), ("walking", "standing")
 OCCLUDERS = ("none", "pole", "bench", "car", "person left", "person right", "cut")
 _SIDED = {"bag": ("bag", "bag_colour", "bag_side"), "held": ("held", "held_colour", "held_side")}
@@ -292,7 +292,7 @@ def _hidden_side(side:str, value:str, view:str, occluder:str) -> bool:
     at_right = (side == "left") == (view == "front")             # the person's left is the picture's right when they face us
     return side != "none" and occluder == ("person right" if at_right else "person left")
 
-# %% ../nbs/00a_people.ipynb #cell-057
+# %% ../nbs/00a_people.ipynb #cell-051
 def observe(a:dict[str, str] # the identity's attributes
            , view:str="front" # front, back, left, right (the side of the person that faces the camera)
            , occluder:str="none" # what stands in the way
@@ -309,7 +309,7 @@ def observe(a:dict[str, str] # the identity's attributes
         if _hidden_side(a[f"{item}_side"], a[item], view, occluder): hidden |= set(names)
     return {n: a[n] for n in FIELDS if n not in hidden}
 
-# %% ../nbs/00a_people.ipynb #cell-060
+# %% ../nbs/00a_people.ipynb #cell-054
 _DEFAULT = {"age": "adult", "build": "average", "pattern": "plain", "sleeve_colour": "same"}
 VARIABLE_SLEEVES = ("t-shirt", "shirt", "dress")
 
@@ -320,7 +320,7 @@ def describable(seen:dict[str, str]) -> dict[str, str]:
         return v == _DEFAULT.get(n, "none")
     return {n: v for n, v in seen.items() if not dull(n, v)}
 
-# %% ../nbs/00a_people.ipynb #cell-064
+# %% ../nbs/00a_people.ipynb #cell-057
 LOOKALIKES = ("colour_swap", "left_right", "sleeve", "region", "pattern")
 _lab_palette = to_lab(np.array(list(COLOURS.values())))
 _APART = {a: {b: float(np.sqrt(((_lab_palette[i] - _lab_palette[j]) ** 2).sum())) for j, b in enumerate(COLOURS)} for i, a in enumerate(COLOURS)}
@@ -333,7 +333,7 @@ def distinct_colours(colours:Iterable[str], rng:np.random.Generator, n:int=1) ->
         if len(out) == n: break
     return out
 
-# %% ../nbs/00a_people.ipynb #cell-066
+# %% ../nbs/00a_people.ipynb #cell-059
 def _swap(a:dict[str, str], x:str, y:str) -> dict[str, str]: return a | {x: a[y], y: a[x]}
 
 def _swapped_colours(a, rng, n):
@@ -347,7 +347,7 @@ def _swapped_sides(a, rng, n):
     sided, other = [f for f in ("held_side", "bag_side") if a[f] != "none"], {"left": "right", "right": "left"}
     return [a, *(a | {f: other[a[f]]} for f in sided[:n - 1])] if sided else None
 
-# %% ../nbs/00a_people.ipynb #cell-068
+# %% ../nbs/00a_people.ipynb #cell-061
 def _other_sleeves(a, rng, n):
     u, apart = a["upper_colour"], lambda x, y: _APART[x][y] >= 30
     if a["upper"] in ("vest", "dress", "coat") or a["pattern"] not in ("plain", "logo") or a["hat"] == "hood": return None
@@ -372,7 +372,7 @@ def _other_pattern(a, rng, n):
 
 _TWINS = {"colour_swap": _swapped_colours, "left_right": _swapped_sides, "sleeve": _other_sleeves, "region": _other_region, "pattern": _other_pattern}
 
-# %% ../nbs/00a_people.ipynb #cell-069
+# %% ../nbs/00a_people.ipynb #cell-062
 def sample_family(world:World # whose prior
                  , kind:str # a look-alike type, or 'none' for one person
                  , n:int # 2 or 3 (some types allow only 2)

@@ -13,7 +13,7 @@ from typing import Callable, Iterable, Mapping, Sequence
 from .core import TiprError
 from .data import CAPTION_TRANSFORMS
 
-# %% ../nbs/07_pruning.ipynb #cell-008
+# %% ../nbs/07_pruning.ipynb #cell-006
 Tagger = Callable[[str], Sequence[tuple[str, str]]]   # text -> [(word, Penn Treebank tag)]
 
 @functools.cache
@@ -22,13 +22,13 @@ def pattern_tagger() -> Tagger:
     from textblob.en.taggers import PatternTagger
     return PatternTagger().tag
 
-# %% ../nbs/07_pruning.ipynb #cell-020
+# %% ../nbs/07_pruning.ipynb #cell-016
 CLOTHING = dict.fromkeys(
     "hooded checked checkered chequered spotted dotted patterned printed sleeved collared buttoned unbuttoned zipped unzipped belted cropped cuffed rolled ripped torn faded washed "
     "lined knit knitted woven flared fitted tailored embroidered trimmed laced strapped heeled shaved untied dyed tousled layered scuffed studded ruffled netted tinted framed untucked".split(), "JJ") | dict.fromkeys(
     "strap watch tote trim drawstring".split(), "NN")   # word -> the tag it should have had
 
-# %% ../nbs/07_pruning.ipynb #cell-024
+# %% ../nbs/07_pruning.ipynb #cell-020
 KEEP = ("PRP", "NN", "JJ")   # the tags the paper keeps: pronouns, nouns, adjectives
 _COMPOUND = re.compile(r"[^\W\d_]-\w*[^\W\d_]")
 
@@ -41,7 +41,7 @@ def mend_tag(word:str # as it stands in the caption
     if tag == "FW": return "NN"
     return "JJ" if _COMPOUND.search(word) and not tag.startswith(KEEP) else tag
 
-# %% ../nbs/07_pruning.ipynb #cell-029
+# %% ../nbs/07_pruning.ipynb #cell-025
 _GLUED = re.compile(r"(?<=[^\W\d_])([,.;:!?()]+)(?=[^\W\d_]{2})")
 _STEMS = {"ca": "can", "wo": "will", "sha": "shall"}
 
@@ -53,7 +53,7 @@ def tidy(caption:str) -> str:
     text = re.sub(r"(?i)(?<=\w)'(s|m|re|ve|d|ll)\b", "", text)
     return _GLUED.sub(r" \1 ", text)
 
-# %% ../nbs/07_pruning.ipynb #cell-031
+# %% ../nbs/07_pruning.ipynb #cell-027
 def tag_words(caption:str # one caption
               , tagger:Tagger|None=None # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
               , fixes:bool|Mapping[str, str]=True # apply the exceptions; a mapping replaces `CLOTHING`; False: the bare tagger
@@ -65,10 +65,10 @@ def tag_words(caption:str # one caption
     exceptions = CLOTHING if fixes is True else fixes
     return [(w, mend_tag(w, t, exceptions)) for w, t in tagged]
 
-# %% ../nbs/07_pruning.ipynb #cell-032
+# %% ../nbs/07_pruning.ipynb #cell-028
 def _first_line(e:Exception) -> str: return next((line.strip() for line in str(e).splitlines() if re.search(r"\w", line)), "no message")[:100]
 
-# %% ../nbs/07_pruning.ipynb #cell-037
+# %% ../nbs/07_pruning.ipynb #cell-031
 EXTRAS = {"negation": frozenset("no not without neither nor never none nothing nobody lacks lacking".split()),
           "counts": frozenset("both single double pair several few many once twice half".split()),   # besides every number, tag CD
           "sides": frozenset("left right".split())}
@@ -80,7 +80,7 @@ def _extras(keep:str|Iterable[str]) -> tuple[str, ...]:
     if unknown: raise TiprError(f"keep={unknown[0]!r} is not a group of words; choose from {', '.join(EXTRAS)}")
     return names
 
-# %% ../nbs/07_pruning.ipynb #cell-038
+# %% ../nbs/07_pruning.ipynb #cell-032
 def _stays(word:str, tag:str, extras:tuple[str, ...]) -> bool:
     "Whether a word survives: a kept tag and a letter or digit to it, or a member of one of the named groups."
     if tag.startswith(KEEP): return any(c.isalpha() for c in word)
@@ -92,7 +92,7 @@ def _pruned(caption:str, extras:tuple[str, ...], tagger:Tagger|None, fixes:bool|
     tagged = tag_words(caption, tagger, dict(fixes) if isinstance(fixes, tuple) else fixes)
     return " ".join(w for w, t in tagged if _stays(w, t, extras)) or caption
 
-# %% ../nbs/07_pruning.ipynb #cell-039
+# %% ../nbs/07_pruning.ipynb #cell-033
 def prune_caption(caption:str # one caption
                   , keep:str|Iterable[str]=() # groups of words that stay besides the paper's: 'negation', 'counts', 'sides'
                   , tagger:Tagger|None=None # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
@@ -103,7 +103,7 @@ def prune_caption(caption:str # one caption
     if not caption.strip(): raise TiprError("caption is empty, nothing to prune; remove such rows (`tipr data check` lists them)")
     return _pruned(caption, _extras(keep), tagger, tuple(fixes.items()) if isinstance(fixes, Mapping) else fixes)
 
-# %% ../nbs/07_pruning.ipynb #cell-061
+# %% ../nbs/07_pruning.ipynb #cell-052
 class CaptionPruner:
     "A caption transform: with probability `p` the caption is pruned, else left alone (SEN trains with p = 0.2)."
     def __init__(self
@@ -119,5 +119,5 @@ class CaptionPruner:
 
     def __repr__(self): return f"CaptionPruner(p={self.p}" + (f", keep={','.join(self.keep)!r}" if self.keep else "") + ")"
 
-# %% ../nbs/07_pruning.ipynb #cell-066
+# %% ../nbs/07_pruning.ipynb #cell-057
 CAPTION_TRANSFORMS["prune"] = CaptionPruner

@@ -24,7 +24,7 @@ from .towers import TextTower, as_numpy, model_fingerprint
 # %% ../nbs/11_search.ipynb #cell-004
 if TYPE_CHECKING: from PIL import Image
 
-# %% ../nbs/11_search.ipynb #cell-008
+# %% ../nbs/11_search.ipynb #cell-007
 @dataclass
 class Hit:
     "One person found."
@@ -47,7 +47,7 @@ class Hit:
         plain = {k: v if v is None or isinstance(v, (str, int, float, bool)) else str(v) for k, v in self.metadata.items()}
         return dict(rank=self.rank, score=round(float(self.score), 6), path=shown_name(str(self.path)), row=self.row, box=self.box, **({"duplicates": [shown_name(str(d)) for d in self.duplicates]} if self.duplicates else {}), **plain)
 
-# %% ../nbs/11_search.ipynb #cell-009
+# %% ../nbs/11_search.ipynb #cell-008
 class Hits(list):
     "A list of `Hit`, best first, with the query that found them; shows itself as table, JSON or contact sheet."
     def __init__(self, hits:Iterable[Hit]=(), query:dict|None=None, seconds:dict|None=None, notes:Iterable[str]=(), imagined:Any=None, vector:np.ndarray|None=None):
@@ -77,7 +77,7 @@ def printable(value:Any) -> str:
     "A value on one line of a terminal, control characters escaped."
     return "" if value is None else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
-# %% ../nbs/11_search.ipynb #cell-012
+# %% ../nbs/11_search.ipynb #cell-011
 _STYLE = """
 .tipr{--ink:#1d2329;--soft:#68727c;--line:#dfe3e6;--card:#fff;--bar:#2f6f9f;color:var(--ink);font:14px/1.45 system-ui,sans-serif}
 @media (prefers-color-scheme:dark){.tipr.page{--ink:#e8eaec;--soft:#9aa4ad;--line:#39424a;--card:#20262b;--bar:#6db3e3;background:#171b1f}}
@@ -90,7 +90,7 @@ _STYLE = """
 .tipr .bar{height:3px;background:var(--line);margin:3px 0 5px}.tipr .bar i{display:block;height:100%;background:var(--bar)}.tipr small{color:var(--soft);display:block}
 """
 
-# %% ../nbs/11_search.ipynb #cell-013
+# %% ../nbs/11_search.ipynb #cell-012
 def contact_sheet(hits:Hits
                  , inline:bool=False # a fragment for a notebook, rather than a page
                  , height:int=200 # pixels of a thumbnail
@@ -127,7 +127,7 @@ def query_words(query:Mapping) -> str:
     parts = ["; ".join(query.get("text") or ()), f"like {query['image']}" if query.get("image") else "", "without " + ", ".join(query["without"]) if query.get("without") else ""]
     return ", ".join(p for p in parts if p)
 
-# %% ../nbs/11_search.ipynb #cell-017
+# %% ../nbs/11_search.ipynb #cell-015
 def unit_rows(x:np.ndarray) -> np.ndarray:
     "Rows of unit length, float32."
     x = np.atleast_2d(np.asarray(x, np.float32))
@@ -148,7 +148,7 @@ def mix_query(text:np.ndarray|None=None # (m, d) features of sentences about the
     for n in unit_rows(without) if without is not None else (): q = q - without_weight*(n - (n @ q)*q)
     return unit_rows(q)[0]
 
-# %% ../nbs/11_search.ipynb #cell-021
+# %% ../nbs/11_search.ipynb #cell-018
 RERANKERS = ("neighbours", "expand")
 
 def smoothed_scores(scores:np.ndarray # (m,) of the candidates
@@ -171,7 +171,7 @@ def expanded_query(query:np.ndarray # (d,) unit
     if not weights.sum(): return query
     return unit_rows((1 - share)*query + share*unit_rows((weights[:, None]*features[:n]).sum(0))[0])[0]
 
-# %% ../nbs/11_search.ipynb #cell-022
+# %% ../nbs/11_search.ipynb #cell-019
 def reranked(how:str # neighbours or expand
           , query:np.ndarray # (d,) unit
           , rows:np.ndarray # (m,) candidates, best first
@@ -184,7 +184,7 @@ def reranked(how:str # neighbours or expand
     new = smoothed_scores(scores, x) if how == "neighbours" else x @ expanded_query(query, x, scores)
     return rows[np.argsort(-new, kind="stable")]
 
-# %% ../nbs/11_search.ipynb #cell-025
+# %% ../nbs/11_search.ipynb #cell-021
 class GalleryFiles:
     "A gallery's files, opened and checked."
     def __init__(self, folder:str|Path # what `tipr index` or `Gallery.build` made
@@ -214,13 +214,13 @@ class GalleryFiles:
         "Files that could not be used, with the reason."
         return [(r["path"], r["reason"]) for r in read_skipped(self.files)]
 
-# %% ../nbs/11_search.ipynb #cell-026
+# %% ../nbs/11_search.ipynb #cell-022
 def _stamp(folder):
     try: s = os.stat(folder/"gallery.json")
     except FileNotFoundError: return None
     return s.st_mtime_ns, s.st_size, s.st_ino
 
-# %% ../nbs/11_search.ipynb #cell-028
+# %% ../nbs/11_search.ipynb #cell-024
 class GalleryModel(GalleryFiles):
     "A gallery with what it takes to encode queries."
     def __init__(self, folder:str|Path, model:Any=None # a loaded model, or where to load it from; None: the gallery knows
@@ -251,7 +251,7 @@ class GalleryModel(GalleryFiles):
         "Features of pictures, by the model."
         return as_numpy(self.model.encode_image(list(pictures)))
 
-# %% ../nbs/11_search.ipynb #cell-029
+# %% ../nbs/11_search.ipynb #cell-025
 DEFAULT_MODEL = "synth-world"   # weights shipped with the package, for galleries that name no others
 
 def model_for(folder:str|Path|None=None # a gallery, or where one will be
@@ -271,7 +271,7 @@ def load_model(model:Any # a loaded model, or a folder, alias or hub id
     encoder.source = os.path.abspath(model) if os.path.isdir(model) else str(model)   # a gallery notes it down
     return encoder, encoder.source
 
-# %% ../nbs/11_search.ipynb #cell-031
+# %% ../nbs/11_search.ipynb #cell-027
 def load_generator(generator:Any=None # a loaded one, a folder or hub id; None: the shipped one
                   ) -> Any:
     "A generator that draws the people of sentences; a one-line `TiprError` where this version has none."
@@ -280,7 +280,7 @@ def load_generator(generator:Any=None # a loaded one, a folder or hub id; None: 
     except ImportError: raise TiprError("this version of tipr_nb has no generator of pictures; search without one") from None
     return PersonGenerator.from_pretrained(*([] if generator is None else [generator]))
 
-# %% ../nbs/11_search.ipynb #cell-034
+# %% ../nbs/11_search.ipynb #cell-030
 class GalleryEngines(GalleryModel):
     "A gallery with its engines: one answer format, whichever is asked."
     def _load(self):
@@ -324,7 +324,7 @@ class GalleryEngines(GalleryModel):
         for e in self._engines.values(): e.close()
         self._engines = {"exact": ExactEngine(self.features)}
 
-# %% ../nbs/11_search.ipynb #cell-037
+# %% ../nbs/11_search.ipynb #cell-032
 class GalleryHits(GalleryEngines):
     "A gallery that turns its rows into hits."
     @cached_property
@@ -346,12 +346,12 @@ class GalleryHits(GalleryEngines):
         file = os.fsdecode(facts["file"])
         return Path(file) if self.root is None else Path(self.root)/os.path.relpath(file, _root_of(file, facts))
 
-# %% ../nbs/11_search.ipynb #cell-038
+# %% ../nbs/11_search.ipynb #cell-033
 def _root_of(file, facts):
     "The root folder, from the exact name and the number of parts below it."
     return Path(file).parents[len(Path(facts["path"]).parts) - 1]
 
-# %% ../nbs/11_search.ipynb #cell-040
+# %% ../nbs/11_search.ipynb #cell-035
 class GalleryQuery(GalleryHits):
     "A gallery that encodes questions; an example picture that is in the gallery needs no model."
     def query(self, text=None, image=None, without=None, generator=None, weight:float=.3, image_weight:float=.5, without_weight:float=.25
@@ -381,7 +381,7 @@ class GalleryQuery(GalleryHits):
                 features.append(self.encode_image([picture])[0]); names.append(name)
         return (np.stack(features) if features else None), names, skip
 
-# %% ../nbs/11_search.ipynb #cell-041
+# %% ../nbs/11_search.ipynb #cell-036
 def _sentences(text, what):
     texts = [] if text is None else list(text) if isinstance(text, (list, tuple)) else [text]
     for t in texts:
@@ -398,7 +398,7 @@ def _open(path):
     try: return open_picture(data)
     except TiprError as e: raise TiprError(f"{shown_name(str(path))}: {e}") from None
 
-# %% ../nbs/11_search.ipynb #cell-043
+# %% ../nbs/11_search.ipynb #cell-038
 class Gallery(GalleryQuery):
     "People in photos, ready to be searched."
     def search(self, text:str|Sequence[str]|None=None # a sentence, or several about the same person
@@ -486,12 +486,12 @@ class Gallery(GalleryQuery):
         queries, allowed = self.encode_text(list(texts)), self.where(where)
         return overlap(self.engine(engine).search(queries, k, allowed)[1], self.engine("exact").search(queries, k, allowed)[1])
 
-# %% ../nbs/11_search.ipynb #cell-044
+# %% ../nbs/11_search.ipynb #cell-039
 def _count(k):
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise TiprError(f"k={k!r}: ask for one person or more")
     return int(k)
 
-# %% ../nbs/11_search.ipynb #cell-059
+# %% ../nbs/11_search.ipynb #cell-054
 def search_box(gallery:Gallery
               , k:int=12 # people shown
               ):
