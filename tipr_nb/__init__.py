@@ -8,6 +8,7 @@ _HOMES = {
     "data": ["load_dataset", "check_dataset", "Split", "PersonDataset", "DatasetError"],
     "synth": ["make_synth_pedes"],
     "clip": ["PersonCLIP", "Features"],
+    "tgte": ["PersonGenerator", "generate_split", "enhance"],
     "pruning": ["prune_caption", "CaptionPruner"],
     "evaluation": ["rank_metrics", "evaluate", "compare", "Metrics"],
     "training": ["Recipe", "RECIPES", "train", "run_grid"],

@@ -1,0 +1,89 @@
+"GIF: cross-attention against torch's, masks, what the fused feature relies on, the objective and its checkpoint."
+import pytest, torch
+from torch import nn
+
+from tipr_nb.core import TiprError
+from tipr_nb.clip import PersonCLIP, build_objective, tal_loss
+from tipr_nb.data import Batch, normalise
+from tipr_nb.gif import GIF, CrossAttention, Fusion, fusion_of, reliance
+
+
+@pytest.fixture()
+def nano():
+    torch.manual_seed(0)
+    return PersonCLIP("tipr-nano")
+
+
+def batch_of(model, n=6, extra=("generated", "other")):
+    raw = torch.randint(0, 256, (1 + len(extra), n, 3, *model.image_size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    words = [f"person number {i} in {'red blue green'.split()[i % 3]}" for i in range(n)]
+    return Batch(normalise(raw[0]), model.tokenize(words), torch.arange(n)//2, words, extra={k: normalise(r) for k, r in zip(extra, raw[1:])})
+
+
+def parts(b=5, d=16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(b, 4, d, generator=g), torch.randn(b, 6, d, generator=g), torch.randn(b, 7, d, generator=g), torch.arange(7) < torch.randint(2, 8, (b, 1), generator=g)
+
+
+def test_cross_attention_equals_torchs():
+    ca, mha = CrossAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    with torch.no_grad():
+        mha.in_proj_weight.copy_(torch.cat([ca.q_proj.weight, ca.kv_proj.weight])); mha.in_proj_bias.copy_(torch.cat([ca.q_proj.bias, ca.kv_proj.bias]))
+        mha.out_proj.load_state_dict(ca.out_proj.state_dict())
+    x, _, y, mask = parts()
+    want, weights = mha(x, y, y, key_padding_mask=~mask, average_attn_weights=False)
+    assert torch.allclose(ca(x, y, mask), want, atol=1e-6) and torch.allclose(ca.attention(x, y, mask), weights, atol=1e-6)
+    with pytest.raises(TiprError, match="heads=3"): CrossAttention(16, 3)
+
+
+def test_padding_is_not_heard_and_output_is_unit():
+    fusion, (d, v, t, mask) = Fusion(16, layers=1), parts()
+    u = fusion(d, v, t, mask)
+    other = torch.where(mask[..., None], t, torch.randn_like(t))
+    assert torch.allclose(u, fusion(d, v, other, mask), atol=1e-6) and torch.allclose(u.norm(dim=1), torch.ones(5)) and u.dtype == torch.float32
+
+
+def test_without_residual_the_answers_alone_count():
+    fusion, (d, v, t, mask) = Fusion(16, layers=1), parts()
+    for ask in (fusion.ask_photo, fusion.ask_text): nn.init.zeros_(ask.out_proj.weight)
+    assert torch.allclose(fusion(d, v, t, mask), fusion(torch.randn_like(d), v, t, mask), atol=1e-5)
+    fusion.residual = True
+    assert not torch.allclose(fusion(d, v, t, mask), fusion(torch.randn_like(d), v, t, mask), atol=1e-3)
+
+
+def test_reliance_finds_a_pass_through():
+    fusion, p = Fusion(16, layers=1), parts()
+    nn.init.zeros_(fusion.ask_text.out_proj.weight)             # listens to the photo only
+    r = reliance(fusion, *p)
+    assert r["photo"] > .01 and abs(r["caption"]) < 1e-5
+    with pytest.raises(TiprError, match="two samples"): reliance(fusion, *(x[:1] for x in p))
+
+
+def test_objective(nano):
+    batch = batch_of(nano)
+    objective = build_objective("GIF", nano, 3, layers=1)
+    f = nano(batch)
+    loss = objective(f, batch, nano)
+    with torch.no_grad(): u = objective.fusion(nano.image_features(batch.extra["generated"])[1], nano.image_features(batch.extra["other"])[1], f.text_tokens, f.text_mask)
+    assert torch.allclose(loss, tal_loss(u, f.text, f.ids) + tal_loss(f.image, u, f.ids), rtol=1e-4)
+    assert {"u_text", "u_image", "relies_on_photo", "relies_on_caption", "relies_on_picture"} == set(objective.logs)
+    loss.backward()
+    assert all(p.grad is not None for p in objective.parameters())
+    assert "relies_on_photo" in objective.logs
+
+
+def test_paired_photo_is_a_switch(nano):
+    batch = batch_of(nano, extra=("generated",))
+    assert GIF(nano, 3, layers=1, paired=True)(nano(batch), batch, nano).isfinite()
+    with pytest.raises(TiprError, match="paired=True") as e: GIF(nano, 3, layers=1)(nano(batch), batch, nano)
+    assert "\n" not in str(e.value)
+    with pytest.raises(TiprError, match="no drawn pictures"): GIF(nano, 3, layers=1)(nano(batch), batch_of(nano, extra=("other",)), nano)
+
+
+def test_fusion_travels_if_asked(nano, tmp_path):
+    objective = GIF(nano, 3, layers=1, keep=True)
+    assert not list(objective.parameters())
+    nano.save_pretrained(tmp_path)
+    back = PersonCLIP.from_pretrained(tmp_path)
+    assert not back.addons
+    for a, b in zip(fusion_of(back, layers=1).parameters(), nano.addons["gif_fusion"].parameters()): assert torch.equal(a, b)

@@ -1,0 +1,144 @@
+"Captions enriched by pictures: the mean against formulas, the gate in the checkpoint, the cache by caption, the objective."
+from types import SimpleNamespace
+
+import numpy as np, pytest, torch
+from PIL import Image
+from torch.nn import functional as F
+
+from tipr_nb.core import TiprError
+from tipr_nb.clip import Features, PersonCLIP, build_objective, tal_loss, unit
+from tipr_nb.data import Batch, normalise
+from tipr_nb.evaluation import evaluate, SplitFeatures
+from tipr_nb.ranking import toy_features
+from tipr_nb.tgte import PersonGenerator, Gate, Imagining, TGTE, attach_gate, attend, drawn_features, enhance, gate_of, generate_split, picture_feature
+import tipr_nb
+
+CAPTIONS = ["a woman in red", "a man in blue", "a person with a hat"]
+
+
+def units(*shape, seed=0): return unit(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+
+
+class Colours:
+    "Stands for a generator: a plain picture whose colour depends on the caption; counts."
+    def __init__(self, salt=0): self.n, self.salt = 0, salt
+    def generate(self, captions):
+        self.n += len(captions)
+        return [Image.new("RGB", (32, 96), tuple(np.random.default_rng([self.salt, *c.encode()]).integers(0, 256, 3).tolist())) for c in captions]
+    def settings(self): return dict(salt=self.salt)
+
+
+@pytest.fixture()
+def nano():
+    torch.manual_seed(0)
+    return PersonCLIP("tipr-nano").eval()
+
+
+def batch_of(model, n=6):
+    g = torch.Generator().manual_seed(1)
+    raw = torch.randint(0, 256, (2, n, 3, *model.image_size), generator=g, dtype=torch.uint8)
+    words = [f"person number {i} in {'red blue green'.split()[i % 3]}" for i in range(n)]
+    return Batch(normalise(raw[0]), model.tokenize(words), torch.arange(n)//2, words, extra={"generated": normalise(raw[1])})
+
+
+def test_names_are_importable(): assert tipr_nb.PersonGenerator is PersonGenerator and tipr_nb.generate_split is generate_split and tipr_nb.enhance is enhance
+
+
+@pytest.mark.parametrize("w", [0., .3, 1.])
+def test_enhance_is_the_formula(w):
+    t, g = units(5, 8), units(5, 8, seed=1)
+    want = torch.stack([F.normalize((1 - w)*a + w*b, dim=0) for a, b in zip(t, g)])
+    assert torch.allclose(enhance(t, g, w), want, atol=1e-6) and torch.allclose(enhance(t, g, torch.full((5, 1), w)), want, atol=1e-6)
+    assert torch.allclose(enhance(t, g, w).norm(dim=1), torch.ones(5))
+
+
+def test_several_pictures():
+    t, gs = units(4, 8), units(4, 3, 8, seed=1)
+    assert torch.allclose(enhance(t, gs, 1.), unit(gs.mean(1)), atol=1e-6) and torch.allclose(enhance(t, gs[:, :1], .4), enhance(t, gs[:, 0], .4), atol=1e-6)
+    best = gs[torch.arange(4), (gs*t[:, None]).sum(-1).argmax(1)]
+    assert torch.allclose(enhance(t, gs, 1., temperature=1e-4), best, atol=1e-4) and torch.allclose(attend(t, gs, share=.3), best, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad, says", [(lambda t, g: enhance(t, g, 1.2), r"weight=1.2.*\[0, 1\]"), (lambda t, g: enhance(t, g, -.1), "weight"), (lambda t, g: enhance(t, g[:2]), "one picture's feature per caption"),
+                                       (lambda t, g: attend(t, g[:, None], share=0), "share"), (lambda t, g: Gate(8, start=1.), "start")])
+def test_bad_input(bad, says):
+    with pytest.raises(TiprError, match=says) as e: bad(units(4, 8), units(4, 8, seed=1))
+    assert "\n" not in str(e.value)
+
+
+def test_gate_travels(nano, tmp_path):
+    assert gate_of(nano) is None
+    gate = attach_gate(nano, start=.2)
+    t, g = units(3, nano.dim), units(3, nano.dim, seed=1)
+    assert torch.allclose(gate(t, g), torch.full((3, 1), .2))
+    torch.nn.init.normal_(gate.net[-1].weight)
+    nano.save_pretrained(tmp_path)
+    back = PersonCLIP.from_pretrained(tmp_path)
+    assert not back.addons and torch.allclose(back.encode_text(CAPTIONS), nano.encode_text(CAPTIONS))
+    assert torch.equal(gate_of(back)(t, g), gate(t, g)) and attach_gate(back) is gate_of(back)
+
+
+def test_queries_that_imagine(nano, tmp_path):
+    draw = Colours()
+    query = Imagining(nano, draw, weight=.4, cache=tmp_path/"p.safetensors")
+    got = query.encode_text(CAPTIONS + CAPTIONS[:1])
+    want = enhance(nano.encode_text(CAPTIONS), nano.encode_image(draw.generate(CAPTIONS)), .4)
+    assert draw.n == 6 and torch.allclose(got[:3], want, atol=1e-5) and torch.equal(got[3], got[0])
+    query.encode_text(CAPTIONS)
+    query.save()
+    again = Imagining(nano, Colours(), weight=.4, cache=tmp_path/"p.safetensors")
+    assert torch.allclose(again.encode_text(CAPTIONS), want, atol=1e-5) and again.generator.n == 0 and draw.n == 6
+    for other in (lambda: Imagining(nano, Colours(salt=1), cache=query.path), lambda: Imagining(PersonCLIP("tipr-nano"), Colours(), cache=query.path), lambda: Imagining(nano, Colours(), share=.3, cache=query.path)):
+        with pytest.raises(TiprError, match="another model, generator or form"): other()
+    query.path.write_bytes(query.path.read_bytes()[:100])
+    with pytest.raises(TiprError, match="not a complete safetensors"): Imagining(nano, Colours(), cache=query.path)
+    with pytest.raises(TiprError, match="weight"): Imagining(nano, draw, weight=2.)
+    plain = Imagining(nano, Colours(), weight=0.)
+    assert torch.equal(plain.encode_text(CAPTIONS), nano.encode_text(CAPTIONS)) and plain.generator.n == 0
+
+
+def test_gate_decides_at_query_time(nano):
+    attach_gate(nano, start=.9)
+    query = Imagining(nano, draw := Colours())
+    assert query.gate is not None
+    assert torch.allclose(query.encode_text(CAPTIONS), enhance(nano.encode_text(CAPTIONS), nano.encode_image(draw.generate(CAPTIONS)), .9), atol=1e-5)
+
+
+def test_token_form(nano):
+    x, t = torch.randn(3, 3, *nano.image_size), units(3, nano.dim)
+    with torch.no_grad():
+        tokens = nano.image_features(x)[1]
+        assert torch.allclose(picture_feature(nano, x, t, share=.3), attend(t, tokens[:, 1:], .3, .1), atol=1e-6)
+        assert torch.allclose(picture_feature(nano, x), nano.encode_image(x), atol=1e-6)
+
+
+def test_evaluate_with_pictures():
+    text, image, ids, image_ids = (torch.as_tensor(x) for x in toy_features(n_ids=20, images=2, captions=2))
+    from tipr_nb.data import Split
+    split = Split("test", [f"{i}.jpg" for i in range(len(image))], image_ids.numpy(), [f"c{i}" for i in range(len(text))], ids.numpy(), np.array([int((image_ids == i).nonzero()[0]) for i in ids]))
+    first = image[torch.as_tensor(split.caption_image)]
+    good = SplitFeatures(image, text, first)
+    plain, helped = (evaluate(None, split, weight=w, features=good, n_boot=0) for w in (0., .5))
+    several = evaluate(None, split, weight=.5, features=SplitFeatures(image, text, first[:, None].repeat(1, 3, 1)), n_boot=0)
+    assert helped.mAP > plain.mAP and abs(several.mAP - helped.mAP) < 1e-6
+
+
+def test_objective(nano):
+    batch = batch_of(nano)
+    f = nano(batch)
+    assert torch.allclose(TGTE(nano, 3, picture_weight=0.)(f, batch, nano), tal_loss(f.image, f.text, f.ids))
+    assert drawn_features(f, batch, nano)[0] is drawn_features(f, batch, nano)[0]                  # encoded once
+    objective = build_objective("TGTE", nano, 3, gate=True, share=.5)
+    loss = objective(f, batch, nano)
+    loss.backward()
+    assert loss.ndim == 0 and nano.addons["tgte_gate"].net[-1].weight.grad.abs().sum() > 0 and abs(objective.logs["w"] - .3) < .01
+    with pytest.raises(TiprError, match="no drawn pictures"): TGTE(nano, 3)(nano(batch), Batch(batch.images, batch.tokens, batch.ids, batch.captions), nano)
+    with pytest.raises(TiprError, match="picture_weight"): TGTE(nano, 3, picture_weight=2.)
+
+
+def test_gradient_flows_through_text_photo_and_picture(nano):
+    batch = batch_of(nano)
+    for x in (batch.extra["generated"],): x.requires_grad_()
+    f = nano(batch)
+    TGTE(nano, 3)(f, batch, nano).backward()
+    assert batch.extra["generated"].grad.abs().sum() > 0 and nano.clip.text_projection.grad.abs().sum() > 0
