@@ -9,7 +9,7 @@ __all__ = ['QUICK', 'esc', 'TITLES', 'LOOKALIKES', 'BREAKDOWNS', 'FOOTER', 'STAG
            'command', 'versions', 'making_section', 'build_page', 'as_json', 'overview', 'draw_overview', 'run_demo',
            'before', 'keep_results']
 
-# %% ../nbs/13_demo.ipynb #6e73ede2
+# %% ../nbs/13_demo.ipynb #cell-002
 import contextlib, html, os, platform, re, resource, shlex, sys, time
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -21,7 +21,7 @@ import numpy as np
 
 from .core import TiprError, atomic_path, cache_dir, progress, read_json, write_json, write_text
 
-# %% ../nbs/13_demo.ipynb #1b6c3be3
+# %% ../nbs/13_demo.ipynb #cell-006
 @dataclass
 class Plan:
     "What a demo computes."
@@ -35,7 +35,7 @@ class Plan:
 
 QUICK = dict(n_ids=(320, 40, 100), quick=True)
 
-# %% ../nbs/13_demo.ipynb #3a678fb6
+# %% ../nbs/13_demo.ipynb #cell-010
 def peak_memory() -> float: # MiB
     "The most memory this process has held so far, plus the most of any one of its finished children."
     unit = 1024 if sys.platform != "darwin" else 1024**2
@@ -76,7 +76,7 @@ class Diary:
         "Seconds by stage, and their total."
         return {k: round(v, 1) for k, v in (self.data["seconds"] | {"total": sum(self.data["seconds"].values())}).items()}
 
-# %% ../nbs/13_demo.ipynb #de6faddd
+# %% ../nbs/13_demo.ipynb #cell-014
 def demo_data(plan:Plan):
     "The embedded benchmark, or the plan's smaller copy of it, from the cache folder."
     from tipr_nb.data import load_dataset
@@ -84,7 +84,7 @@ def demo_data(plan:Plan):
     from tipr_nb.synth import make_synth_pedes
     return load_dataset("synth-pedes", make_synth_pedes(cache_dir()/("synth-pedes-v1-" + "-".join(map(str, plan.n_ids))), n_ids=plan.n_ids))
 
-# %% ../nbs/13_demo.ipynb #46d04c2e
+# %% ../nbs/13_demo.ipynb #cell-019
 def top_pictures(features # `evaluation.SplitFeatures`: unit features of captions and images
                 , split # the same split
                 , query:int # index of a caption
@@ -97,7 +97,7 @@ def top_pictures(features # `evaluation.SplitFeatures`: unit features of caption
     hits = split.image_ids[order] == split.caption_ids[query]
     return order[:k], hits[:k], int(np.argmax(hits)) + 1 if hits.any() else 0
 
-# %% ../nbs/13_demo.ipynb #2651fca4
+# %% ../nbs/13_demo.ipynb #cell-020
 def draw_queries(split, n:int, seed:int=0) -> list[int]: # indices of captions
     "Captions to show, drawn at random: of as many kinds as there are in equal parts, no identity twice."
     kinds = split.caption_columns.get("kind", np.zeros(len(split), int))
@@ -111,7 +111,7 @@ def draw_queries(split, n:int, seed:int=0) -> list[int]: # indices of captions
             seen.add(split.caption_ids[chosen[-1]])
     return sorted(chosen, key=lambda i: (str(kinds[i]), i))
 
-# %% ../nbs/13_demo.ipynb #94a87023
+# %% ../nbs/13_demo.ipynb #cell-023
 esc = html.escape
 
 def shot(picture, alt:str # what a screen reader says
@@ -126,7 +126,7 @@ def shot(picture, alt:str # what a screen reader says
 _BADGES = {mark: f'<span class="badge" aria-hidden="true"><svg viewBox="0 0 10 10" fill="none" stroke="#fff" stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"><path d="{path}"/></svg></span>'
            for mark, path in dict(hit="M1 5.4 L3.9 8.2 L9 2", miss="M1.8 1.8 L8.2 8.2 M8.2 1.8 L1.8 8.2").items()}
 
-# %% ../nbs/13_demo.ipynb #6bf407d3
+# %% ../nbs/13_demo.ipynb #cell-024
 def query_card(split, query:int, rankings:dict[str, tuple] # method -> what `top_pictures` gave
               , words:str="") -> str:
     "A sentence, what kind of sentence it is, and what each method ranks first for it."
@@ -142,7 +142,7 @@ def query_card(split, query:int, rankings:dict[str, tuple] # method -> what `top
     return (f'<article class="query"><blockquote>{esc(split.captions[query])}</blockquote><p class="note">' + "".join(f'<span class="tag">{esc(t)}</span>' for t in tags)
             + f'{esc(found)}{esc(words)}</p>{"".join(rows)}</article>')
 
-# %% ../nbs/13_demo.ipynb #123776d6
+# %% ../nbs/13_demo.ipynb #cell-026
 def stylesheet() -> str:
     "The page's style sheet, which ships with the package."
     return (files("tipr_nb")/"templates"/"page.css").read_text(encoding="utf-8")
@@ -153,7 +153,7 @@ def page(title:str, body:str) -> str:
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{esc(title)}</title>\n'
             f'<link rel="icon" href="data:,">\n<style>\n{stylesheet()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n')
 
-# %% ../nbs/13_demo.ipynb #8c4a27dd
+# %% ../nbs/13_demo.ipynb #cell-028
 TITLES = {"r1": "Rank-1", "r5": "Rank-5", "r10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 def tile(name:str, value:float, interval:Sequence[float]|None=None, chance:float|None=None) -> str: # all in percent
@@ -168,7 +168,7 @@ def table(rows:Iterable[Sequence], head:Sequence[str]=(), numbers:Iterable[int]=
     def row(cells, tag): return "<tr>" + "".join(f'<{tag}{" class=n" if i in numbers else ""}>{esc(str(c))}</{tag}>' for i, c in enumerate(cells)) + "</tr>"
     return '<div class="scroll"><table>' + (f"<thead>{row(head, 'th')}</thead>" if head else "") + f"<tbody>{''.join(row(r, 'td') for r in rows)}</tbody></table></div>"
 
-# %% ../nbs/13_demo.ipynb #acb729db
+# %% ../nbs/13_demo.ipynb #cell-031
 @dataclass
 class Result:
     "What one method did."
@@ -189,7 +189,7 @@ def opening(plan:Plan, data, results:list[Result]) -> str:
             f'for {in_ten} % one of the first ten does; a blind guess is right in {last.chance_r1:.2g} % of cases.</p>{tiles}'
             f'<p class="note">{esc(last.note())}. Under each number stands its 95 % interval, from a bootstrap over identities; the tick on Rank-1 is chance.</p>')
 
-# %% ../nbs/13_demo.ipynb #8b42b162
+# %% ../nbs/13_demo.ipynb #cell-032
 def queries_section(plan:Plan, data, results:list[Result]) -> str:
     "The ranking for each of the drawn sentences."
     cards = []
@@ -201,7 +201,7 @@ def queries_section(plan:Plan, data, results:list[Result]) -> str:
 
 _NUMBERS = {4: "Four", 5: "Five", 6: "Six", 8: "Eight", 10: "Ten", 12: "Twelve"}
 
-# %% ../nbs/13_demo.ipynb #68cbe34a
+# %% ../nbs/13_demo.ipynb #cell-033
 def benchmark_section(data, seed:int=0) -> str:
     "What the benchmark is, with pictures."
     from tipr_nb.figures import nice
@@ -212,7 +212,7 @@ def benchmark_section(data, seed:int=0) -> str:
             'order and thoroughness; the test sentences are by writers who wrote none of the training ones. No identity is in two splits, and the weights that training starts from have seen another drawn world only.</p>'
             f'<div class="people">{"".join(shot(p, "a drawn person of the test split") for p in faces)}</div>{table(rows, ("split", "identities", "pictures", "sentences"), {1, 2, 3})}{families(test)}')
 
-# %% ../nbs/13_demo.ipynb #2f8f8477
+# %% ../nbs/13_demo.ipynb #cell-034
 def families(split, most:int=4) -> str:
     "One look-alike family of each type: people who differ in one thing only."
     c = split.image_columns
@@ -233,7 +233,7 @@ def _from_the_front(split, images:np.ndarray) -> int:
     front = [i for i in images if views is not None and views[i] == "front"]
     return int((front or list(images))[0])
 
-# %% ../nbs/13_demo.ipynb #2a2cb97d
+# %% ../nbs/13_demo.ipynb #cell-035
 def curve_section(results:list[Result]) -> str:
     "Losses and validation scores, one figure per method."
     from tipr_nb.figures import learning_curve
@@ -248,7 +248,7 @@ def curve_section(results:list[Result]) -> str:
     chosen = "; ".join((f"{esc(r.name)}: " if len(results) > 1 else "") + f"the weights kept are those of step {r.run.best['step']:,}, with Rank-1 {r.run.best['r1']:.1f} % on val" + (f" (before fine-tuning: {r.start['r1']:.1f} %)" if r.start else "") for r in results if "r1" in r.run.best)
     return f'<h2>How it learnt</h2><p>Training sees the training identities only. After each epoch the model is tried on the validation split, and the best weights are kept: {chosen or "without a validation split, the last ones"}. The test split is touched once, at the end.</p><div class="charts">{"".join(charts)}</div>'
 
-# %% ../nbs/13_demo.ipynb #b86d108d
+# %% ../nbs/13_demo.ipynb #cell-036
 _ROW_NAMES = dict(lookalike=LOOKALIKES | {"none": "no look-alike"}, annotator={f"t{i}": f"writer {i}" for i in range(1, 20)})
 BREAKDOWNS = dict(kind="Complete and incomplete sentences", completeness="By the share of visible attributes mentioned", lookalike="By type of look-alike in the gallery", camera="By camera", annotator="By writer, all unknown in training")
 
@@ -265,7 +265,7 @@ def breakdown_section(results:list[Result], columns:Sequence[str]=("kind", "comp
     return ('<h2>Where it is good, and where it is not</h2><p>Rank-1 for parts of the test sentences. The thin line on a bar is its 95 % interval, the grey number is how many sentences stand behind it. What a sentence does not say cannot be found; what only one small thing tells apart is hard.</p>'
             f'<div class="charts">{"".join(charts)}</div>')
 
-# %% ../nbs/13_demo.ipynb #43e963e8
+# %% ../nbs/13_demo.ipynb #cell-037
 def command(plan:Plan, out:str|Path) -> str:
     "The command that makes this page."
     parts = ["tipr", "demo"] + (["--quick"] if plan.quick else []) + (["--seed", str(plan.seed)] if plan.seed else []) + (["--out", str(out)] if str(out) != "runs/demo" else [])
@@ -291,7 +291,7 @@ def making_section(plan:Plan, out:str|Path, results:list[Result], diary:Diary) -
 def _next_steps(out:str|Path, result:Result) -> str:
     return f"tipr evaluate {shlex.quote(str(result.run.path/'best'))} --data synth-pedes --split test\ntipr train sdm-id-tiny --data synth-pedes --out runs/sdm-id"
 
-# %% ../nbs/13_demo.ipynb #28d5a104
+# %% ../nbs/13_demo.ipynb #cell-038
 FOOTER = ("<footer><p>The people on this page are drawn; none of them exists. A model trained on drawings finds drawings, not photographs: for those, train on a real dataset (the package's documentation has a page for each). "
           "Searching for people in pictures touches their privacy; use it where those concerned, or the law, allow it.</p></footer>")
 
@@ -300,7 +300,7 @@ def build_page(plan:Plan, out:str|Path, data, results:list[Result], diary:Diary)
     parts = [opening(plan, data, results), queries_section(plan, data, results), benchmark_section(data, plan.seed), curve_section(results), breakdown_section(results), making_section(plan, out, results, diary), FOOTER]
     return page("tipr demo: a sentence goes in, a person comes out", "\n".join(parts))
 
-# %% ../nbs/13_demo.ipynb #4b1875a6
+# %% ../nbs/13_demo.ipynb #cell-040
 def as_json(plan:Plan, out:str|Path, data, results:list[Result], diary:Diary) -> dict:
     "What `metrics.json` holds: under `test` the headline in percent with intervals and chance, and beside it all that a reader of a number should know."
     def entry(r): return dict(recipe=r.run.recipe.name, recipe_hash=r.run.recipe.hash(), val={k: r.run.best.get(k) for k in (*TITLES, "step", "epoch")}, val_before=r.start, train_seconds=round(r.run.train_seconds, 1), test=r.test.to_dict())
@@ -310,7 +310,7 @@ def as_json(plan:Plan, out:str|Path, data, results:list[Result], diary:Diary) ->
                 methods={r.name: entry(r) for r in results}, seed=plan.seed, quick=plan.quick, dataset=data.name, splits=splits, seconds=diary.seconds, peak_memory_mib=round(diary.data["memory"]),
                 command=command(plan, out), machine=dict(cores=os.cpu_count(), kind=platform.machine()), versions=versions(), date=time.strftime("%Y-%m-%d"))
 
-# %% ../nbs/13_demo.ipynb #f13eba3b
+# %% ../nbs/13_demo.ipynb #cell-043
 def overview(split, query:int # index of a caption
             , ranked:Sequence[int], hits:Sequence[bool] # images, best first, and whether each is a hit
             , gallery:Sequence[int] # some images of the gallery
@@ -332,7 +332,7 @@ def overview(split, query:int # index of a caption
         for x, y, text in ((.15, .12, "a sentence"), (.15, 3.62, f"a gallery of {size:,} pictures"), (8.05, 2.78, "green: the right person; red: someone else")): ax.text(x, y, text, fontsize=8, color=MUTED, va="center")
     return fig
 
-# %% ../nbs/13_demo.ipynb #34a0b1d8
+# %% ../nbs/13_demo.ipynb #cell-045
 def draw_overview(plan:Plan, data, result:Result):
     "The overview of the first drawn sentence with a hit on top and a miss further down (or simply the first)."
     queries = draw_queries(data.test, plan.queries, plan.seed)
@@ -342,7 +342,7 @@ def draw_overview(plan:Plan, data, result:Result):
     pool = np.arange(len(data.test.images)) if column is None else np.flatnonzero(column == own[q])
     return overview(data.test, q, *tops[q][:2], np.random.default_rng(plan.seed).permutation(pool), len(pool))
 
-# %% ../nbs/13_demo.ipynb #c014354a
+# %% ../nbs/13_demo.ipynb #cell-047
 STAGES = ("benchmark", "training", "test", "page")
 
 def run_demo(out:str|Path="runs/demo" # folder of the page, the numbers and the training run
@@ -385,7 +385,7 @@ def _method(name:str, recipe:str, plan:Plan, out:Path, data, diary:Diary, say) -
     say(f"      Rank-1 {test.r1:.1f} %  Rank-10 {test.r10:.1f} %  mAP {test.mAP:.1f} %  (chance: Rank-1 {test.chance_r1:.2f} %)")
     return Result(name, run, test, features, start)
 
-# %% ../nbs/13_demo.ipynb #5a569a85
+# %% ../nbs/13_demo.ipynb #cell-055
 def keep_results(demo:str|Path="runs/demo" # a finished demo
                 , nbs:str|Path="nbs" # folder of the notebooks
                 ) -> Path: # the copy
