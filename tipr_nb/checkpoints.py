@@ -93,7 +93,8 @@ class _ScriptReader(pickle.Unpickler):
     "Reads `data.pkl` of a TorchScript archive; every name that it does not know is refused."
     def __init__(self, archive:zipfile.ZipFile, root:str):
         super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
-        self.archive, self.root, self.seen = archive, root, {}
+        self.archive, self.root = archive, root
+        self.seen:dict[str, Tensor] = {}
 
     def find_class(self, module:str, name:str) -> Any:
         if module.startswith("__torch__"): return _Part
@@ -148,7 +149,7 @@ def read_file(path:str|Path) -> Checkpoint:
 # %% ../nbs/11a_checkpoints.ipynb #cell-029
 def read_folder(folder:Path) -> Checkpoint:
     "A folder in the layout of the hub: its configuration and its weights, in one file or in several with an index."
-    config = next((read_json(folder/n) for n in _CONFIGS if (folder/n).exists()), {})
+    config:dict = next((read_json(folder/n) for n in _CONFIGS if (folder/n).exists()), {})
     if shards := next(iter(sorted(folder.glob("*.index.json"))), None):
         names = sorted(set(read_json(shards).get("weight_map", {}).values()))
         if not names or any(Path(n).name != n for n in names): raise TiprError(f"{shards}: not an index of weights; download it again")

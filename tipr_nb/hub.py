@@ -201,8 +201,8 @@ def split_rows(split:Split, images:Sequence[str], captions:Sequence[str] # colum
     objects = {k for c in (split.image_columns, split.caption_columns) for k, v in c.items() if v.dtype == object}
     columns = {k: _values(split.image_columns[k]) for k in images}
     per_caption = {k: _values(split.caption_columns[k]) for k in captions}
-    order = np.argsort(split.caption_image, kind="stable")
-    starts = np.searchsorted(split.caption_image[order], np.arange(len(split.images) + 1))
+    order:np.ndarray = np.argsort(split.caption_image, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(split.caption_image, minlength=len(split.images)))])
     for i, path in enumerate(split.images):
         mine = order[starts[i]:starts[i+1]].tolist()
         try: data = Path(path).read_bytes()
@@ -287,7 +287,10 @@ def read_split(name:str, files:Sequence[Path], images:Path # folder for the pict
               ) -> Split:
     "A split from Parquet files; pictures that are not there yet are written."
     pq = need("pyarrow.parquet", "hub", "importing a dataset")
-    paths, ids, captions, where, columns, per_caption = [], [], [], [], {}, {}
+    paths:list[Path] = []
+    ids, captions, where = [], [], []
+    columns:dict[str, list] = {}
+    per_caption:dict[str, list] = {}
     for file in files:
         try: parquet = pq.ParquetFile(file)
         except Exception as e: raise DatasetError(f"{file}: not a complete Parquet file ({type(e).__name__}); download it again") from None
@@ -325,7 +328,7 @@ def import_dataset(source:str|Path # folder in the hub's layout, or a hub id
     facts = read_json(folder/"tipr.json") if (folder/"tipr.json").is_file() else {}
     home = Path(images) if images else cache_dir()/"datasets"/hashlib.sha256("".join(file_sha256(f) for found in files.values() for f in found).encode()).hexdigest()[:16]
     parts = {name: read_split(name, found, home/name) for name, found in files.items()}
-    empty = np.zeros(0, np.int64)
+    empty:np.ndarray = np.zeros(0, np.int64)
     return PersonDataset(facts.get("name", folder.name), folder, notes=facts.get("notes", []), **{n: parts.get(n) or Split(n, [], empty, [], empty, empty) for n in ("train", "val", "test")})
 
 def _dataset_folder(repo:str) -> Path:

@@ -143,16 +143,16 @@ class Recipe:
         return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../nbs/08a_recipes.ipynb #cell-016
-_SEN_SOLVER = dict(batch_size=128, sampler="identity", per_id=2, optimizer="adam", eps=1e-3, weight_decay=4e-5, decay_1d=True,
+_SEN_SOLVER:dict[str, Any] = dict(batch_size=128, sampler="identity", per_id=2, optimizer="adam", eps=1e-3, weight_decay=4e-5, decay_1d=True,
                    groups=[("cross", dict(lr_scale=5.)), ("bias$", dict(lr_scale=2., weight_decay=0.)), ("classifier", dict(lr_scale=5.))])
-_GEA_SOLVER = dict(batch_size=64, optimizer="adam")
+_GEA_SOLVER:dict[str, Any] = dict(batch_size=64, optimizer="adam")
 _SEN = [("SDM", {}), ("ID", {}), ("TIR", dict(weight=10.)), ("CMT", dict(weight=10.))]
 _GEA = [("TGTE", {}), ("GIF", {})]
 
 # %% ../nbs/08a_recipes.ipynb #cell-018
-_TINY = dict(arch="tipr-tiny", pretrained="synth-world", image_size=(96, 32), batch_size=128, epochs=2, warmup_epochs=.2, optimizer="adamw", lr=3e-4, eps=1e-8,
+_TINY:dict[str, Any] = dict(arch="tipr-tiny", pretrained="synth-world", image_size=(96, 32), batch_size=128, epochs=2, warmup_epochs=.2, optimizer="adamw", lr=3e-4, eps=1e-8,
              weight_decay=.05, decay_1d=False, groups=[], clip_grad=1., precision="bf16")
-_PRETRAIN = dict(pretrained=None, batch_size=256, epochs=1000, warmup_epochs=40., schedule="time", eval_every=1000, log_every=20, patch_dropout=.5, lr=1e-3,
+_PRETRAIN:dict[str, Any] = dict(pretrained=None, batch_size=256, epochs=1000, warmup_epochs=40., schedule="time", eval_every=1000, log_every=20, patch_dropout=.5, lr=1e-3,
                  betas=(.9, .98), eps=1e-6, weight_decay=.1, augment=dict(erase=0.))
 
 # %% ../nbs/08a_recipes.ipynb #cell-019
