@@ -125,17 +125,20 @@ class PersonGenerator:
     def save_pretrained(self, folder:str|Path, half:bool=True # write weights in float16
                        ):
         "Write the pipeline (safetensors) and how it is meant to be used, whole or not at all."
-        dtypes = {n: m.dtype for n, m in self.pipeline.components.items() if isinstance(m, torch.nn.Module)}
         from tipr_nb.pipelines import quiet_libraries
         with atomic_path(folder, folder=True) as tmp, quiet_libraries():
-            try:
-                if half: self.pipeline.to(torch.float16)
-                self.pipeline.save_pretrained(str(tmp), safe_serialization=True)
-            finally:
-                for n, d in dtypes.items(): getattr(self.pipeline, n).to(d)
+            self.pipeline.save_pretrained(str(tmp), safe_serialization=True)
+            for file in tmp.rglob("*.safetensors") if half else []: _halve(file)
             write_json(tmp/"tipr.json", dict(image_size=self.image_size, prompt=self.prompt, negative_prompt=self.negative_prompt, steps=self.steps, guidance=self.guidance))
 
 # %% ../nbs/02b_pictures.ipynb #cell-018
+def _halve(file:Path):
+    "Write a safetensors file again with its floats in float16."
+    from safetensors.torch import load_file, save_file
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+# %% ../nbs/02b_pictures.ipynb #cell-019
 def weights_print(pipeline:Any) -> str: # 16 hex digits
     "A print of a pipeline's weights (64 values of each tensor), LoRA included: enough to tell two pipelines apart."
     digest = hashlib.sha256()
@@ -145,7 +148,7 @@ def weights_print(pipeline:Any) -> str: # 16 hex digits
             digest.update(f"{part}.{name} {tuple(p.shape)}".encode() + flat[::max(1, len(flat)//64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/02b_pictures.ipynb #cell-027
+# %% ../nbs/02b_pictures.ipynb #cell-028
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 
 @dataclass
@@ -187,14 +190,15 @@ class Pictures:
         from tipr_nb.data import stack_images
         captions = [c.strip() for c in split.captions]
         if shuffle is not None:
-            other = dict(zip(names := sorted(set(captions)), np.roll(np.random.default_rng(shuffle).permutation(names), 1)))
+            order = np.random.default_rng(shuffle).permutation(sorted(set(captions)))
+            other = dict(zip(order, np.roll(order, 1)))          # one cycle: nobody keeps their own
             captions = [str(other[c]) for c in captions]
         def pictures(index:np.ndarray) -> torch.Tensor:
             which = torch.randint(self.per_caption, (len(index),)).tolist() if self.per_caption > 1 else [0]*len(index)
             return stack_images([self.open(captions[int(i)], k) for i, k in zip(index, which)], tuple(image_size))
         return pictures
 
-# %% ../nbs/02b_pictures.ipynb #cell-028
+# %% ../nbs/02b_pictures.ipynb #cell-029
 def _save_picture(im:Image.Image, path:Path):
     "Write one PNG under a temporary name and rename it."
     with os_errors(path):
@@ -205,7 +209,7 @@ def _save_picture(im:Image.Image, path:Path):
             os.replace(tmp, path)
         finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/02b_pictures.ipynb #cell-030
+# %% ../nbs/02b_pictures.ipynb #cell-031
 def open_pictures(folder:str|Path, # what generate_split made
                   settings:dict|None=None # if given, what the pictures must have been made with
                  ) -> Pictures:
@@ -217,7 +221,7 @@ def open_pictures(folder:str|Path, # what generate_split made
         if old != new: raise TiprError(f"{folder}: its pictures were made with {key}={old!r}, not {new!r}; choose another folder, or the same settings")
     return Pictures(folder, manifest["per_caption"])
 
-# %% ../nbs/02b_pictures.ipynb #cell-033
+# %% ../nbs/02b_pictures.ipynb #cell-034
 def generate_split(generator:PersonGenerator, # what draws
                    split:Any, # anything with .captions
                    out_dir:str|Path, # where the pictures go
@@ -244,13 +248,10 @@ def generate_split(generator:PersonGenerator, # what draws
     if done: report(f"{done:,} pictures in {_span(seconds := time.perf_counter() - start)}, {done/seconds:.1f} pictures/s")
     return pics
 
-# %% ../nbs/02b_pictures.ipynb #cell-034
+# %% ../nbs/02b_pictures.ipynb #cell-035
 def _share() -> tuple[int, int]:
-    "Rank and number of processes, as Accelerate sees them."
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2: return 0, 1
-    from accelerate import PartialState
-    state = PartialState()
-    return state.process_index, state.num_processes
+    "Rank and number of processes, as `accelerate launch` and `torchrun` tell them."
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 def _span(seconds:float) -> str:
     "A time span for people."

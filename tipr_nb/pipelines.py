@@ -7,7 +7,7 @@ __all__ = ['PatchCodec', 'fit_codec', 'hf_text_tower', 'check_pipeline', 'toy_pi
            'make_pipeline', 'load_pipeline', 'add_lora']
 
 # %% ../nbs/02a_pipelines.ipynb #cell-003
-import contextlib, importlib, json, logging, warnings
+import contextlib, importlib, json, logging, os, warnings
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -219,14 +219,14 @@ def make_pipeline(vae:nn.Module, text_encoder:nn.Module, tokenizer:Any, unet:nn.
 def load_pipeline(source:str|Path, # folder, alias of shipped weights, or hub id
                   lora:str|Path|None=None, # LoRA weights to put on top: folder, file or hub id
                   safety_checker:bool=False, # use the pipeline's safety checker
-                  device:str|torch.device|None=None, # None: a GPU if there is one
+                  device:str|torch.device|None=None, # None: a GPU if there is one, this process's own
                   dtype:torch.dtype|None=None # None: float16 on a GPU, else float32
                  ) -> tuple[Any, Path]: # pipeline, its folder
     "Load a text-to-image pipeline; a `TiprError` at once when it is not there, not whole, or not what it says."
     folder = resolve_model(source, needs=("model_index.json",))
     parts = check_pipeline(folder, str(source))
     if safety_checker and "safety_checker" not in parts: raise TiprError(f"{source}: has no safety checker; load it with safety_checker=False, or use a pipeline that has one")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"))
     kw:dict[str, Any] = {} if safety_checker or "safety_checker" not in read_json(folder/"model_index.json") else dict(safety_checker=None, requires_safety_checker=False)
     if _only_variant(folder, parts): kw["variant"] = "fp16"
     importlib.import_module("tipr_nb.pipelines")     # diffusers takes classes only from modules that are already imported
