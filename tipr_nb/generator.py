@@ -7,7 +7,7 @@ __all__ = ['STUDIO', 'portrait', 'Pairs', 'world_portraits', 'region_colour', 'c
            'noise_steps', 'diffusion_loss', 'codes_of', 'states_of', 'GeneratorRecipe', 'GeneratorRun',
            'train_generator', 'kind_accuracy', 'follows_text', 'train_small', 'save_lora']
 
-# %% ../nbs/15_generator.ipynb #bb609ae7
+# %% ../nbs/15_generator.ipynb #cell-003
 import dataclasses, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch
 from PIL import Image
 from torch import Tensor, nn
 
-# %% ../nbs/15_generator.ipynb #226a4e15
+# %% ../nbs/15_generator.ipynb #cell-004
 from .core import TiprError, atomic_path, locked, os_errors, progress, read_json, write_json
 from .data import ImageCache, Split
 from .people import COLOURS, Camera, Person, nearest_colour
@@ -27,7 +27,7 @@ from .clip import PersonCLIP, read_safetensors
 from .pipelines import UNet2DConditionModel, fit_codec, hf_text_tower, make_pipeline, quiet_libraries
 from .runs import Checkpoints, History, pack_optimizer, save_tensors, unpack_optimizer
 
-# %% ../nbs/15_generator.ipynb #d2e13ec3
+# %% ../nbs/15_generator.ipynb #cell-009
 STUDIO = Camera("studio", "crossing", blur=0., noise=0.)
 _SEED = 4     # of the plain place that all portraits share
 
@@ -40,7 +40,7 @@ def portrait(record:Mapping[str, Any], # of `world_records`
     person = Person(record["attributes"], record["season"], record["role"], record["person_seed"])
     return draw_person(person, said.get("view", "front"), STUDIO, size, _SEED, said.get("pose", "standing"), return_regions=return_regions)
 
-# %% ../nbs/15_generator.ipynb #4b4dcaa0
+# %% ../nbs/15_generator.ipynb #cell-012
 @dataclass
 class Pairs:
     "Pictures and captions to train a generator on."
@@ -64,7 +64,7 @@ class Pairs:
         "The pairs of a dataset's split, for fine-tuning."
         return cls(ImageCache.build(split, image_size), list(split.captions), np.asarray(split.caption_image))
 
-# %% ../nbs/15_generator.ipynb #4621a73f
+# %% ../nbs/15_generator.ipynb #cell-013
 def _draw_pairs(n_photos:int, seed:int, size:tuple[int, int], regions:bool) -> Pairs:
     "Portraits for the captions of so many records; one picture for captions that want the same view and pose."
     pictures, labels, captions, where, said, at = [], [], [], [], [], {}
@@ -80,7 +80,7 @@ def _draw_pairs(n_photos:int, seed:int, size:tuple[int, int], regions:bool) -> P
             captions.append(c["caption"]); where.append(at[key]); said.append(m)
     return Pairs(np.stack(pictures), captions, np.array(where), said, np.stack(labels) if regions else None)
 
-# %% ../nbs/15_generator.ipynb #9cf2a14f
+# %% ../nbs/15_generator.ipynb #cell-014
 def world_portraits(n_photos:int, # records of synth-world; about 1.6 portraits and 3 captions come of each
                     seed:int=0, # 0: what the shipped generator learned from; 1: held out
                     size:tuple[int, int]=(96, 32), regions:bool=False, # keep the garments' masks too
@@ -100,7 +100,7 @@ def world_portraits(n_photos:int, # records of synth-world; about 1.6 portraits 
     if kept["settings"] != settings: raise TiprError(f"{path}: holds portraits made with other settings ({kept['settings']}); choose another folder")
     return Pairs(np.load(path/"pictures.npy", mmap_mode="r"), kept["captions"], np.array(kept["caption_picture"]), kept["said"], np.load(path/"regions.npy", mmap_mode="r") if regions else None)
 
-# %% ../nbs/15_generator.ipynb #1d9e0f90
+# %% ../nbs/15_generator.ipynb #cell-019
 def region_colour(picture:np.ndarray, # (h, w, 3) uint8
                   mask:np.ndarray # (h, w) bool
                  ) -> str: # '' for an empty region
@@ -109,7 +109,7 @@ def region_colour(picture:np.ndarray, # (h, w, 3) uint8
     names, counts = np.unique(nearest_colour(picture[mask]), return_counts=True)
     return str(names[counts.argmax()])
 
-# %% ../nbs/15_generator.ipynb #82c6e1e8
+# %% ../nbs/15_generator.ipynb #cell-020
 _GARMENTS = {"upper": 1, "lower": 2}
 
 def colour_hits(pictures:Sequence[Any], # one per caption: PIL pictures or (h, w, 3) uint8
@@ -128,7 +128,7 @@ def colour_hits(pictures:Sequence[Any], # one per caption: PIL pictures or (h, w
     table = pd.DataFrame(rows, columns=["caption", "garment", "said", "seen"])
     return table.assign(hit=table.said == table.seen)
 
-# %% ../nbs/15_generator.ipynb #6a5e5606
+# %% ../nbs/15_generator.ipynb #cell-021
 def colour_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int],
                     seed:int=0 # of the shuffle
                    ) -> pd.DataFrame: # rows upper and lower: n, accuracy, shuffled; percent
@@ -140,7 +140,7 @@ def colour_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int],
     group = lambda t: t.groupby("garment").hit.mean()*100
     return pd.DataFrame(dict(n=right.groupby("garment").size(), accuracy=group(right), shuffled=group(wrong))).reindex(list(_GARMENTS))
 
-# %% ../nbs/15_generator.ipynb #fa1fc1c4
+# %% ../nbs/15_generator.ipynb #cell-028
 def small_pipeline(pictures:np.ndarray, # (n, 3, h, w) uint8: what the codec is fitted on; a thousand will do
                    clip:PersonCLIP|str="synth-world", # its text tower reads the captions
                    width:int=96, # channels of the UNet, a multiple of 32
@@ -156,7 +156,7 @@ def small_pipeline(pictures:np.ndarray, # (n, 3, h, w) uint8: what the codec is 
                                     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=tower.config.hidden_size, attention_head_dim=width//32)
         return make_pipeline(codec, tower, tokenizer, unet)
 
-# %% ../nbs/15_generator.ipynb #dd6a3abb
+# %% ../nbs/15_generator.ipynb #cell-033
 def noise_steps(n:int, # how many
                 T:int=1000, # steps of the scheduler
                 power:float=.7, # below 1: noisy steps more often
@@ -175,7 +175,7 @@ def diffusion_loss(unet:nn.Module, scheduler:Any, z:Tensor, # (b, c, h, w) codes
     target = noise if kind == "epsilon" else scheduler.get_velocity(z, noise, t)
     return (unet(scheduler.add_noise(z, noise, t), t, text).sample.float() - target).square().flatten(1).mean(1)
 
-# %% ../nbs/15_generator.ipynb #d85ba0ec
+# %% ../nbs/15_generator.ipynb #cell-035
 @torch.no_grad()
 def codes_of(pipeline:Any, pictures:Tensor # (b, 3, h, w) uint8
             ) -> Tensor: # (b, c, h/p, w/p)
@@ -190,7 +190,7 @@ def states_of(pipeline:Any, captions:Sequence[str]) -> Tensor: # (b, L, d)
     ids = tok(list(captions), padding="max_length", max_length=tok.model_max_length, truncation=True, return_tensors="pt").input_ids
     return pipeline.text_encoder(ids.to(pipeline.text_encoder.device))[0].float()
 
-# %% ../nbs/15_generator.ipynb #d25f9561
+# %% ../nbs/15_generator.ipynb #cell-038
 @dataclass
 class GeneratorRecipe:
     "What decides how a generator is trained."
@@ -219,7 +219,7 @@ class GeneratorRecipe:
         left = (self.updates - step)/max(1., self.updates*(1 - self.decay_from))
         return self.lr*min(1., (step + 1)/max(1, self.warmup), max(left, 0.))
 
-# %% ../nbs/15_generator.ipynb #b3c26b77
+# %% ../nbs/15_generator.ipynb #cell-041
 class GeneratorRun:
     "A training run of a pipeline's UNet: batches that depend on (seed, step) alone, an average of the weights, checkpoints."
     def __init__(self, pipeline:Any, pairs:Pairs, out_dir:str|Path, recipe:GeneratorRecipe):
@@ -304,7 +304,7 @@ class GeneratorRun:
         self.pipeline.unet.requires_grad_(False).eval()
         return self.pipeline
 
-# %% ../nbs/15_generator.ipynb #229b516f
+# %% ../nbs/15_generator.ipynb #cell-042
 def train_generator(pipeline:Any, # of `small_pipeline`, or a real one in Stable Diffusion's layout
                     pairs:Pairs, # of `world_portraits`, or of a dataset's split
                     out_dir:str|Path, # checkpoints and history; a run that was cut off goes on from there
@@ -332,7 +332,7 @@ def train_generator(pipeline:Any, # of `small_pipeline`, or a real one in Stable
     if run.step >= run.r.updates: run.finish()
     return run
 
-# %% ../nbs/15_generator.ipynb #f85c5bc3
+# %% ../nbs/15_generator.ipynb #cell-043
 @torch.no_grad()
 def _with_average(run:GeneratorRun, look:Callable[[Any, int], dict]) -> dict:
     "What `look` says of the averaged weights; the run's own are put back."
@@ -344,7 +344,7 @@ def _with_average(run:GeneratorRun, look:Callable[[Any, int], dict]) -> dict:
         for k, p in run.weights.items(): p.copy_(own[k])
         run.pipeline.unet.train()
 
-# %% ../nbs/15_generator.ipynb #7e07832a
+# %% ../nbs/15_generator.ipynb #cell-051
 def kind_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int], train:Pairs, # true portraits of other people, for the probe
                   fields:Sequence[str]=("lower", "gender", "view"), seed:int=0) -> pd.DataFrame: # n, accuracy, shuffled; percent
     "Share of what captions mention in each field that a linear probe on pixels finds in the pictures."
@@ -361,14 +361,14 @@ def kind_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int], trai
         rows[f] = dict(n=len(ask), accuracy=100*(told[ask] == want).mean(), shuffled=100*(told[order][ask] == want).mean())
     return pd.DataFrame(rows).T
 
-# %% ../nbs/15_generator.ipynb #5d8b86b5
+# %% ../nbs/15_generator.ipynb #cell-052
 def _pil(chw:np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.asarray(chw).transpose(1, 2, 0)))
 
 def _half_size(pictures:Sequence[Image.Image]) -> np.ndarray: # (n, pixels) in [0, 1]
     return np.stack([np.asarray(p.reduce(2)).ravel()/255 for p in pictures])
 
-# %% ../nbs/15_generator.ipynb #3bd998d2
+# %% ../nbs/15_generator.ipynb #cell-054
 def follows_text(generator:Any, # a PersonGenerator
                  pairs:Pairs, # held-out, with regions
                  n:int=200, # captions
@@ -383,7 +383,7 @@ def follows_text(generator:Any, # a PersonGenerator
     parts = [both(lambda p: colour_accuracy(p, pairs, index, seed), "colour")] + ([] if train is None else [both(lambda p: kind_accuracy(p, pairs, index, train), "kind")])
     return pd.concat(parts).assign(pictures_per_second=speed), pictures
 
-# %% ../nbs/15_generator.ipynb #1422b613
+# %% ../nbs/15_generator.ipynb #cell-060
 def train_small(out_dir:str|Path, # portraits, run and, at the end, pipeline/
                 photos:int=20_000, # records of synth-world
                 recipe:GeneratorRecipe|None=None, width:int=96, # channels of the UNet
@@ -398,7 +398,7 @@ def train_small(out_dir:str|Path, # portraits, run and, at the end, pipeline/
     if run.step >= run.r.updates: PersonGenerator(run.pipeline, steps=steps, guidance=guidance).save_pretrained(out/"pipeline")
     return run
 
-# %% ../nbs/15_generator.ipynb #204f75a3
+# %% ../nbs/15_generator.ipynb #cell-064
 def save_lora(run:GeneratorRun, # trained with recipe.lora above 0
               folder:str|Path):
     "Write a run's LoRA weights in diffusers' form, for `PersonGenerator.from_pretrained(..., lora=folder)`."
