@@ -252,7 +252,7 @@ class GalleryModel(GalleryFiles):
         return as_numpy(self.model.encode_image(list(pictures)))
 
 # %% ../nbs/11_search.ipynb #cell-025
-DEFAULT_MODEL = "synth-world"   # weights shipped with the package, for galleries that name no others
+DEFAULT_MODEL = "synth-pedes"   # weights shipped with the package, for galleries that name no others
 
 def model_for(folder:str|Path|None=None # a gallery, or where one will be
              , model:Any=None, rebuild:bool=False) -> Any:
