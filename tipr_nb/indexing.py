@@ -107,7 +107,7 @@ class Items:
         except (pa.ArrowInvalid, OSError) as e: raise Damaged(f"{self.path}: not a readable table ({str(e).splitlines()[0][:80]}); build the gallery again with `tipr index`") from None
         groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
-        self._group = lru_cache(maxsize=64)(lambda i: self.file.read_row_group(i))
+        self._group = lru_cache(maxsize=1024)(lambda i: self.file.read_row_group(i))
         self._columns:dict[str, Column] = {}
     def __len__(self): return int(self.starts[-1])
     @property
