@@ -413,6 +413,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'tipr_nb.demo.families': ('demo.html#families', 'tipr_nb/demo.py'),
                               'tipr_nb.demo.keep_results': ('demo.html#keep_results', 'tipr_nb/demo.py'),
                               'tipr_nb.demo.making_section': ('demo.html#making_section', 'tipr_nb/demo.py'),
+                              'tipr_nb.demo.one_thread': ('demo.html#one_thread', 'tipr_nb/demo.py'),
                               'tipr_nb.demo.opening': ('demo.html#opening', 'tipr_nb/demo.py'),
                               'tipr_nb.demo.overview': ('demo.html#overview', 'tipr_nb/demo.py'),
                               'tipr_nb.demo.page': ('demo.html#page', 'tipr_nb/demo.py'),

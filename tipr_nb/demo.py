@@ -7,7 +7,7 @@ __all__ = ['QUICK', 'esc', 'TITLES', 'LOOKALIKES', 'BREAKDOWNS', 'FOOTER', 'STAG
            'top_pictures', 'draw_queries', 'shot', 'query_card', 'stylesheet', 'page', 'tile', 'table', 'Result',
            'opening', 'queries_section', 'benchmark_section', 'families', 'curve_section', 'breakdown_section',
            'command', 'versions', 'making_section', 'build_page', 'as_json', 'overview', 'draw_overview', 'run_demo',
-           'before', 'keep_results']
+           'before', 'one_thread', 'keep_results']
 
 # %% ../nbs/13_demo.ipynb #cell-002
 import contextlib, html, os, platform, re, resource, shlex, sys, time
@@ -371,13 +371,22 @@ def before(recipe, data) -> dict[str, float]:
     m = evaluate(PersonCLIP.from_pretrained(recipe.pretrained), data.val, n_boot=0, breakdown=())
     return {k: float(getattr(m, k)) for k in TITLES}
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    "One thread inside the block, unless OMP_NUM_THREADS says otherwise: the steps of a model this small are shorter than what two threads spend waiting for each other."
+    import torch
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
 def _method(name:str, recipe:str, plan:Plan, out:Path, data, diary:Diary, say) -> Result:
     "Train and test one method."
     with diary.stage("training", f"fine-tuning the {name} ({recipe}); interrupt it if you like, the same command goes on"):
         from tipr_nb.training import get_recipe, train
         r = get_recipe(recipe).but(**plan.changes, seed=plan.seed)
         start = diary.remember(f"val before fine-tuning the {name}", lambda: before(r, data))
-        run = train(r, data, out/f"{r.name}-{r.hash()}" if not plan.quick else out/f"{r.name}-quick-{r.hash()}")
+        with one_thread(): run = train(r, data, out/f"{r.name}-{r.hash()}" if not plan.quick else out/f"{r.name}-quick-{r.hash()}")
     with diary.stage("test", f"meeting {data.test.n_ids:,} people never seen before"):
         from tipr_nb.evaluation import encode_split, evaluate
         features = encode_split(run.model, data.test)
