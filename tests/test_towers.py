@@ -100,3 +100,12 @@ def test_other_encoders_have_no_tower(tmp_path):
 
 def test_cleaning():
     assert clean_text("  A man&amp;woman\nin “Red” ") == 'a man&woman in "red"' and clean_text("") == ""
+
+
+def test_a_cached_tower_with_another_tokenizer_is_made_anew(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIPR_CACHE", str(tmp_path/"cache"))
+    export_text_tower(model, tmp_path/"a")
+    kept = next((tmp_path/"cache"/"text-towers").glob("*/tokenizer.json"))
+    kept.write_text(kept.read_text().replace("coat", "coot"), encoding="utf-8")
+    export_text_tower(model, tmp_path/"b")
+    assert (tmp_path/"b"/"tokenizer.json").read_text(encoding="utf-8") == tokenizer_json(model.tokenizer)

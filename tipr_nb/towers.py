@@ -91,15 +91,16 @@ def export_text_tower(encoder:Any # a `PersonCLIP`
     fingerprint, folder = fingerprint or model_fingerprint(encoder), Path(folder)
     kept = cache_dir()/"text-towers"/fingerprint
     with locked(kept):
-        if not _complete(kept, fingerprint): _export(encoder, kept, data, fingerprint)
+        if not _complete(kept, fingerprint, data): _export(encoder, kept, data, fingerprint)
         if folder != kept: _copy(kept, folder)
     return folder
 
 # %% ../nbs/10c_towers.ipynb #cell-023
-def _complete(folder, fingerprint):
+def _complete(folder, fingerprint, data):
+    "Whether an exported tower is whole and of these weights and this tokenizer."
     if not all((folder/f).is_file() for f in TOWER_FILES): return False
-    try: return read_json(folder/"text.json")["fingerprint"] == fingerprint
-    except (TiprError, KeyError, TypeError): return False
+    try: return read_json(folder/"text.json")["fingerprint"] == fingerprint and (folder/"tokenizer.json").read_text(encoding="utf-8") == data
+    except (TiprError, KeyError, TypeError, UnicodeDecodeError): return False
 
 def _copy(source, folder):
     "Copy the tower's files, the one that is looked at first last."
