@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # %% ../nbs/08c_loop.ipynb #cell-004
-from .core import TiprError, os_errors, progress, read_json, shipped_weights, write_json
+from .core import TiprError, known_name, os_errors, progress, read_json, shipped_weights, write_json
 from .data import Batch, CAPTION_TRANSFORMS, ImageCache, PersonDataset, Split, make_loader
 from .clip import Features, OBJECTIVES, PersonCLIP, build_objective, gather_features, read_safetensors
 from .evaluation import evaluate
-from .recipes import OBJECTIVE_HOMES, Recipe, known_name, named
+from .recipes import OBJECTIVE_HOMES, Recipe, named
 from .runs import Checkpoints, History, data_hash, environment, git_commit, pack_optimizer, safetensors_errors, save_tensors, unpack_optimizer, weights_hash
 
 # %% ../nbs/08c_loop.ipynb #cell-009

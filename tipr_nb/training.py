@@ -16,11 +16,11 @@ from typing import Any, Callable, Iterable, Sequence
 import numpy as np, pandas as pd, torch
 
 # %% ../nbs/09_training.ipynb #cell-004
-from .core import TiprError, atomic_path, locked, os_errors, read_json
+from .core import TiprError, atomic_path, known_name, locked, os_errors, read_json
 from .clip import PersonCLIP, read_safetensors
 from .data import PersonDataset, load_dataset
 from .evaluation import evaluate, save_metrics
-from .recipes import NOT_HASHED, RECIPES, Recipe, get_recipe, known_name
+from .recipes import NOT_HASHED, RECIPES, Recipe, get_recipe
 from .runs import data_hash, git_commit, weights_hash
 from .loop import (METRICS, Callback, Retriever, Trainer, build_encoder, build_objectives, dataset_from_arrays, lr_factor, make_optimizer, make_train_loader, param_groups, validate)
 
