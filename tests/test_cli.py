@@ -53,6 +53,13 @@ def run(few, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    "A pipeline in Stable Diffusion's layout that draws noise."
+    from tipr_nb.pipelines import toy_pipeline
+    return toy_pipeline(tmp_path_factory.mktemp("pipeline")/"toy", codec="kl")
+
+
 # starting up
 
 def test_help_is_quick_and_loads_nothing_heavy():
@@ -418,3 +425,48 @@ def test_killed_index_command_resumes_to_the_same_gallery(nano, tmp_path):
     assert last.returncode == 0, last.stderr
     one, two = (json.loads(tipr("search", "--like", 3, "-k", 700, "--gallery", tmp_path/g, "--json").stdout)["hits"] for g in ("calm", "killed"))
     assert [(h["path"], h["camera"]) for h in one] == [(h["path"], h["camera"]) for h in two] and [h["score"] for h in one] == pytest.approx([h["score"] for h in two], abs=1e-4)
+
+
+# drawing
+
+def test_generate_sentences(toy, tmp_path):
+    words = ["generate", "a man in red", "a woman", "a man in red", "--generator", toy, "--steps", 2, "--size", "48x16", "--out", tmp_path/"drawn", "--per-caption", 2, "--device", "cpu"]
+    result = tipr(*words)
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path/"drawn").rglob("*.png"))) == 4 and "pictures/s" in result.stdout and result.stdout.count("a man in red") == 1
+    assert "0 for this process" in tipr(*words).stdout
+    refused(tipr(*words[:-1], "cpu", "--guidance", 7), "guidance", "another folder")
+
+
+def test_generate_a_split_and_train_on_it(few, toy, tmp_path):
+    result = tipr("generate", "--root", few, "--split", "train", "--generator", toy, "--steps", 1, "--size", "96x32", "--out", tmp_path/"drawn", "--device", "cpu")
+    assert result.exit_code == 0 and "tipr train gea-tiny" in result.stdout, result.output
+    (kept := next((tmp_path/"drawn").rglob("*.png"))).rename(tmp_path/"kept.png")
+    gea = ["train", "gea-tiny", "--root", few, "--out", tmp_path/"gea", "--pictures", tmp_path/"drawn", *NANO, "--set", "epochs=1"]
+    refused(tipr(*gea), "1 of the training captions", "finish the `tipr generate`")
+    (tmp_path/"kept.png").rename(kept)
+    assert (result := tipr(*gea)).exit_code == 0, result.output
+    refused(tipr("evaluate", tmp_path/"gea", "--root", few, "--pictures", tmp_path/"drawn"), "no picture of", "tipr generate")
+    assert tipr("generate", "--root", few, "--split", "test", "--generator", toy, "--steps", 1, "--size", "96x32", "--out", tmp_path/"drawn", "--device", "cpu").exit_code == 0
+    plain, drawn = (json.loads(tipr("evaluate", tmp_path/"gea", "--root", few, "--json", *more).stdout) for more in ([], ["--pictures", tmp_path/"drawn", "--weight", .5]))
+    assert plain["mAP"] != drawn["mAP"]
+
+
+def test_generate_learns(few, toy, tmp_path, monkeypatch):
+    from tipr_nb import generator
+    asked, real = [], generator.train_small
+    monkeypatch.setattr(generator, "train_small", lambda out, recipe, max_seconds=None: asked.append((out, recipe)) or real(out, photos=12, recipe=recipe, width=32, max_seconds=max_seconds))
+    monkeypatch.setattr(generator, "SMALL", generator.GeneratorRecipe(batch_size=4, warmup=1))
+    result = tipr("generate", "--train", "--out", tmp_path/"small", "--updates", 2, "--seed", 3)
+    assert result.exit_code == 0 and asked[0][1].updates == 2 and asked[0][1].seed == 3 and (tmp_path/"small"/"pipeline"/"model_index.json").exists(), result.output
+    result = tipr("generate", "--train", "--out", tmp_path/"tuned", "--updates", 2, "--root", few, "--generator", toy, "--lora-rank", 2, "--size", "96x32")
+    assert result.exit_code == 0 and f"--lora {tmp_path/'tuned'/'lora'}" in result.stdout and list((tmp_path/"tuned"/"lora").glob("*.safetensors")), result.output
+    refused(tipr("generate", "a man", "--train"), "takes no sentences")
+
+
+@pytest.mark.parametrize("words, says", [(["generate", " "], ["empty"]), (["generate", "a man", "--generator", "nowhere/pipeline"], ["nowhere/pipeline"]), (["generate", "a man", "--size", "tall"], ["--size tall"]),
+                                         (["generate", "--data", "cuhk-pedes"], ["--root"]), (["train", "gea-tiny", "--pictures", "nowhere"], ["nowhere", "tipr generate"])])
+def test_generate_refuses(words, says, few, toy):
+    more = [] if "--generator" in words or words[0] == "train" else ["--generator", toy]
+    if "cuhk-pedes" not in words: more += ["--root", few]
+    refused(tipr(*words, *more), *says)

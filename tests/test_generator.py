@@ -9,7 +9,7 @@ import tipr_nb.pictures as pictures_module
 from tipr_nb.core import TiprError, read_json, write_json
 from tipr_nb.clip import PersonCLIP
 from tipr_nb.generator import GeneratorRecipe, GeneratorRun, Pairs, colour_accuracy, colour_hits, diffusion_loss, noise_steps, region_colour, small_pipeline, states_of, train_generator, world_portraits
-from tipr_nb.pictures import PersonGenerator, Pictures, caption_seed, check_caption, generate_split, open_pictures, words_lost
+from tipr_nb.pictures import PersonGenerator, Pictures, caption_seed, check_caption, generate_split, open_pictures, pictures_for, words_lost
 from tipr_nb.pipelines import PatchCodec, check_pipeline, fit_codec, hf_text_tower, load_pipeline, toy_pipeline
 
 CAPTIONS = ["a woman in a red coat", "a man with a blue backpack", "somebody in white trousers", "a tall man", "a girl in green"]
@@ -228,6 +228,22 @@ def test_disk_full_in_the_middle(generator, tmp_path, monkeypatch):
     assert one_line(e) and len(files(tmp_path)) == 2 and not list(tmp_path.rglob("*.tmp"))
     generate_split(generator, split(CAPTIONS), tmp_path, report=lambda _: None)
     assert len(files(tmp_path)) == 5
+
+
+def test_pictures_of_a_dataset(generator, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIPR_CACHE", str(tmp_path/"cache"))
+    data = SimpleNamespace(name="toy", splits=dict(train=SimpleNamespace(captions=["a man", "a woman", "a man "]), val=SimpleNamespace(captions=["a woman", "a child"])))
+    said = []
+    first = pictures_for(data, ["train"], generator, report=said.append)
+    assert first.folder.is_relative_to(tmp_path/"cache") and first.has("a man") and not first.has("a child") and "2 different captions" in said[0]
+    both = pictures_for(data, ["train", "val"], generator, report=said.append)
+    assert both.folder == first.folder and "2 for this process" in said[-2] and len(list(both.folder.rglob("*.png"))) == 3
+    n = len(said)
+    assert pictures_for(data, ["val"], generator, report=said.append).folder == first.folder and len(said) == n          # nothing left to say
+    other = PersonGenerator(generator.pipeline, image_size=generator.image_size, steps=generator.steps + 1, guidance=generator.guidance)
+    assert pictures_for(data, ["val"], other, report=said.append).folder != first.folder
+    with pytest.raises(TiprError, match="tset"): pictures_for(data, ["tset"], generator)
+    with pytest.raises(TiprError, match="steps"): pictures_for(data, ["val"], other, first.folder)
 
 
 def test_reading_pictures(generator, tmp_path):

@@ -10,7 +10,7 @@ from tipr_nb.clip import Features, PersonCLIP, build_objective, tal_loss, unit
 from tipr_nb.data import Batch, normalise
 from tipr_nb.evaluation import evaluate, SplitFeatures
 from tipr_nb.ranking import toy_features
-from tipr_nb.tgte import PersonGenerator, Gate, Imagining, TGTE, attach_gate, attend, drawn_features, enhance, gate_of, generate_split, picture_feature
+from tipr_nb.tgte import PersonGenerator, choose_weight, query_kinds, query_ms, with_pictures, Gate, Imagining, TGTE, attach_gate, attend, drawn_features, enhance, gate_of, generate_split, picture_feature
 import tipr_nb
 
 CAPTIONS = ["a woman in red", "a man in blue", "a person with a hat"]
@@ -121,6 +121,65 @@ def test_evaluate_with_pictures():
     plain, helped = (evaluate(None, split, weight=w, features=good, n_boot=0) for w in (0., .5))
     several = evaluate(None, split, weight=.5, features=SplitFeatures(image, text, first[:, None].repeat(1, 3, 1)), n_boot=0)
     assert helped.mAP > plain.mAP and abs(several.mAP - helped.mAP) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    from tipr_nb.corpora import load_dataset
+    from tipr_nb.synth import make_synth_pedes
+    return load_dataset("synth-pedes", make_synth_pedes(tmp_path_factory.mktemp("data")/"few", n_ids=(12, 4, 5)))
+
+
+def test_kinds_of_queries(nano, few):
+    painter, split = Colours(), few.val
+    told = query_kinds(nano, split, painter, .3)
+    f = {k: (a["features"], a["weight"]) for k, (a, _) in told.items()}
+    assert painter.n == len(set(split.captions)) and "caption + picture, gate" not in told
+    assert f["caption"][1] == 0 and f["picture alone"][1] == 1 and {w for k, (_, w) in f.items() if "+" in k} == {.3}
+    drawn, text = f["caption + picture"][0].generated, f["caption"][0].text
+    ids = torch.as_tensor(split.caption_ids)
+    for k, source in (("+ somebody's picture", drawn), ("+ somebody's caption", text)):
+        at = torch.cdist(f[k][0].generated, source).argmin(1)
+        assert (at != torch.arange(len(at))).all() and len(set(at.tolist())) == len(at)
+    mate = torch.cdist(f["+ second caption"][0].generated, text).argmin(1)
+    assert (ids[mate] == ids).all() and (mate != torch.arange(len(mate))).all()
+    assert query_kinds(nano, split, Colours(), .3)["+ somebody's picture"][0]["features"].generated.equal(f["+ somebody's picture"][0].generated)
+    attach_gate(nano, .4)
+    gated, columns = query_kinds(nano, split, painter, .3)["caption + picture, gate"]
+    assert abs(columns["weight"] - .4) < 1e-4
+    assert abs(evaluate(None, split, n_boot=0, **gated).mAP - evaluate(None, split, n_boot=0, features=gated["features"], weight=.4).mAP) < 1e-3
+
+
+def test_the_weight_is_chosen_on_the_split(nano, few):
+    class Photos:
+        "Draws the very photo: the more of it, the better."
+        def __init__(self, split): self.of = {c: split.images[i] for c, i in zip(split.captions, split.caption_image)}
+        def generate(self, captions): return [Image.open(self.of[c]).convert("RGB") for c in captions]
+    class Black:
+        def generate(self, captions): return [Image.new("RGB", (32, 96))]*len(captions)
+    assert choose_weight(nano, few.val, Photos(few.val)) == .5 and choose_weight(nano, few.val, Black(), (0.,)) == 0.
+    assert query_ms(nano, few.val.captions, n=3) > 0
+
+
+def test_hook_of_the_grid(few, tmp_path, monkeypatch):
+    from tipr_nb import tgte
+    from tipr_nb.training import run_grid
+    asked = []
+    class Drawn(Colours):
+        def field(self, split, size, shuffle=None):
+            asked.append(("field", split.name, shuffle))
+            return lambda index: torch.zeros(len(index), 3, *size, dtype=torch.uint8)
+    monkeypatch.setattr(tgte.PersonGenerator, "from_pretrained", lambda source=None: source)
+    monkeypatch.setattr(tgte, "pictures_for", lambda dataset, splits, source, per_caption=1: asked.append(splits) or Drawn())
+    nano = dict(arch="tipr-nano", pretrained=None, precision="no", epochs=1, batch_size=8, eval_every=1)
+    spec = dict(seeds=[0], splits=["test"], hook="tipr_nb.tgte:with_pictures", set=nano,
+                rows=[dict(name="plain", recipe="tal-tiny"), dict(name="GEA", recipe="gea-tiny", hook_args=dict(shuffle=3)), dict(name="bad", recipe="tal-tiny", hook_args=dict(shufle=3))])
+    t = run_grid(spec, tmp_path/"gea.csv", dataset=few, verbose=False)
+    assert asked[0] == ["val", "test"] and asked[1] == ["train", "val", "test"] and ("field", "train", 3) in asked
+    good = t[t.status == "done"]
+    assert set(good["query"]) == {"caption", "caption + picture", "+ somebody's picture", "picture alone", "+ somebody's caption", "+ second caption"}
+    assert (good.groupby("row").size() == 6*3).all() and (good.query_ms > 0).all() and good.weight[good["query"] == "caption"].eq(0).all()
+    assert "shufle" in t[t.row == "bad"].reason.iloc[0] and "did you mean 'shuffle'" in t[t.row == "bad"].reason.iloc[0]
 
 
 def test_objective(nano):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'data_app', 'Out', 'Seed', 'Name', 'NameArg', 'Root', 'Shelf', 'Weights', 'tell', 'warn', 'command', 'demo',
            'open_dataset', 'check_place', 'data_synth', 'data_world', 'parse_size', 'data_check', 'length_bars',
-           'save_lengths', 'data_stats', 'parse_settings', 'train', 'evaluate', 'load_model', 'grid', 'index',
-           'check_engine', 'best_of', 'named_function', 'search', 'search_page', 'convert', 'card', 'push',
-           'data_export', 'main']
+           'save_lengths', 'data_stats', 'generate', 'parse_settings', 'train', 'drawn_extra', 'evaluate', 'load_model',
+           'grid', 'index', 'check_engine', 'best_of', 'named_function', 'search', 'search_page', 'convert', 'card',
+           'push', 'data_export', 'main']
 
 # %% ../nbs/14_cli.ipynb #cell-002
-import contextlib, difflib, functools, json, sys
+import contextlib, dataclasses, difflib, functools, json, sys
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Optional
 
@@ -185,6 +185,67 @@ def data_stats(name: NameArg, root: Root=None):
     data = open_dataset(name, root)
     tell(f"{data.name}\n{data.summary().to_string()}" + "".join(f"\nnote: {n}" for n in data.notes))
 
+# %% ../nbs/14_cli.ipynb #3d51d04a
+@command(app)
+def generate(text: Annotated[Optional[list[str]], typer.Argument(metavar="[SENTENCE]...", help="Sentences to draw; none: the captions of --data.")]=None,
+             data: Name="synth-pedes", root: Root=None,
+             split: Annotated[Optional[list[str]], typer.Option(help="Split whose captions are drawn; may be given several times; train when left out.")]=None,
+             out: Annotated[Optional[Path], typer.Option(help="Folder of the pictures; for a dataset the cache when left out. With --train, the folder of the run.")]=None,
+             generator: Annotated[Optional[str], typer.Option(help="Folder or hub id of a diffusers pipeline; the shipped generator when left out.")]=None,
+             lora: Annotated[Optional[str], typer.Option(help="LoRA weights on top of it.")]=None,
+             prompt: Annotated[Optional[str], typer.Option(help="Template around the caption, with {caption} in it.")]=None,
+             negative_prompt: Annotated[Optional[str], typer.Option(help="What the pictures should not show.")]=None,
+             size: Annotated[Optional[str], typer.Option(help="HEIGHTxWIDTH of the pictures; the pipeline's own when left out, half as wide where that is square.")]=None,
+             steps: Annotated[Optional[int], typer.Option(help="Steps of denoising.")]=None,
+             guidance: Annotated[Optional[float], typer.Option(help="Strength of classifier-free guidance.")]=None,
+             seed: Annotated[int, typer.Option(help="Seed, mixed with each caption's.")]=0,
+             per_caption: Annotated[int, typer.Option(help="Pictures of each caption.")]=1,
+             batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.")]=16,
+             safety_checker: Annotated[bool, typer.Option("--safety-checker", help="Use the pipeline's safety checker.")]=False,
+             device: Annotated[Optional[str], typer.Option(help="'cpu', 'cuda'; a GPU if there is one when left out.")]=None,
+             learn: Annotated[bool, typer.Option("--train", help="Train instead of drawing: the shipped kind of generator on synth-world, or with --generator fine-tune that pipeline on --data.")]=False,
+             updates: Annotated[Optional[int], typer.Option(help="With --train: steps of the optimizer.")]=None,
+             rank: Annotated[int, typer.Option("--lora-rank", help="With --train --generator: train LoRA matrices of this rank; 0 for the whole UNet.")]=16,
+             max_seconds: Annotated[Optional[float], typer.Option(help="With --train: stop after so many seconds; the same command goes on.")]=None):
+    """Draw a person from every caption with a diffusion model.
+
+    Killed at any moment, the same command goes on; pictures made with other settings are never mixed in. For several GPUs: accelerate launch -m tipr_nb.cli generate ...
+
+    Example: tipr generate "a woman in a red coat with a black backpack" --out drawn
+    """
+    from tipr_nb.pictures import PersonGenerator, generate_split, pictures_for
+    if learn: return _learn(text, data, root, (split or ["train"])[0], out or Path("runs")/"generator", generator, rank, size, updates, seed, max_seconds)
+    chosen = {k: v for k, v in dict(prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance=guidance, image_size=size and parse_size(size)).items() if v is not None}
+    def painter(): return PersonGenerator.from_pretrained(generator, lora=lora, safety_checker=safety_checker, device=device, seed=seed, batch_size=batch_size, **chosen)
+    if text:
+        import types
+        pics, out = generate_split(painter(), types.SimpleNamespace(captions=text), out or Path("drawn"), per_caption, report=tell), out or Path("drawn")
+        for c in dict.fromkeys(t.strip() for t in text): tell("\n".join(str(pics.path(c, k)) for k in range(per_caption)) + f"   {c}")
+        return None
+    dataset = open_dataset(data, root, need=())
+    pics = pictures_for(dataset, split or ["train"], painter(), out, per_caption, report=tell)
+    tell(f"pictures: {pics.folder}\nnext:     tipr train gea" + ("-tiny" if data.startswith("synth") else "") + f" --data {data}" + (f" --root {root}" if root else "") + f" --pictures {pics.folder}")
+
+def _learn(text, data:str, root:Path|None, split:str, out:Path, generator:str|None, rank:int, size:str|None, updates:int|None, seed:int, max_seconds:float|None):
+    "Train the small generator, or fine-tune a pipeline on a dataset's split."
+    if text: raise TiprError("--train takes no sentences; leave them out, or leave out --train")
+    from tipr_nb.generator import SMALL, GeneratorRecipe, Pairs, save_lora, train_generator, train_small
+    from tipr_nb.pictures import PersonGenerator
+    if generator is None:
+        recipe = dataclasses.replace(SMALL, seed=seed, **({} if updates is None else dict(updates=updates)))
+        run = train_small(out, recipe=recipe, max_seconds=max_seconds)
+        made, use = out/"pipeline", f"--generator {out/'pipeline'}"
+    else:
+        from tipr_nb.pipelines import load_pipeline
+        pipeline, _ = load_pipeline(generator)
+        h, w = parse_size(size) if size else PersonGenerator(pipeline).image_size
+        recipe = GeneratorRecipe(updates=updates or 2000, batch_size=8, lr=1e-4 if rank else 1e-5, lora=rank, seed=seed, ema=None if rank else .999)
+        run = train_generator(pipeline, Pairs.of_split(open_dataset(data, root, need=()).splits[split], (h, w)), out/"run", recipe, max_seconds=max_seconds)
+        made, use = (out/"lora", f"--generator {generator} --lora {out/'lora'}") if rank else (out/"pipeline", f"--generator {out/'pipeline'}")
+        if run.step >= recipe.updates: save_lora(run, made) if rank else PersonGenerator(run.pipeline, image_size=(h, w)).save_pretrained(made)
+    if run.step < recipe.updates: return tell(f"stopped after {run.step:,} of {recipe.updates:,} updates; the same command goes on")
+    tell(f"{run.step:,} updates done, loss {run.history.rows[-1]['loss']:.3f}\ngenerator: {made}\nnext:      tipr generate --data {data} {use}")
+
 # %% ../nbs/14_cli.ipynb #cell-023
 def parse_settings(settings:Iterable[str] # such as ["epochs=3", "SDM.weight=2"]
                   , recipe): # the `training.Recipe` to change
@@ -218,6 +279,7 @@ def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe
           max_seconds: Annotated[Optional[float], typer.Option(help="Stop after so many seconds in all; with a larger number the same command goes on.")]=None,
           device: Annotated[Optional[str], typer.Option(help="'cpu', or what Accelerate finds when left out.")]=None,
           workers: Annotated[int, typer.Option(help="Processes that load data.")]=0,
+          pictures: Annotated[Optional[Path], typer.Option(help="Folder of drawn pictures (tipr generate), for recipes that learn from them; for synth-pedes drawn by the shipped generator when left out.")]=None,
           track: Annotated[Optional[list[str]], typer.Option(help="Tracker of Accelerate's, such as tensorboard; may be given several times.")]=None):
     """Fine-tune a retriever by a recipe.
 
@@ -231,9 +293,20 @@ def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe
     folder = out or Path("runs")/r.name
     dataset = open_dataset(data, root, need=("train",))
     tell(f"{dataset!r}\nrecipe {r.name} (hash {r.hash()}), seed {r.seed}, run folder {folder}")
-    run = training.train(r, dataset, folder, resume="must" if resume else "never" if fresh else "auto", max_seconds=max_seconds, device=device, num_workers=workers, trackers=track or ())
+    extra = drawn_extra(r, dataset, pictures) if "generated" in r.extra_fields else None
+    run = training.train(r, dataset, folder, resume="must" if resume else "never" if fresh else "auto", max_seconds=max_seconds, device=device, num_workers=workers, trackers=track or (), extra=extra)
     best = "  ".join(f"{k} {run.best[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP") if k in run.best)
     tell(f"{run.status} after {run.train_seconds:.0f} s of training" + (f"; best on val at step {run.best['step']}: {best}" if best else "") + f"\nweights: {folder/'best'}\nnext:    tipr evaluate {folder/'best'} --data {data}" + (f" --root {root}" if root else ""))
+
+# %% ../nbs/14_cli.ipynb #592ccedb
+def drawn_extra(recipe:Any, dataset:Any, pictures:Path|None # folder of `tipr generate`
+               ) -> dict[str, Callable]:
+    "What `train` needs for a recipe that learns from drawn pictures."
+    from tipr_nb.pictures import open_pictures, pictures_for
+    if pictures is None and not dataset.name.startswith("synth-pedes"): raise TiprError(f"recipe {recipe.name} learns from drawn pictures: draw them with `tipr generate --data {dataset.name} ... --generator PIPELINE --out FOLDER`, then give --pictures FOLDER")
+    drawn = pictures_for(dataset, report=tell) if pictures is None else open_pictures(pictures)
+    if missing := sum(not drawn.has(c) for c in set(dataset.train.captions)): raise TiprError(f"{pictures}: {missing:,} of the training captions have no whole picture there; finish the `tipr generate` that made it")
+    return {"generated": drawn.field(dataset.train, recipe.image_size)}
 
 # %% ../nbs/14_cli.ipynb #cell-027
 @command(app)
@@ -244,6 +317,8 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", hel
              by: Annotated[Optional[list[str]], typer.Option(help="Also for each value of this column; may be given several times.")]=None,
              batch_size: Annotated[int, typer.Option(help="Pictures or sentences encoded at a time.")]=128,
              out: Annotated[Optional[Path], typer.Option(help="Save the metrics here (.json, with one row per query in a .npz beside it).")]=None,
+             pictures: Annotated[Optional[Path], typer.Option(help="Folder of drawn pictures (tipr generate) that enrich the queries (TGTE).")]=None,
+             weight: Annotated[float, typer.Option(help="With --pictures: their share in the query, 0 to 1.")]=.2,
              as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]=False):
     """Measure a retriever: Rank-k, mAP, mINP, with intervals.
 
@@ -256,7 +331,11 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", hel
     model = load_model(checkpoint)
     found = dict(dataset.splits) | dict(getattr(dataset, "others", {}))
     part = found[known_name(split, [k for k, v in found.items() if v is not None and len(v)], f"split of {data}")]
-    m = evaluation.evaluate(model, part, direction=direction, batch_size=batch_size, breakdown=by, name=f"{data} {split}")
+    drawn = None
+    if pictures is not None:
+        from tipr_nb.pictures import open_pictures
+        drawn = open_pictures(pictures)
+    m = evaluation.evaluate(model, part, drawn, weight if drawn else 0., direction=direction, batch_size=batch_size, breakdown=by, name=f"{data} {split}")
     if out: evaluation.save_metrics(m, out)
     if as_json: return tell(json.dumps(m.to_dict(), ensure_ascii=False))
     tell(f"{checkpoint} on {data}, {split}\n{m.table().to_string()}\n{m.note()}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'caption_seed', 'check_caption', 'words_lost', 'PersonGenerator', 'weights_print', 'Pictures',
-           'open_pictures', 'generate_split']
+           'open_pictures', 'generate_split', 'pictures_for']
 
 # %% ../nbs/02b_pictures.ipynb #cell-003
 import csv, hashlib, os, time, warnings
@@ -16,7 +16,7 @@ import numpy as np, torch
 from PIL import Image
 
 # %% ../nbs/02b_pictures.ipynb #cell-004
-from .core import TiprError, atomic_path, locked, os_errors, progress, read_json, shipped_weights, write_json
+from .core import TiprError, atomic_path, cache_dir, known_name, locked, os_errors, progress, read_json, shipped_weights, write_json
 
 # %% ../nbs/02b_pictures.ipynb #cell-009
 def caption_seed(caption:str, # the words the picture is drawn from
@@ -269,3 +269,19 @@ def _claim(out:Path, settings:dict, per_caption:int, captions:list[str]) -> Pict
                 table = csv.writer(f)
                 table.writerows([("caption", "picture"), *((c, pics.path(c).relative_to(out).as_posix()) for c in sorted(known | set(captions)))])
     return pics
+
+# %% ../nbs/02b_pictures.ipynb #fda460a4
+def pictures_for(dataset:Any, # a PersonDataset
+                 splits:Sequence[str]=("train",), # whose captions
+                 generator:PersonGenerator|None=None, # None: the shipped one
+                 folder:str|Path|None=None, # None: in the cache, by dataset and settings
+                 per_caption:int=1, report:Callable[[str], None]=print) -> Pictures:
+    "The drawn pictures of a dataset's splits, kept from one time to the next."
+    generator = generator or PersonGenerator.from_pretrained()
+    for name in splits: known_name(name, [n for n, s in dataset.splits.items() if s is not None], "split")
+    mark = hashlib.sha256(repr(sorted((generator.settings() | dict(per_caption=per_caption)).items())).encode()).hexdigest()[:10]
+    folder = Path(folder) if folder is not None else cache_dir()/"pictures"/f"{dataset.name}-{mark}"
+    pics = Pictures(folder, per_caption)
+    for name in splits:
+        if not all(pics.has(c, k) for c in set(dataset.splits[name].captions) for k in range(per_caption)): generate_split(generator, dataset.splits[name], folder, per_caption, report=report)
+    return open_pictures(folder, generator.settings())

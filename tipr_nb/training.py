@@ -143,7 +143,7 @@ def _continue(t:Trainer, trackers:Sequence[str]) -> str:
     return t.fit()
 
 # %% ../nbs/09_training.ipynb #cell-028
-GRID_KEYS = ("rows", "name", "recipe", "set", "seeds", "dataset", "train_share", "max_seconds", "splits", "by", "evaluate", "hook", "keep")
+GRID_KEYS = ("rows", "name", "recipe", "set", "seeds", "dataset", "train_share", "max_seconds", "splits", "by", "evaluate", "hook", "hook_args", "keep")
 
 @dataclass
 class Job:
@@ -155,7 +155,7 @@ class Job:
     @property
     def setup(self) -> str:
         "Six hex digits of what decides the numbers beside recipe and data: pretrained weights, cap, evaluation."
-        told = {k: self.settings.get(k) for k in ("max_seconds", "splits", "by", "evaluate", "hook")} | {"weights": weights_hash(self.recipe)}
+        told = {k: self.settings.get(k) for k in ("max_seconds", "splits", "by", "evaluate", "hook")} | {k: v for k, v in self.settings.items() if k == "hook_args"} | {"weights": weights_hash(self.recipe)}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:6]
 
 # %% ../nbs/09_training.ipynb #cell-029
@@ -199,7 +199,7 @@ def share_of_ids(dataset:PersonDataset, share:float, # of the training identitie
 class GridTable:
     "The CSV of a grid: several processes may add to it, and a kill leaves it whole."
     key = ["row", "seed", "recipe_hash", "data_hash", "setup"]
-    first = ["row", "seed", "split", "captions", *METRICS, "train_seconds", "query_ms"]
+    first = ["row", "seed", "split", "captions", "query", *METRICS, "train_seconds", "query_ms"]
     def __init__(self, path:str|Path): self.path = Path(path)
 
     def read(self) -> pd.DataFrame:
@@ -230,19 +230,22 @@ class GridTable:
 # %% ../nbs/09_training.ipynb #cell-039
 def grid_rows(model:PersonCLIP, dataset:PersonDataset, splits:Sequence[str], by:Sequence[str], # caption columns
               folder:str|Path|None=None, # keep metrics and per-query numbers here
+              queries:Callable|None=None, # f(model, split) -> {name: arguments of `evaluate` and columns}, for several kinds of query
               **kwargs # for `evaluate`
              ) -> tuple[list[dict], list[dict]]: # rows; rows of the further breakdowns
     "Metrics of the named splits as rows of a table."
     rows, fine = [], []
     for name in splits:
         known_name(name, dataset.splits, "split")
-        split, start = dataset.splits[name], time.perf_counter()
-        m = evaluate(model, split, breakdown=[c for c in by if c in split.caption_columns], n_boot=0, **kwargs)
-        told = lambda x, name=name, **more: dict(split=name, **more) | {k: round(float(x[k]), 4) for k in METRICS} | dict(n_queries=int(x["queries"]))
-        rows.append(told(vars(m) | {"queries": m.n_queries}, captions="all") | dict(eval_seconds=round(time.perf_counter() - start, 2)))
-        for column, table in m.by.items():
-            for value, x in table.iterrows(): (rows if column == "kind" else fine).append(told(x, captions=value) if column == "kind" else told(x, column=column, value=value))
-        if folder is not None: save_metrics(m, Path(folder)/f"{name}.json")
+        split = dataset.splits[name]
+        for query, (args, columns) in (queries(model, split) if queries else {"": ({}, {})}).items():
+            start, columns = time.perf_counter(), (dict(query=query) if query else {}) | columns
+            m = evaluate(model, split, breakdown=[c for c in by if c in split.caption_columns], n_boot=0, **kwargs | args)
+            told = lambda x, name=name, columns=columns, **more: dict(split=name, **more, **columns) | {k: round(float(x[k]), 4) for k in METRICS} | dict(n_queries=int(x["queries"]))
+            rows.append(told(vars(m) | {"queries": m.n_queries}, captions="all") | dict(eval_seconds=round(time.perf_counter() - start, 2)))
+            for column, table in m.by.items():
+                for value, x in table.iterrows(): (rows if column == "kind" else fine).append(told(x, captions=value) if column == "kind" else told(x, column=column, value=value))
+            if folder is not None: save_metrics(m, Path(folder)/(f"{name}, {query}.json" if query else f"{name}.json"))
     return rows, fine
 
 # %% ../nbs/09_training.ipynb #cell-040
@@ -251,7 +254,7 @@ def run_job(job:Job, dataset:PersonDataset, folder:Path, device=None) -> tuple[l
     s = job.settings
     more = _hook(s["hook"])(job, dataset) if s.get("hook") else {}
     run = train(job.recipe, dataset, folder, max_seconds=s.get("max_seconds"), device=device, verbose=False, **more.get("train", {}))
-    rows, fine = grid_rows(run.model, dataset, s.get("splits", ["test"]), s.get("by", ["kind", "lookalike"]), folder, **(s.get("evaluate", {}) | more.get("evaluate", {})))
+    rows, fine = grid_rows(run.model, dataset, s.get("splits", ["test"]), s.get("by", ["kind", "lookalike"]), folder, more.get("queries"), **(s.get("evaluate", {}) | more.get("evaluate", {})))
     told = dict(train_seconds=round(run.train_seconds, 2), status=run.status, epochs=round(float(run.history["epoch"].max()), 2), best_epoch=run.best.get("epoch"), dataset=dataset.name, commit=git_commit())
     told |= more.get("columns", {}) | (more["after"](run) if "after" in more else {})
     return [r | told for r in rows], [r | dict(status=run.status, commit=told["commit"]) for r in fine]
