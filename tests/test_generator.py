@@ -342,3 +342,17 @@ def test_finetunes_real_layout_with_lora(tmp_path, held):
     run = train_generator(pipe, held, tmp_path/"run", GeneratorRecipe(updates=2, batch_size=2, warmup=1, lora=2, ema=None))
     assert run.step == 2 and all("lora" in k for k in run.weights) and len(run.weights) > 0
     assert GeneratorRun(load_pipeline(tmp_path/"kl", device="cpu")[0], held, tmp_path/"run", run.r).resume()
+
+
+# the generator that ships
+
+def test_shipped_generator_follows_captions(held):
+    generator = PersonGenerator.from_pretrained()
+    index = [i for i, s in enumerate(held.said) if {"upper_colour", "lower_colour"} <= s.keys()][:40]
+    pictures = generator.generate([held.captions[i] for i in index])
+    found = colour_accuracy(pictures, held, index)
+    assert (found.accuracy >= 70).all() and (found.accuracy - found.shuffled >= 40).all(), found
+    kept = pictures_module.shipped_weights()["generator-synth-world"]
+    table = [line.split("|")[1:5] for line in (kept/"README.md").read_text().splitlines() if " colour |" in line]
+    assert [float(a) for _, _, a, _ in table] >= [70., 70.] and {p.suffix for p in kept.rglob("*") if p.stat().st_size > 1e6} == {".safetensors"}
+    assert sum(p.stat().st_size for p in kept.rglob("*") if p.is_file()) < 10e6 and generator.steps == 10

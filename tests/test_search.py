@@ -196,6 +196,16 @@ def test_enhancement_by_a_generator(gallery):
     assert names(gallery.search("a red coat and red trousers", generator=Imagines(), weight=0., k=1)) == ["red-red-0.png"]
 
 
+def test_generator_is_loaded_when_it_is_wanted(monkeypatch):
+    from tipr_nb import search
+    class Drawer:
+        made = []
+        def generate(self, captions): return [f"drawn {c}" for c in captions]
+    monkeypatch.setattr(search, "load_generator", lambda source: Drawer.made.append(source) or Drawer())
+    late = search.LateGenerator("some/pipeline")
+    assert not Drawer.made and late.generate(["a"]) == ["drawn a"] and late.generate(["b"]) == ["drawn b"] and Drawer.made == ["some/pipeline"]
+
+
 def test_mixing_queries():
     rng = np.random.default_rng(0)
     t, v, n = (unit_rows(rng.standard_normal((2, 16))) for _ in range(3))

@@ -185,7 +185,7 @@ def data_stats(name: NameArg, root: Root=None):
     data = open_dataset(name, root)
     tell(f"{data.name}\n{data.summary().to_string()}" + "".join(f"\nnote: {n}" for n in data.notes))
 
-# %% ../nbs/14_cli.ipynb #3d51d04a
+# %% ../nbs/14_cli.ipynb #cell-023
 @command(app)
 def generate(text: Annotated[Optional[list[str]], typer.Argument(metavar="[SENTENCE]...", help="Sentences to draw; none: the captions of --data.")]=None,
              data: Name="synth-pedes", root: Root=None,
@@ -246,7 +246,7 @@ def _learn(text, data:str, root:Path|None, split:str, out:Path, generator:str|No
     if run.step < recipe.updates: return tell(f"stopped after {run.step:,} of {recipe.updates:,} updates; the same command goes on")
     tell(f"{run.step:,} updates done, loss {run.history.rows[-1]['loss']:.3f}\ngenerator: {made}\nnext:      tipr generate --data {data} {use}")
 
-# %% ../nbs/14_cli.ipynb #cell-023
+# %% ../nbs/14_cli.ipynb #cell-026
 def parse_settings(settings:Iterable[str] # such as ["epochs=3", "SDM.weight=2"]
                   , recipe): # the `training.Recipe` to change
     "The recipe with `key=value` settings applied."
@@ -267,7 +267,7 @@ def _inside(recipe, first:str, rest:str, value) -> dict[str, Any]:
     if first not in names: raise TiprError(f"--set {first}.{rest}: recipe {recipe.name} has no objective or dictionary '{first}'; its objectives are {', '.join(names)}")
     return {"objectives": [(n, kw | {rest: value} if n == first else kw) for n, kw in recipe.objectives]}
 
-# %% ../nbs/14_cli.ipynb #cell-025
+# %% ../nbs/14_cli.ipynb #cell-028
 @command(app)
 def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (clip, sdm-id, tal, ...; with -tiny for the embedded benchmark) or a JSON file.")],
           data: Name="synth-pedes", root: Root=None,
@@ -298,7 +298,7 @@ def train(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe
     best = "  ".join(f"{k} {run.best[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP") if k in run.best)
     tell(f"{run.status} after {run.train_seconds:.0f} s of training" + (f"; best on val at step {run.best['step']}: {best}" if best else "") + f"\nweights: {folder/'best'}\nnext:    tipr evaluate {folder/'best'} --data {data}" + (f" --root {root}" if root else ""))
 
-# %% ../nbs/14_cli.ipynb #592ccedb
+# %% ../nbs/14_cli.ipynb #cell-029
 def drawn_extra(recipe:Any, dataset:Any, pictures:Path|None # folder of `tipr generate`
                ) -> dict[str, Callable]:
     "What `train` needs for a recipe that learns from drawn pictures."
@@ -308,7 +308,7 @@ def drawn_extra(recipe:Any, dataset:Any, pictures:Path|None # folder of `tipr ge
     if missing := sum(not drawn.has(c) for c in set(dataset.train.captions)): raise TiprError(f"{pictures}: {missing:,} of the training captions have no whole picture there; finish the `tipr generate` that made it")
     return {"generated": drawn.field(dataset.train, recipe.image_size)}
 
-# %% ../nbs/14_cli.ipynb #cell-027
+# %% ../nbs/14_cli.ipynb #cell-031
 @command(app)
 def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run's folder or its best/, a folder of save_pretrained, the name of shipped weights, or a hub id.")],
              data: Name="synth-pedes", root: Root=None,
@@ -348,7 +348,7 @@ def load_model(checkpoint:str):
     path = Path(checkpoint).expanduser()
     return PersonCLIP.from_pretrained(str(path/"best" if (path/"best").is_dir() else path) if path.exists() else checkpoint)
 
-# %% ../nbs/14_cli.ipynb #cell-029
+# %% ../nbs/14_cli.ipynb #cell-033
 @command(app)
 def grid(file: Annotated[Path, typer.Argument(metavar="FILE", help="The grid: a TOML or JSON file of rows and seeds.")],
          out: Annotated[Optional[Path], typer.Option(help="Table to extend; beside FILE, as .csv, when left out.")]=None,
@@ -364,7 +364,7 @@ def grid(file: Annotated[Path, typer.Argument(metavar="FILE", help="The grid: a 
     if not file.is_file(): raise TiprError(f"{file}: no such file; a grid is a TOML or JSON file of rows and seeds")
     tell(run_grid(file, out, runs, device=device).to_string())
 
-# %% ../nbs/14_cli.ipynb #cell-031
+# %% ../nbs/14_cli.ipynb #cell-035
 Shelf = Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]
 Weights = Annotated[Optional[str], typer.Option(help="A trained model: a run's folder, a folder of weights, the name of shipped weights, or a hub id. The gallery's own when left out, or the shipped one for a new gallery.")]
 
@@ -406,7 +406,7 @@ def index(photos: Annotated[list[str], typer.Argument(metavar="PATH", help="Fold
     few = built.report.skipped[1:None if skipped else 6]   # the report's own lines name the first
     tell("\n".join([*built.report.lines(), *(f"  skipped {path}: {why}" for path, why in few), f"{built!r}", f'next: tipr search "a woman in a red coat" --gallery {gallery}']))
 
-# %% ../nbs/14_cli.ipynb #cell-032
+# %% ../nbs/14_cli.ipynb #cell-036
 def check_engine(engine:str|None, options:dict) -> str|None:
     "The engine that options go with; `none` as a quantiser becomes None."
     if engine: known_name(engine, ("exact", "flat", "ivf", "hnsw", "milvus"), "engine")
@@ -436,7 +436,7 @@ def named_function(name:str|None # such as "mydetector:people"
     with contextlib.suppress(AttributeError, TypeError): found.name = name   # a gallery remembers its detector by name
     return found
 
-# %% ../nbs/14_cli.ipynb #cell-035
+# %% ../nbs/14_cli.ipynb #cell-039
 @command(app)
 def search(text: Annotated[Optional[list[str]], typer.Argument(metavar="SENTENCE", help="What the person looks like; several sentences about the same person are combined.")]=None,
            gallery: Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]=...,
@@ -473,12 +473,12 @@ def search(text: Annotated[Optional[list[str]], typer.Argument(metavar="SENTENCE
     tell(hits.table())
     if page: tell(f"contact sheet: {page}")
 
-# %% ../nbs/14_cli.ipynb #cell-037
+# %% ../nbs/14_cli.ipynb #cell-041
 @command(app, "app")
 def search_page(gallery: Shelf,
                 port: Annotated[int, typer.Option(help="Port to listen on.")]=7860,
                 host: Annotated[str, typer.Option(help="Address to listen on. Only this computer reaches the default; there is no password.")]="127.0.0.1",
-                imagine: Annotated[bool, typer.Option("--imagine", help="Offer pictures that a generator imagines from the sentence.")]=False,
+                imagine: Annotated[Optional[bool], typer.Option("--imagine/--no-imagine", help="Offer pictures that a generator imagines from the sentence; when left out, for galleries made with the shipped weights.")]=None,
                 generator: Annotated[Optional[str], typer.Option(help="Folder or hub id of that generator; the shipped one when left out.")]=None,
                 example: Annotated[Optional[list[str]], typer.Option(help="A sentence to click; may be given several times.")]=None,
                 title: Annotated[str, typer.Option(help="Heading of the page.")]="People search",
@@ -491,14 +491,17 @@ def search_page(gallery: Shelf,
 
     Example: tipr app --gallery my-gallery
     """
-    from tipr_nb.search import Gallery, load_generator
+    from tipr_nb.core import resolve_model
+    from tipr_nb.search import Gallery, LateGenerator
     shelf = Gallery(gallery, best_of(model), root)
     from tipr_nb.app import EXAMPLES, serve
-    blocks, address = serve(shelf, host=host, port=port, generator=load_generator(generator) if imagine or generator else None, examples=example or EXAMPLES, title=title, browser=browser, wait=False)
+    if generator: resolve_model(generator, ("model_index.json",))
+    offered = imagine or generator or (imagine is None and shelf.facts.get("model") in ("synth-pedes", "synth-world"))
+    blocks, address = serve(shelf, host=host, port=port, generator=LateGenerator(generator) if offered else None, examples=example or EXAMPLES, title=title, browser=browser, wait=False)
     tell(f"{shelf!r}\n{address}   <- open this in a browser; Ctrl-C ends it")
     blocks.block_thread()
 
-# %% ../nbs/14_cli.ipynb #cell-039
+# %% ../nbs/14_cli.ipynb #cell-043
 @command(app)
 def convert(source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint file or folder (IRRA, SEN, RDE, TBPS-CLIP, OpenAI CLIP, open_clip, Hugging Face), a run's folder, or a hub id.")],
             out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
@@ -514,7 +517,7 @@ def convert(source: Annotated[str, typer.Argument(metavar="SOURCE", help="A chec
     from tipr_nb.interop import convert_file
     convert_file(source, out, to, parse_size(size) if size else None, quick_gelu, tell)
 
-# %% ../nbs/14_cli.ipynb #cell-041
+# %% ../nbs/14_cli.ipynb #cell-045
 @command(app)
 def card(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished training run.")]):
     """Print a model card filled from a run.
@@ -552,7 +555,7 @@ def data_export(name: NameArg, out: Annotated[Path, typer.Argument(metavar="OUT"
     folder = export_dataset(open_dataset(name, root, need=()), out, split or None)
     tell(f"written: {folder} ({', '.join(sorted(p.name for p in folder.rglob('*.parquet')))})")
 
-# %% ../nbs/14_cli.ipynb #cell-043
+# %% ../nbs/14_cli.ipynb #cell-047
 @app.callback(invoke_without_command=True)
 def _root(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")]=False):
     if version:
@@ -567,6 +570,6 @@ def main():
     "What the `tipr` command runs."
     app(prog_name="tipr")
 
-# %% ../nbs/14_cli.ipynb #cell-044
+# %% ../nbs/14_cli.ipynb #cell-048
 #| eval: false
 if __name__ == "__main__": main()

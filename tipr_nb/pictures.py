@@ -270,7 +270,7 @@ def _claim(out:Path, settings:dict, per_caption:int, captions:list[str]) -> Pict
                 table.writerows([("caption", "picture"), *((c, pics.path(c).relative_to(out).as_posix()) for c in sorted(known | set(captions)))])
     return pics
 
-# %% ../nbs/02b_pictures.ipynb #fda460a4
+# %% ../nbs/02b_pictures.ipynb #cell-044
 def pictures_for(dataset:Any, # a PersonDataset
                  splits:Sequence[str]=("train",), # whose captions
                  generator:PersonGenerator|None=None, # None: the shipped one

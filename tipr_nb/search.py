@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RERANKERS', 'DEFAULT_MODEL', 'Hit', 'Hits', 'printable', 'contact_sheet', 'thumbnail', 'query_words', 'unit_rows',
            'mix_query', 'smoothed_scores', 'expanded_query', 'reranked', 'GalleryFiles', 'GalleryModel', 'model_for',
-           'load_model', 'load_generator', 'GalleryEngines', 'GalleryHits', 'GalleryQuery', 'Gallery', 'search_box']
+           'load_model', 'load_generator', 'LateGenerator', 'GalleryEngines', 'GalleryHits', 'GalleryQuery', 'Gallery',
+           'search_box']
 
 # %% ../nbs/11_search.ipynb #cell-003
 import contextlib, html, io, json, os, shutil, tempfile, time
@@ -274,11 +275,19 @@ def load_model(model:Any # a loaded model, or a folder, alias or hub id
 # %% ../nbs/11_search.ipynb #cell-027
 def load_generator(generator:Any=None # a loaded one, a folder or hub id; None: the shipped one
                   ) -> Any:
-    "A generator that draws the people of sentences; a one-line `TiprError` where this version has none."
+    "A generator that draws the people of sentences."
     if generator is not None and not isinstance(generator, (str, Path)): return generator
-    try: from tipr_nb.tgte import PersonGenerator
-    except ImportError: raise TiprError("this version of tipr_nb has no generator of pictures; search without one") from None
-    return PersonGenerator.from_pretrained(*([] if generator is None else [generator]))
+    from tipr_nb.pictures import PersonGenerator
+    return PersonGenerator.from_pretrained(generator)
+
+class LateGenerator:
+    "A generator that is loaded when the first picture is wanted: a search page opens without PyTorch."
+    def __init__(self, source:str|Path|None=None # folder, hub id, or None for the shipped one
+                ): self.source, self.loaded = source, None
+    def generate(self, captions:Sequence[str]) -> list: # pictures
+        "One picture per caption."
+        self.loaded = self.loaded or load_generator(self.source)
+        return self.loaded.generate(captions)
 
 # %% ../nbs/11_search.ipynb #cell-030
 class GalleryEngines(GalleryModel):

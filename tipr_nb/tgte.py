@@ -146,7 +146,7 @@ class Imagining:
         if meta.get("mark") != self.mark(): raise TiprError(f"{self.path}: holds picture features of another model, generator or form; choose another file, or delete it")
         self.known = dict(zip(json.loads(meta["captions"]), tensors["features"].to(self.model.device)))
 
-# %% ../nbs/03_tgte.ipynb #31cf814e
+# %% ../nbs/03_tgte.ipynb #cell-040
 WEIGHTS = (0., .05, .1, .15, .2, .3, .4, .5)
 
 def choose_weight(model:Any, val:Any, # the split to choose on
@@ -177,7 +177,7 @@ def query_kinds(model:PersonCLIP, split:Any, pictures:Any, # has generate(captio
     if gate is not None: told["caption + picture, gate"] = (dict(features=f, weight=weight, enhance=lambda t, g, w: enhance(t, g, gate(t, g).detach())), dict(weight=gate(f.text, f.generated).mean().item()))
     return told
 
-# %% ../nbs/03_tgte.ipynb #29c305e4
+# %% ../nbs/03_tgte.ipynb #cell-043
 def query_ms(model:PersonCLIP, captions:Sequence[str], picture:Tensor|None=None, # (1, d) a cached picture's feature
              n:int=40) -> float:
     "Median milliseconds from one caption to its query feature, with the picture's feature at hand."
@@ -206,7 +206,7 @@ def with_pictures(job:Any, # of a grid; `hook_args` may hold the keys below
     extra = dict(extra=dict(generated=pictures.field(dataset.train, job.recipe.image_size, a.shuffle))) if trains else {}
     return dict(train=extra, queries=queries)
 
-# %% ../nbs/03_tgte.ipynb #cell-040
+# %% ../nbs/03_tgte.ipynb #cell-046
 def drawn_features(features:Features, # of the batch; keeps the result for the next objective
                    batch:Any, # with extra['generated'] (b, 3, h, w), normalised pictures
                    encoder:PersonCLIP) -> tuple[Tensor, Tensor|None]: # unit (b of all processes, d), tokens (b of this one, 1 + n, d)
@@ -218,7 +218,7 @@ def drawn_features(features:Features, # of the batch; keeps the result for the n
     setattr(features, "drawn", (gather_rows(unit(raw)), tokens))
     return features.drawn # type: ignore[attr-defined]
 
-# %% ../nbs/03_tgte.ipynb #cell-041
+# %% ../nbs/03_tgte.ipynb #cell-047
 @register_objective("TGTE")
 class TGTE(Objective):
     "TAL between enriched captions and photos (GEA, arXiv 2511.10154; reconstruction)."
