@@ -207,7 +207,9 @@ def _private_folder():
 def _question_column(gr, page, lists, examples):
     "The components of a question."
     out = dict(q=gr.Textbox(label="Sentence", info="several about the same person: one per line", lines=2, elem_id="q", autofocus=True), without=gr.Textbox(label="Without", placeholder="a hat", elem_id="without"))
+    out["imagine"] = gr.Checkbox(label="Imagine a picture from the sentence, and search with it too", visible=page.generator is not None)
     out["search"] = gr.Button("Search", variant="primary", elem_id="search")
+    out["imagined"] = gr.Image(label="Imagined from the sentence", show_label=False, visible=False, height=230, interactive=False, buttons=[], elem_id="imagined")
     gr.Examples([[e] for e in examples], inputs=[out["q"]], label="Try", elem_id="examples")
     for name in lists: out[f"list_{name}"] = gr.Dropdown(sorted(page.gallery.items[name].words), multiselect=True, label=name, elem_id=f"list_{name}")
     with gr.Accordion("More", open=False, elem_id="more"):
@@ -215,8 +217,6 @@ def _question_column(gr, page, lists, examples):
         out["k"] = gr.Slider(1, 60, 24, step=1, label="People")
         out["rerank"] = gr.Dropdown([("by cosine", ""), ("helped by neighbours", "neighbours"), ("expanded query", "expand")], value="", label="Ranking")
         out["picture"] = gr.Image(label="A picture of somebody like them", type="pil", height=160, sources=["upload", "clipboard"])
-        out["imagine"] = gr.Checkbox(label="Imagine a picture from the sentence, and search with it too", visible=page.generator is not None)
-    out["imagined"] = gr.Image(label="Imagined from the sentence", visible=False, height=230, interactive=False, buttons=[], elem_id="imagined")
     return out
 
 def _own_first(gallery):
