@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 
 from tipr_nb.core import TiprError
-from tipr_nb.clip import PersonCLIP, build_objective, tal_loss
+from tipr_nb.clip import PersonCLIP, build_objective, tal_loss, write_safetensors
 from tipr_nb.data import Batch, normalise
 from tipr_nb.backbones import CrossAttention
 from tipr_nb.gif import GIF, Fusion, fusion_of, reliance
@@ -38,10 +38,15 @@ def test_cross_attention_equals_torchs():
     with pytest.raises(TiprError, match="heads=3"): CrossAttention(16, 3)
 
 
-def test_checkpoints_with_the_older_names_load():
+def older_names(state):
+    "A fusion's tensors under the names of GIF's first checkpoints."
+    return {re.sub(r"(ask_\w+)\.(query|key_value|out)\.", lambda m: f"{m[1]}.{dict(query='q_proj', key_value='kv_proj', out='out_proj')[m[2]]}.", k): v for k, v in state.items()}
+
+
+def test_state_with_the_older_names_loads():
     fusion, again = Fusion(16, layers=1), Fusion(16, layers=1)
-    older = {re.sub(r"(ask_\w+)\.(query|key_value|out)\.", lambda m: f"{m[1]}.{dict(query='q_proj', key_value='kv_proj', out='out_proj')[m[2]]}.", k): v for k, v in fusion.state_dict().items()}
-    assert set(older) != set(fusion.state_dict()) and sum("_proj." in k and k.startswith("ask_") for k in older) == 12
+    older = older_names(fusion.state_dict())
+    assert sum("_proj." in k and k.startswith("ask_") for k in older) == 12
     again.load_state_dict(older)
     assert torch.equal(fusion(*parts()), again(*parts())) and "ask_text.q_proj.weight" in older
 
@@ -97,6 +102,9 @@ def test_fusion_travels_if_asked(nano, tmp_path):
     back = PersonCLIP.from_pretrained(tmp_path)
     assert not back.addons
     for a, b in zip(fusion_of(back, layers=1).parameters(), nano.addons["gif_fusion"].parameters()): assert torch.equal(a, b)
+    write_safetensors(tmp_path/"model.safetensors", older_names(nano.state_dict()))
+    older = PersonCLIP.from_pretrained(tmp_path)
+    for a, b in zip(fusion_of(older, layers=1).parameters(), nano.addons["gif_fusion"].parameters()): assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

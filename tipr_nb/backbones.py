@@ -97,13 +97,14 @@ class SelfAttention(nn.MultiheadAttention):
 # %% ../nbs/01c_backbones.ipynb #cell-017
 class CrossAttention(nn.Module):
     "Queries ask a context by multi-head attention, padding masked; what comes out is made of the context alone."
-    _OLD = {"q_proj.": "query.", "kv_proj.": "key_value.", "out_proj.": "out."}  # names in checkpoints up to 0.1
+    _OLDER = {"q_proj.": "query.", "kv_proj.": "key_value.", "out_proj.": "out."}     # names in GIF's first checkpoints
     def __init__(self, width:int # of the queries and the result
                  , heads:int
                  , context:int|None=None): # width of the context; `width` when None
         super().__init__()
         if width % heads: raise TiprError(f"heads={heads}: they cannot share a width of {width} channels; choose a divisor")
-        self.heads, self.keep_weights, self.weights = heads, False, None
+        self.heads, self.keep_weights = heads, False
+        self.weights:Tensor|None = None
         self.query, self.key_value, self.out = nn.Linear(width, width), nn.Linear(context or width, 2*width), nn.Linear(width, width)
 
     def forward(self, x:Tensor # (b, m, width) queries
@@ -124,10 +125,14 @@ class CrossAttention(nn.Module):
         scores = (q*q.shape[-1]**-.5) @ k.transpose(-1, -2)
         return (scores if mask is None else scores.masked_fill(~mask[:, None, None], -math.inf)).softmax(-1, dtype=torch.float32)
 
-    def _load_from_state_dict(self, state:dict, prefix:str, *args):
-        for old, new in self._OLD.items():
+    def rename(self, state:dict[str, Tensor], prefix:str=""):
+        "Give the tensors of an older checkpoint, in place, the names they have now."
+        for old, new in self._OLDER.items():
             for key in [k for k in state if k.startswith(prefix + old)]: state[prefix + new + key[len(prefix + old):]] = state.pop(key)
-        super()._load_from_state_dict(state, prefix, *args)
+
+    def _load_from_state_dict(self, state_dict:dict, prefix:str, *args):
+        self.rename(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 # %% ../nbs/01c_backbones.ipynb #cell-020
 def check_image_size(image_size:Sequence[int] # (height, width) in pixels

@@ -128,7 +128,7 @@ def file_sha256(path:str|Path) -> str:
 def progress(items:Iterable|None=None # what to walk over
             , desc:str="" # what is being done, in a few words
             , total:int|None=None # how many, where `items` cannot say
-            , **kwargs):
+            , **kwargs) -> Any: # a tqdm, to walk over or to `update`
     "A tqdm bar on standard error; silent when that is no terminal or `TIPR_QUIET=1`."
     from tqdm import tqdm
     quiet = os.environ.get("TIPR_QUIET") == "1" or not sys.stderr.isatty()

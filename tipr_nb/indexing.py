@@ -215,7 +215,7 @@ class IndexReport:
 # %% ../nbs/10d_indexing.ipynb #cell-030
 class _Encoder:
     "Collects people into batches, sends them through the model and writes the journal."
-    def __init__(self, model, journal, batch_size, dtype, every=5.):
+    def __init__(self, model:Any, journal:Any, batch_size:int, dtype:Any, every:float=5.):
         self.model, self.journal, self.batch_size, self.dtype, self.every = model, journal, batch_size, dtype, every
         self.rows, self.features, self.pictures, self.n, self.last, self.encoded = [], [], [], 0, time.monotonic(), 0
         self.seen:set[tuple] = set()

@@ -11,6 +11,7 @@ import math, os, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +220,7 @@ class ImageTower:
         from tipr_nb.towers import _session
         self.facts, self.session = read_json(Path(folder)/"image.json", "export the model again"), _session(Path(folder)/"image.onnx")
     def encode_image(self, images:Sequence # PIL images
-                    ): # (b, d) unit float32
+                    ) -> Any: # (b, d) unit float32 array
         "Unit features of pictures."
         import numpy as np
         from PIL import Image

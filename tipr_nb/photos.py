@@ -90,7 +90,7 @@ def _os_reason(e:OSError) -> str:
     "A few words for an error of the file system."
     import errno
     words = {errno.ENOENT: "not there (a link to nothing?)", errno.ELOOP: "a link that leads back to itself", errno.EACCES: "no permission to read it", errno.EISDIR: "a folder"}
-    return words.get(e.errno, e.strerror or type(e).__name__)
+    return words.get(e.errno or 0, e.strerror or type(e).__name__)
 
 def _stat(root:str, name:str) -> tuple[Photo|None, str]:
     "The photo with its size and time, or why it cannot be one."

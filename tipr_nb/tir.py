@@ -69,6 +69,7 @@ def sincos_positions(dim:int # channels, a multiple of 4
 # %% ../nbs/05_tir.ipynb #cell-024
 class Decoder(nn.Module):
     "Visible grey tokens and a caption to colour pixels (SEN's decoder, arXiv 2307.09059)."
+    positions:Tensor # (1 + n, width)
     def __init__(self, dim:int # of image and text tokens
                  , grid:Sequence[int] # (rows, columns) of patches
                  , patch:Sequence[int] # (p, q) pixels
@@ -183,16 +184,18 @@ def restore(tir:TIR # trained with `encoder`
     pixels = pixels.to(encoder.device)
     _, text, mask = encoder.text_features(words.to(encoder.device))
     visible = patchify(grey(pixels), encoder.patch_size)
-    own, total, count, holes = patchify(normalise(pixels), encoder.patch_size), torch.zeros_like(visible), torch.zeros_like(visible[..., :1]), None
-    for _ in range(masks):
+    own, total, count, holes = patchify(normalise(pixels), encoder.patch_size), torch.zeros_like(visible), torch.zeros_like(visible[..., :1]), visible
+    for turn in range(masks):
         keep, drop = (part.to(encoder.device) for part in split_patches(len(pixels), visible.shape[1], tir.mask_ratio, generator))
         hidden = torch.zeros_like(count).scatter(1, drop[..., None], 1.)
         painted = tir.decoder(encoder.encode_kept(normalise(grey(pixels)), keep), keep, text, mask)
         if tir.per_patch: painted = painted*(own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
-        total, count, holes = total + painted*hidden, count + hidden, visible + (1 - visible)*hidden if holes is None else holes
+        total, count = total + painted*hidden, count + hidden
+        if turn == 0: holes = visible + (1 - visible)*hidden
     std, mean = (torch.tensor(v, device=pixels.device).repeat(visible.shape[-1]//3) for v in (CLIP_STD, CLIP_MEAN))
     shown = torch.where(count > 0, total/count.clamp(min=1)*std + mean, visible)
-    return tuple(unpatchify(x, encoder.grid, encoder.patch_size).clamp(0, 1) for x in (holes, shown))
+    whole = lambda x: unpatchify(x, encoder.grid, encoder.patch_size).clamp(0, 1)
+    return whole(holes), whole(shown)
 
 # %% ../nbs/05_tir.ipynb #cell-050
 def colour_error(images:Tensor, truth:Tensor # (b, 3, h, w) in [0, 1]
