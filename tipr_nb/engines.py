@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, TYPE_CHECKING
 
 import numpy as np
-from .core import TiprError, os_errors
-from .photos import need
+from .core import TiprError, need, os_errors
 
 # %% ../nbs/10b_engines.ipynb #cell-004
 if TYPE_CHECKING: import pyarrow as pa

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from .clip import PersonCLIP
-from .core import TiprError, atomic_path, cache_dir, file_sha256, os_errors, progress, read_json, write_json, write_text
+from .core import TiprError, atomic_path, cache_dir, file_sha256, need, os_errors, progress, read_json, write_json, write_text
 from .corpora import DatasetError, PersonDataset, Split
 from .metrics import HEADLINE, TITLES, Metrics, load_metrics
-from .photos import need
 from .recipes import Recipe
 
 # %% ../nbs/12a_hub.ipynb #cell-009

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../nbs/02a_pipelines.ipynb #cell-004
-from .core import TiprError, ensure_torchvision, os_errors, read_json, resolve_model
+from .core import TiprError, ensure_torchvision, need, os_errors, read_json, resolve_model
 from .clip import PersonCLIP, vocab_and_merges
 
 # %% ../nbs/02a_pipelines.ipynb #cell-005
@@ -164,8 +164,8 @@ def check_pipeline(folder:str|Path, # in diffusers' layout
     folder, source = Path(folder), source or Path(folder).name
     index = read_json(folder/"model_index.json", "point at a folder saved by a diffusers pipeline's save_pretrained")
     parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0]}
-    for need in ("vae", "tokenizer", "text_encoder", "scheduler"):
-        if need not in parts: raise TiprError(f"{source}: model_index.json of this {index.get('_class_name', 'pipeline')} names no {need}; a text-to-image pipeline is needed")
+    for part in ("vae", "tokenizer", "text_encoder", "scheduler"):
+        if part not in parts: raise TiprError(f"{source}: model_index.json of this {index.get('_class_name', 'pipeline')} names no {part}; a text-to-image pipeline is needed")
     if not {"unet", "transformer"} & set(parts): raise TiprError(f"{source}: model_index.json names neither a unet nor a transformer; a text-to-image pipeline is needed")
     for name, (_, cls) in parts.items():
         if name in _OPTIONAL: continue
@@ -258,11 +258,10 @@ def add_lora(pipeline:Any, # of diffusers
     "Put LoRA weights on a pipeline's denoiser, in diffusers' form (`pytorch_lora_weights.safetensors`) or PEFT's (`adapter_config.json`)."
     path = Path(source) if Path(source).exists() else resolve_model(source, needs=())
     core = pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
-    before = sum(p.numel() for p in core.parameters())
+    before, peft = sum(p.numel() for p in core.parameters()), need("peft", "peft", "a LoRA")
     try:
         if (path/"adapter_config.json").is_file():
-            from peft import PeftModel
-            pipeline.unet = PeftModel.from_pretrained(core, str(path)).merge_and_unload()
+            pipeline.unet = peft.PeftModel.from_pretrained(core, str(path)).merge_and_unload()
             return
         where = dict(weight_name=path.name) if path.is_file() else {}
         pipeline.load_lora_weights(str(path.parent if path.is_file() else path), **where)
