@@ -199,19 +199,21 @@ def resolve_model(source:str|Path # a folder, the alias of shipped weights, or a
 def _looks_local(path:Path, text:str) -> bool:
     return path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.parent.is_dir()
 
-def _from_hub(hub_id:str) -> Path:
-    "Snapshot of a hub repository: from the local hub cache, else downloaded."
+def _from_hub(hub_id:str, kind:str="model", error:type[TiprError]=TiprError) -> Path:
+    "Snapshot of a hub repository, 'model' or 'dataset': from the local hub cache, else downloaded."
     from huggingface_hub import snapshot_download
-    hint = f"{hub_id}: not in the local hub cache and the hub cannot be reached; download it where there is a network (`hf download {hub_id}`) and pass the folder"
-    try: return Path(snapshot_download(hub_id, local_files_only=True))
+    command = f"hf download {'' if kind == 'model' else f'--repo-type {kind} '}{hub_id}"
+    try: return Path(snapshot_download(hub_id, repo_type=kind, local_files_only=True))
     except Exception: pass
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"): raise TiprError(hint + " (HF_HUB_OFFLINE is set)")
-    if not _hub_answers(): raise TiprError(hint)
-    try: return Path(snapshot_download(hub_id))
-    except Exception as e: raise TiprError(f"{hub_id}: the hub has no such repository or refused it ({type(e).__name__}); check the id or log in") from e
+    if not _hub_answers(): raise error(f"{hub_id}: not in the local hub cache and the hub cannot be reached; download it where there is a network (`{command}`) and pass the folder" + " (HF_HUB_OFFLINE is set)"*_offline())
+    try: return Path(snapshot_download(hub_id, repo_type=kind))
+    except Exception as e: raise error(f"{hub_id}: the hub has no such {kind} repository or refused it ({type(e).__name__}); check the id or log in") from e
+
+def _offline() -> bool: return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 def _hub_answers(timeout:float=3.) -> bool:
-    "One quick connection, so that a machine without network learns it in seconds."
+    "One quick connection, so that a machine without network learns it in seconds; none where `HF_HUB_OFFLINE` is set."
+    if _offline(): return False
     import socket
     from urllib.parse import urlparse
     url = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
