@@ -1,8 +1,40 @@
 """Build the site from the notebooks' stored outputs. Without Quarto on the PATH only nbdev's own processing runs, so that broken notebooks are still found."""
-import shutil, subprocess, sys
+import ast, inspect, shutil, subprocess, sys, warnings
 from pathlib import Path
 
+import fastcore.docments
+import nbdev.processors
+
 ROOT = Path(__file__).resolve().parent.parent
+_would_run, _annotations, _parse = nbdev.processors._do_eval, inspect.get_annotations, fastcore.docments._parses
+
+
+def runs(cell) -> bool:
+    """Whether nbdev may run a cell to render the API's signatures: definitions and pure imports only.
+
+    nbdev itself runs every cell that holds an import, lessons too, without the values that the cells before it made."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not _would_run(cell): return False
+    if cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}: return True
+    trees = cell.parsed_()
+    return all(isinstance(t, (ast.Import, ast.ImportFrom)) for t in trees) or bool(nbdev.processors._show_docs(trees))
+
+
+def annotations(obj, *, globals=None, locals=None, eval_str=False):
+    "As `inspect`'s, but a type in quotes that is defined further down, or for type checkers only, stays the text it is."
+    try: return _annotations(obj, globals=globals, locals=locals, eval_str=eval_str)
+    except NameError: return _annotations(obj, globals=globals, locals=locals)
+
+
+def parses(source):
+    "As fastcore's, but a method whose source ends in an odd indentation (matplotlib's `Figure.__init__`) has no comments to read."
+    try: return _parse(source)
+    except SyntaxError: return ast.parse("def unreadable(): ...")
+
+
+# At the top level: nbdev's worker processes import this script.
+nbdev.processors._do_eval, inspect.get_annotations, fastcore.docments._parses = runs, annotations, parses
 
 
 def notebooks() -> list[Path]:
@@ -12,8 +44,10 @@ def notebooks() -> list[Path]:
 
 def process() -> int:
     "nbdev's processing of every notebook into _proc; returns how many came out."
+    from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     shutil.rmtree(ROOT / "_proc", ignore_errors=True)
+    refresh_quarto_yml()
     proc_nbs(force=True, n_workers=2)
     done = list((ROOT / "_proc").rglob("*.ipynb"))
     if len(done) != len(notebooks()): sys.exit(f"nbdev processed {len(done)} of {len(notebooks())} notebooks; is the checkout inside a folder whose name starts with a dot?")
@@ -23,8 +57,15 @@ def process() -> int:
 def main():
     link = ROOT / "nbs" / "_quarto.yml"
     if not link.exists(): link.symlink_to("../_quarto.yml")
-    if shutil.which("quarto"): sys.exit(subprocess.run([str(Path(sys.executable).parent / "nbdev_docs")], cwd=ROOT).returncode)
-    print(f"{process()} notebooks processed into _proc; no site: Quarto is not on the PATH (get it from https://quarto.org/docs/get-started, then `make docs` again)")
+    count = process()
+    if not shutil.which("quarto"):
+        print(f"{count} notebooks processed into _proc; no site: Quarto is not on the PATH (get it from https://quarto.org/docs/get-started, then `make docs` again)")
+        return
+    done = subprocess.run(["quarto", "render", "--no-cache"], cwd=ROOT / "_proc").returncode
+    if done: sys.exit(done)
+    shutil.rmtree(ROOT / "_docs", ignore_errors=True)
+    shutil.move(ROOT / "_proc" / "_docs", ROOT / "_docs")
+    print(f"{count} notebooks rendered; open _docs/index.html")
 
 
 if __name__ == "__main__": main()

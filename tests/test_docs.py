@@ -11,9 +11,6 @@ pytestmark = pytest.mark.skipif(not (ROOT / "nbs").is_dir(), reason="needs the r
 def notebooks() -> list[Path]: return [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if not any(q.startswith((".", "_")) for q in p.relative_to(ROOT / "nbs").parts)]
 
 
-TO_SPLIT = {"00b_drawing.ipynb", "01_synth.ipynb", "05_tir.ipynb"}  # over 70 cells for now; this list only shrinks
-
-
 def cells(path: Path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
 
 
@@ -52,7 +49,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: str(p.relative_to(ROOT / "nbs")))
 def test_notebook_is_fit_to_be_read(path):
     found = cells(path)
-    if path.name not in TO_SPLIT: assert len(found) <= 70, "split it: no notebook has more than 70 cells"
+    assert len(found) <= 70, "split it: no notebook has more than 70 cells"
     first = next(("".join(c["source"]) for c in found if c["cell_type"] == "markdown"), "")
     assert first.startswith("# "), "begins with a title"
     for c in found:

@@ -1,11 +1,13 @@
 "GIF: cross-attention against torch's, masks, what the fused feature relies on, the objective and its checkpoint."
+import re
 import pytest, torch
 from torch import nn
 
 from tipr_nb.core import TiprError
-from tipr_nb.clip import PersonCLIP, build_objective, tal_loss
+from tipr_nb.clip import PersonCLIP, build_objective, tal_loss, write_safetensors
 from tipr_nb.data import Batch, normalise
-from tipr_nb.gif import GIF, CrossAttention, Fusion, fusion_of, reliance
+from tipr_nb.backbones import CrossAttention
+from tipr_nb.gif import GIF, Fusion, fusion_of, reliance
 
 
 @pytest.fixture()
@@ -28,12 +30,25 @@ def parts(b=5, d=16, seed=0):
 def test_cross_attention_equals_torchs():
     ca, mha = CrossAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
     with torch.no_grad():
-        mha.in_proj_weight.copy_(torch.cat([ca.q_proj.weight, ca.kv_proj.weight])); mha.in_proj_bias.copy_(torch.cat([ca.q_proj.bias, ca.kv_proj.bias]))
-        mha.out_proj.load_state_dict(ca.out_proj.state_dict())
+        mha.in_proj_weight.copy_(torch.cat([ca.query.weight, ca.key_value.weight])); mha.in_proj_bias.copy_(torch.cat([ca.query.bias, ca.key_value.bias]))
+        mha.out_proj.load_state_dict(ca.out.state_dict())
     x, _, y, mask = parts()
     want, weights = mha(x, y, y, key_padding_mask=~mask, average_attn_weights=False)
     assert torch.allclose(ca(x, y, mask), want, atol=1e-6) and torch.allclose(ca.attention(x, y, mask), weights, atol=1e-6)
     with pytest.raises(TiprError, match="heads=3"): CrossAttention(16, 3)
+
+
+def older_names(state):
+    "A fusion's tensors under the names of GIF's first checkpoints."
+    return {re.sub(r"(ask_\w+)\.(query|key_value|out)\.", lambda m: f"{m[1]}.{dict(query='q_proj', key_value='kv_proj', out='out_proj')[m[2]]}.", k): v for k, v in state.items()}
+
+
+def test_state_with_the_older_names_loads():
+    fusion, again = Fusion(16, layers=1), Fusion(16, layers=1)
+    older = older_names(fusion.state_dict())
+    assert sum("_proj." in k and k.startswith("ask_") for k in older) == 12
+    again.load_state_dict(older)
+    assert torch.equal(fusion(*parts()), again(*parts())) and "ask_text.q_proj.weight" in older
 
 
 def test_padding_is_not_heard_and_output_is_unit():
@@ -45,7 +60,7 @@ def test_padding_is_not_heard_and_output_is_unit():
 
 def test_without_residual_the_answers_alone_count():
     fusion, (d, v, t, mask) = Fusion(16, layers=1), parts()
-    for ask in (fusion.ask_photo, fusion.ask_text): nn.init.zeros_(ask.out_proj.weight)
+    for ask in (fusion.ask_photo, fusion.ask_text): nn.init.zeros_(ask.out.weight)
     assert torch.allclose(fusion(d, v, t, mask), fusion(torch.randn_like(d), v, t, mask), atol=1e-5)
     fusion.residual = True
     assert not torch.allclose(fusion(d, v, t, mask), fusion(torch.randn_like(d), v, t, mask), atol=1e-3)
@@ -53,7 +68,7 @@ def test_without_residual_the_answers_alone_count():
 
 def test_reliance_finds_a_pass_through():
     fusion, p = Fusion(16, layers=1), parts()
-    nn.init.zeros_(fusion.ask_text.out_proj.weight)             # listens to the photo only
+    nn.init.zeros_(fusion.ask_text.out.weight)             # listens to the photo only
     r = reliance(fusion, *p)
     assert r["photo"] > .01 and abs(r["caption"]) < 1e-5
     with pytest.raises(TiprError, match="two samples"): reliance(fusion, *(x[:1] for x in p))
@@ -87,6 +102,9 @@ def test_fusion_travels_if_asked(nano, tmp_path):
     back = PersonCLIP.from_pretrained(tmp_path)
     assert not back.addons
     for a, b in zip(fusion_of(back, layers=1).parameters(), nano.addons["gif_fusion"].parameters()): assert torch.equal(a, b)
+    write_safetensors(tmp_path/"model.safetensors", older_names(nano.state_dict()))
+    older = PersonCLIP.from_pretrained(tmp_path)
+    for a, b in zip(fusion_of(older, layers=1).parameters(), nano.addons["gif_fusion"].parameters()): assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

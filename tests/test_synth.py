@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 import PIL
 
-from tipr_nb import synth
+from tipr_nb import synth, worlds
 from tipr_nb.core import TiprError
 
 SMALL = "bd8225119eb1030bf3eec225aa80ba0554a39054902654d678e5d87cb267f40a"      # content of n_ids=60
@@ -85,7 +85,7 @@ def test_annotators_held_out(v1):
     world = {w.name for w in synth.SYNTH_WORLD.annotators["world"]}
     plans = lambda writers: {p for w in writers for p in w.plans}
     assert not world & (who["train"] | who["test"])
-    assert not plans(synth.SYNTH_WORLD.annotators["world"]) & (plans(synth._TRAIN_WRITERS) | plans(synth._TEST_WRITERS))
+    assert not plans(synth.SYNTH_WORLD.annotators["world"]) & (plans(worlds._TRAIN_WRITERS) | plans(worlds._TEST_WRITERS))
     looks = lambda w: {(c.tint, c.exposure) for c in w.cameras}
     assert not looks(synth.SYNTH_WORLD) & looks(synth.SYNTH_PEDES)
 

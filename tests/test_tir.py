@@ -7,7 +7,8 @@ import pytest, torch, torch.nn as nn
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch, TrainTransform, normalise
 from tipr_nb.clip import OBJECTIVES, Features, PersonCLIP, build_objective
-from tipr_nb.tir import TIR, CrossAttention, Decoder, colour_error, grey, patch_targets, patchify, restoration_loss, restore, sincos_positions, split_patches, unpatchify
+from tipr_nb.backbones import CrossAttention
+from tipr_nb.tir import TIR, Decoder, colour_error, grey, patch_targets, patchify, restoration_loss, restore, sincos_positions, split_patches, unpatchify
 
 CAPTIONS = ["a man in a blue coat", "a woman in a red dress with a white bag and long hair", "a boy", "a girl in green"]
 
@@ -84,7 +85,7 @@ def test_sincos_against_loops():
 @pytest.mark.parametrize("context", [32, 20])
 def test_cross_attention_is_pytorchs(context):
     torch.manual_seed(0)
-    cross, x, text = CrossAttention(32, context, 4), torch.randn(3, 5, 32), torch.randn(3, 7, context)
+    cross, x, text = CrossAttention(32, 4, context), torch.randn(3, 5, 32), torch.randn(3, 7, context)
     mask = torch.arange(7) < torch.tensor([[7], [1], [4]])
     theirs = nn.MultiheadAttention(32, 4, kdim=context, vdim=context, batch_first=True)
     names = ["in_proj_weight"] if context == 32 else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]

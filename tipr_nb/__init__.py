@@ -2,6 +2,7 @@
 __version__ = "0.1.0"
 
 from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 _HOMES = {
     "core": ["TiprError"],
@@ -15,6 +16,17 @@ _HOMES = {
     "search": ["Gallery"],
     "interop": ["load_peer"],
 }
+if TYPE_CHECKING:  # what `_HOMES` says, in the form that type checkers and editors read
+    from .clip import Features as Features, PersonCLIP as PersonCLIP
+    from .core import TiprError as TiprError
+    from .data import DatasetError as DatasetError, PersonDataset as PersonDataset, Split as Split, check_dataset as check_dataset, load_dataset as load_dataset
+    from .evaluation import Metrics as Metrics, compare as compare, evaluate as evaluate, rank_metrics as rank_metrics
+    from .interop import load_peer as load_peer
+    from .pruning import CaptionPruner as CaptionPruner, prune_caption as prune_caption
+    from .search import Gallery as Gallery
+    from .synth import make_synth_pedes as make_synth_pedes
+    from .tgte import PersonGenerator as PersonGenerator, enhance as enhance, generate_split as generate_split
+    from .training import RECIPES as RECIPES, Recipe as Recipe, run_grid as run_grid, train as train
 _LAZY = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_LAZY)
 

@@ -13,14 +13,14 @@ import difflib, functools, inspect, math, re, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from . import __version__
-from .backbones import (SelfAttention, arch_config, build_clip, can_trim, check_image_size, hf_text_features, lean_attention, native_text_features, own_archs, resize_positions,
+from .backbones import (CrossAttention, SelfAttention, arch_config, build_clip, can_trim, check_image_size, hf_text_features, lean_attention, native_text_features, own_archs, resize_positions,
                                resize_resnet, resnet_features, text_tower, token_mask, vit_features)
 from .core import TiprError, atomic_path, os_errors, read_json, resolve_model, shipped_weights, write_json, write_text
 from .data import CLIP_MEAN, CLIP_STD, EvalTransform
@@ -237,6 +237,9 @@ def write_safetensors(file:str|Path, state:dict[str, Tensor]):
 
 def load_strict(module:nn.Module, state:dict[str, Tensor], file:str|Path, arch:str):
     "Load `state` into `module`, or say in one line which tensor does not fit."
+    state = dict(state)
+    for name, part in module.named_modules():
+        if isinstance(part, CrossAttention): part.rename(state, f"{name}." if name else "")
     want, got = ({k: tuple(v.shape) for k, v in s.items()} for s in (module.state_dict(), state))
     wrong = [f"{k} is {got[k]} there and {want[k]} here" for k in want if k in got and got[k] != want[k]]
     wrong += [f"{k} is missing" for k in want if k not in got] + [f"{k} is not known" for k in got if k not in want]
@@ -274,7 +277,7 @@ class Saving(Towers, PyTorchModelHubMixin, library_name="tipr_nb", license="apac
                         pretrained_model_name_or_path:str|Path # folder, shipped alias such as `synth-world`, or hub id
                         , *, arch:str|None=None # the architecture it has to be
                         , image_size:Sequence[int]|None=None # another (h, w): positions are resampled
-                        , map_location:str|torch.device="cpu"):
+                        , map_location:str|torch.device="cpu") -> Self:
         "Load a checkpoint, in evaluation mode."
         source = str(pretrained_model_name_or_path)
         folder = resolve_model(f"clip-{source}" if f"clip-{source}" in shipped_weights() else source)

@@ -7,6 +7,7 @@ __all__ = ['cosine_matrix', 'positive_mask', 'hinge', 'cmt_terms', 'cmt_loss', '
 
 # %% ../nbs/06_cmt.ipynb #cell-003
 import math
+from typing import Any
 
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -118,7 +119,7 @@ class CMT(Objective):
     def forward(self, features:Features, batch, encoder) -> Tensor:
         "Scalar loss; `logs` holds `active` and `gradient_share`."
         index = getattr(batch, "image_index", None)
-        kw = dict(margin=self.margin, hard_positive=self.hard_positive, same_photo=self.same_photo, image_index=None if index is None else all_rows(index.to(features.ids.device), len(features.ids)))
+        kw:dict[str, Any] = dict(margin=self.margin, hard_positive=self.hard_positive, same_photo=self.same_photo, image_index=None if index is None else all_rows(index.to(features.ids.device), len(features.ids)))
         t2i, i2t = cmt_terms(features.image, features.text, features.ids, **kw)
         self.logs["active"] = torch.cat([t2i, i2t]).gt(0).float().mean().detach()
         if self.log_every and self.calls % self.log_every == 0: self.logs["gradient_share"] = torch.tensor(gradient_share(features.image, features.text, features.ids, self.share_weight, **kw))

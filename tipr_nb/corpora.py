@@ -62,7 +62,7 @@ class Split:
         return Split(self.name, [self.images[i] for i in new], ids, [self.captions[i] for i in np.flatnonzero(captions)], ids[where], where,
                      columns, {k: v[captions] for k, v in self.caption_columns.items()})
 
-    def subset_ids(self, ids:Sequence[int], relabel:bool|None=None) -> "Split":
+    def subset_ids(self, ids:Sequence[int]|np.ndarray, relabel:bool|None=None) -> "Split":
         "Only these identities; in train they are renumbered from 0."
         keep = np.isin(self.image_ids, np.asarray(ids))
         return self.take(keep, np.ones(len(self), bool), self.name == "train" if relabel is None else relabel)
@@ -100,7 +100,7 @@ class PersonDataset:
         "Name -> split."
         return {"train": self.train, "val": self.val, "test": self.test}
 
-    def summary(self):
+    def summary(self) -> Any: # DataFrame
         "A table of counts, one row per split."
         import pandas as pd
         return pd.DataFrame([s.summary() for s in self.splits.values()]).set_index("split")

@@ -9,6 +9,7 @@ __all__ = ['GPUS', 'SHARE', 'TOKENS', 'one_pair', 'pair_flops', 'saved_bytes', '
 # %% ../nbs/09a_costs.ipynb #cell-002
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import pandas as pd
 import torch
@@ -78,7 +79,7 @@ def training_cost(recipe:Recipe|str, # a recipe, a name of `RECIPES` or a JSON f
                   captions:int, # of the training split
                   tokens:int=40, # of a caption, at most CLIP's 77
                   gpu:Gpu|str="A100", n_ids:int=0 # training identities, for the ID loss's classifier
-                 ) -> dict[str, float]:
+                 ) -> dict[str, Any]:
     "Estimated hours and memory of a recipe's towers; objectives with networks of their own cost more."
     r = get_recipe(recipe)
     if isinstance(gpu, str) and gpu not in GPUS: raise TiprError(f"gpu={gpu!r}: one of {', '.join(GPUS)}, or a `Gpu` of your own")

@@ -356,7 +356,7 @@ class Report:
         "What to do first, in one line; empty if the dataset is usable."
         return next((f"{c.check}: {c.found}; {c.remedy}" for c in self.problems if c.level == "error"), "")
 
-    def table(self):
+    def table(self) -> Any: # DataFrame
         "The findings as a DataFrame."
         import pandas as pd
         return pd.DataFrame([vars(c) | {"examples": "; ".join(c.examples)} for c in self.checks]).rename(columns={"level": "result"})
@@ -381,7 +381,7 @@ class Report:
         head = "".join(f"<th style='text-align:left'>{t}</th>" for t in ("result", "check", "found", "remedy"))
         return f"<b>{escape(self.name)}: {'usable' if self.usable else 'not usable'}</b><table><tr>{head}</tr>{body}</table>"
 
-    def plot(self, ax=None, limit:int=77):
+    def plot(self, ax=None, limit:int=77) -> Any: # Axes
         "Caption lengths in CLIP tokens, and the length at which CLIP cuts."
         import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
         ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, TYPE_CHECKING
 
 import numpy as np
-from .core import TiprError, os_errors
-from .photos import need
+from .core import TiprError, need, os_errors
 
 # %% ../nbs/10b_engines.ipynb #cell-004
 if TYPE_CHECKING: import pyarrow as pa
@@ -46,7 +45,7 @@ _OPPOSITE = {"==": "!=", "<": ">=", ">": "<=", "in": "not in", "null": "not null
 _OPPOSITE |= {v: k for k, v in _OPPOSITE.items()}
 _MIRROR = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
 
-def opposite(node:Test|Every|Some):
+def opposite(node:Test|Every|Some) -> Test|Every|Some:
     "The negation, with `not` pushed down to the comparisons (De Morgan)."
     if isinstance(node, Test): return Test(node.column, _OPPOSITE[node.op], node.value)
     return (Some if isinstance(node, Every) else Every)(tuple(opposite(p) for p in node.parts))
@@ -55,8 +54,8 @@ def opposite(node:Test|Every|Some):
 _COMPARE = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in", ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not"}
 _METHODS = ("startswith", "endswith", "contains")
 
-class _Reader:
-    "Turns a whitelisted syntax tree into `Test`, `Every` and `Some`."
+class _Values:
+    "Plain values of a syntax tree; anything else is refused with its place."
     def __init__(self, text:str): self.text = text
     def fail(self, node, why):
         at = getattr(node, "col_offset", 0)
@@ -66,6 +65,40 @@ class _Reader:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant) and type(node.operand.value) in (int, float): return -node.operand.value
         if isinstance(node, (ast.List, ast.Tuple, ast.Set)): return tuple(self.value(e) for e in node.elts)
         self.fail(node, "expected a plain value here")
+
+# %% ../nbs/10b_engines.ipynb #cell-011
+class _Comparisons(_Values):
+    "One comparison, a chain of them, or a call such as column.startswith('a')."
+    def comparison(self, node):
+        "A chain such as 10 < x0 < 90 is the two comparisons joined."
+        sides, parts = [node.left, *node.comparators], []
+        for left, op, right in zip(sides, node.ops, sides[1:]):
+            name = _COMPARE[type(op)]
+            if isinstance(left, ast.Name) == isinstance(right, ast.Name): self.fail(left, "compare a column with a value (and join comparisons with `and` or `or`)")
+            if isinstance(right, ast.Name):
+                if name not in _MIRROR: self.fail(node, f"the column must stand left of `{name}`")
+                left, right, name = right, left, _MIRROR[name]
+            parts.append(self.test(left, name, self.value(right)))
+        return parts[0] if len(parts) == 1 else Every(tuple(parts))
+
+    def test(self, column, op, value):
+        "One comparison; None means missing, `in` wants a list."
+        if value is None:
+            if op not in ("is", "is not", "==", "!="): self.fail(column, "None can only be compared with `is` or `is not`")
+            return Test(column.id, "null" if op in ("is", "==") else "not null")
+        if op in ("is", "is not"): self.fail(column, f"`{op}` goes with None; use == or !=")
+        if isinstance(value, tuple) != (op in ("in", "not in")): self.fail(column, "`in` goes with a list, the other comparisons with one value")
+        if isinstance(value, tuple) and any(v is None or isinstance(v, tuple) for v in value): self.fail(column, "a list holds plain values only")
+        return Test(column.id, op, value)
+
+    def method(self, node):
+        f = node.func
+        ok = isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.attr in _METHODS and len(node.args) == 1 and not node.keywords
+        if not ok or not isinstance(value := self.value(node.args[0]), str): self.fail(node, f"the only calls are column.{', column.'.join(_METHODS)} with one text")
+        return Test(f.value.id, f.attr, value)
+
+class _Reader(_Comparisons):
+    "Turns a whitelisted syntax tree into `Test`, `Every` and `Some`."
     def read(self, node):
         if isinstance(node, ast.BoolOp): return (Every if isinstance(node.op, ast.And) else Some)(tuple(self.read(v) for v in node.values))
         if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr)): return (Every if isinstance(node.op, ast.BitAnd) else Some)((self.read(node.left), self.read(node.right)))
@@ -74,37 +107,6 @@ class _Reader:
         if isinstance(node, ast.Compare): return self.comparison(node)
         if isinstance(node, ast.Call): return self.method(node)
         self.fail(node, f"{type(node).__name__} is not part of the filter language")
-
-# %% ../nbs/10b_engines.ipynb #cell-011
-def _comparison(self, node):
-    "A chain such as 10 < x0 < 90 is the two comparisons joined."
-    sides, parts = [node.left, *node.comparators], []
-    for left, op, right in zip(sides, node.ops, sides[1:]):
-        name = _COMPARE[type(op)]
-        if isinstance(left, ast.Name) == isinstance(right, ast.Name): self.fail(left, "compare a column with a value (and join comparisons with `and` or `or`)")
-        if isinstance(right, ast.Name):
-            if name not in _MIRROR: self.fail(node, f"the column must stand left of `{name}`")
-            left, right, name = right, left, _MIRROR[name]
-        parts.append(self.test(left, name, self.value(right)))
-    return parts[0] if len(parts) == 1 else Every(tuple(parts))
-
-def _test(self, column, op, value):
-    "One comparison; None means missing, `in` wants a list."
-    if value is None:
-        if op not in ("is", "is not", "==", "!="): self.fail(column, "None can only be compared with `is` or `is not`")
-        return Test(column.id, "null" if op in ("is", "==") else "not null")
-    if op in ("is", "is not"): self.fail(column, f"`{op}` goes with None; use == or !=")
-    if isinstance(value, tuple) != (op in ("in", "not in")): self.fail(column, "`in` goes with a list, the other comparisons with one value")
-    if isinstance(value, tuple) and any(v is None or isinstance(v, tuple) for v in value): self.fail(column, "a list holds plain values only")
-    return Test(column.id, op, value)
-
-def _method(self, node):
-    f = node.func
-    ok = isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.attr in _METHODS and len(node.args) == 1 and not node.keywords
-    if not ok or not isinstance(value := self.value(node.args[0]), str): self.fail(node, f"the only calls are column.{', column.'.join(_METHODS)} with one text")
-    return Test(f.value.id, f.attr, value)
-
-_Reader.comparison, _Reader.test, _Reader.method = _comparison, _test, _method
 
 # %% ../nbs/10b_engines.ipynb #cell-012
 MAX_FILTER = 2000   # characters

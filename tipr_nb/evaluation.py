@@ -74,7 +74,7 @@ def _encoder(model, name:str) -> Callable:
     if not callable(f): raise TiprError(f"{type(model).__name__} has no {name}; a model needs encode_image and encode_text")
     return f
 
-def _batches(encode:Callable, items:Sequence, batch_size:int, desc:str) -> Tensor:
+def _batches(encode:Callable, items:Any, batch_size:int, desc:str) -> Tensor:
     "Features of `items`, batch after batch."
     if batch_size < 1: raise TiprError(f"batch_size={batch_size}: give 1 or more")
     out = []
@@ -147,8 +147,10 @@ def picture_features(model, generator, captions:Sequence[str], batch_size:int=64
 def _enrich(f:SplitFeatures, weight:float, enhance:Callable|None) -> Tensor:
     "The query features at this weight."
     if weight == 0 and enhance is None: return f.text
-    if enhance is None: from tipr_nb.tgte import enhance
-    return enhance(f.text, f.generated.to(f.text.device), weight)
+    if f.generated is None: raise TiprError(f"weight={weight} needs pictures of the captions; encode the split with a generator")
+    if enhance is None: from tipr_nb.tgte import enhance as mix
+    else: mix = enhance
+    return mix(f.text, f.generated.to(f.text.device), weight)
 
 # %% ../nbs/08_evaluation.ipynb #cell-028
 BREAKDOWN = ("kind", "completeness", "lookalike", "annotator", "camera")

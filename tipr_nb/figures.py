@@ -59,7 +59,7 @@ class Plot(Figure):
         text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg"):], flags=re.S)
         for color, variable in _CSS.items(): text = re.sub(color, f"var({variable})", text, flags=re.I)
         text = re.sub(r"font(-family)?: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font\1: \2system-ui, sans-serif", text).replace('<g id="', '<g data-part="')
-        box = re.search(r'viewBox="[^"]*"', text).group()
+        box = re.findall(r'viewBox="[^"]*"', text)[0]
         return re.sub(r"<svg [^>]*>", f'<svg {box} role="img" aria-label="{html.escape(label or name)}" style="max-width: 100%; height: auto">', text, count=1)
 
     def _saved(self, **kwargs) -> bytes:
@@ -242,7 +242,7 @@ def learning_curve(history # table, or list of rows: a step or epoch, losses, an
     "Losses left, scores on val right; either half is left out when the history has none."
     table = pd.DataFrame(history)
     x = x or next((c for c in ("step", "epoch", "steps") if c in table), None)
-    if not len(table) or x not in table: raise TiprError("learning_curve: the history is empty, or has no column 'step' or 'epoch'")
+    if not len(table) or x is None or x not in table: raise TiprError("learning_curve: the history is empty, or has no column 'step' or 'epoch'")
     losses = [c for c in table if _is_loss(c)] if losses is None else list(losses)
     if len(losses) == 2 and "loss" in losses: losses.remove("loss")            # one objective: the sum says nothing more
     scores = [c for c in table if _is_score(c)] if scores is None else list(scores)
@@ -284,7 +284,7 @@ def _label_ends(ax, lines:list[tuple[pd.DataFrame, str]], x:str):
     ax.figure.canvas.draw_idle()
     low, high = ax.get_ylim()
     place = (lambda v: math.log(v/low)/math.log(high/low)) if ax.get_yscale() == "log" else (lambda v: (v - low)/(high - low))
-    ends = sorted([place(t.value.iloc[-1]), i] for i, (t, _) in enumerate(lines))
+    ends:list[list[Any]] = sorted([place(t.value.iloc[-1]), i] for i, (t, _) in enumerate(lines))
     step = 12/72/ax.figure.get_figheight()/.62
     for below, above in zip(ends, ends[1:]): above[0] = max(above[0], below[0] + step)
     shift = max(0, ends[-1][0] - 1) if ends else 0
@@ -455,7 +455,7 @@ def tsne_map(features:Mapping[str, Any] # kind -> (n, d) features; row i of ever
         fig, ax = canvas(size*1.3, size) if ax is None else (ax.figure, ax)
         for path in zip(*[flat[k] for k in join]): ax.plot(*np.array(path).T, color="#9aa3af", lw=.7, alpha=.7, zorder=1)
         for i, kind in enumerate(kinds):
-            colors = [COLORS[names.index(l) % len(COLORS)] for l in labels] if names else COLORS[i % len(COLORS)]
+            colors = [COLORS[names.index(l) % len(COLORS)] for l in labels] if labels is not None and names else COLORS[i % len(COLORS)]
             ax.scatter(*flat[kind].T, c=colors, marker=_MARKERS[i % len(_MARKERS)], s=34, linewidths=.5, edgecolors=PAPER, zorder=2)
         handles = [matplotlib.lines.Line2D([], [], ls="", marker=_MARKERS[i % len(_MARKERS)], ms=6, color=MUTED if names else COLORS[i % len(COLORS)], label=k) for i, k in enumerate(kinds)]
         handles += [matplotlib.lines.Line2D([], [], ls="", marker="o", ms=6, color=COLORS[i % len(COLORS)], label=str(n)) for i, n in enumerate(names[:len(COLORS)])]
@@ -580,4 +580,5 @@ def _arrow(ax, a:tuple, b:tuple, words:str):
     edge = lambda box: min(box[2]/abs(d[0]) if d[0] else math.inf, box[3]/abs(d[1]) if d[1] else math.inf)
     start, end = np.array(a[:2]) + d*edge(a) + .04*d/np.linalg.norm(d), np.array(b[:2]) - d*edge(b) - .05*d/np.linalg.norm(d)
     ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>,head_width=.22,head_length=.4", color=MUTED, lw=1.3, shrinkA=0, shrinkB=0))
-    if words: _say(ax, words, *((start + end)/2 + (0, -.07)), 8, MUTED, ha="center", va="bottom")
+    x, y = (start + end)/2
+    if words: _say(ax, words, x, y - .07, 8, MUTED, ha="center", va="bottom")

@@ -450,7 +450,7 @@ def train_small(out_dir:str|Path, # portraits, run and, at the end, pipeline/
     (out/"whole").rename(out/"pipeline")
     return run
 
-# %% ../nbs/15_generator.ipynb #cell-063
+# %% ../nbs/15_generator.ipynb #cell-066
 def portraits_first(job:Any, # of a grid; `hook_args`: steps, photos, and what `tgte.with_pictures` takes
                     dataset:Any) -> dict:
     "Hook of `training.run_grid`: the retriever learns from the generator's training pairs first."
@@ -470,7 +470,7 @@ def portraits_first(job:Any, # of a grid; `hook_args`: steps, photos, and what `
     more = with_pictures(dataclasses.replace(job, settings=job.settings | dict(hook_args=args)), dataset)
     return more | dict(train=more["train"] | dict(encoder=first.model), columns=dict(first_seconds=round(first.train_seconds, 2)))
 
-# %% ../nbs/15_generator.ipynb #cell-066
+# %% ../nbs/15_generator.ipynb #cell-069
 def save_lora(run:GeneratorRun, # trained with recipe.lora above 0
               folder:str|Path):
     "Write a run's LoRA weights in diffusers' form, for `PersonGenerator.from_pretrained(..., lora=folder)`."

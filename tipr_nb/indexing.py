@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, TYPE_CHECKING
 
 import numpy as np
-from .core import TiprError, atomic_path, os_errors, progress, read_json, write_json
+from .core import TiprError, atomic_path, need, os_errors, progress, read_json, write_json
 from .engines import FAISS_KINDS, Column, Milvus, build_faiss, build_milvus, column_kind, milvus_errors
-from .photos import MAX_PIXELS, Opened, Photo, Photos, column_name, looks_like_scene, need, open_ahead, scene_warning, tidy_table
+from .photos import MAX_PIXELS, Opened, Photo, Photos, column_name, looks_like_scene, open_ahead, scene_warning, tidy_table
 from .towers import TOWER_FILES, as_numpy, export_text_tower, model_fingerprint
 
 # %% ../nbs/10d_indexing.ipynb #cell-004
@@ -59,7 +59,7 @@ HIDDEN = frozenset("file mtime sha256 request at same_as".split())   # not offer
 def item_schema(extra:Iterable[str]=() # further whole-number columns
                ) -> "pa.Schema":
     "Arrow schema of the fixed part of `items.parquet`."
-    pa = need("pyarrow", "search", "galleries")
+    pa = need("pyarrow", "search", "a gallery")
     of = dict(binary=pa.binary(), string=pa.string(), int64=pa.int64(), timestamp=pa.timestamp("us"))
     return pa.schema([(n, of[t]) for n, t in ITEM_TYPES.items()] + [(n, pa.int64()) for n in extra])
 
@@ -101,7 +101,7 @@ class Items:
     def __init__(self, folder:str|Path # a generation
                 ):
         self.path = Path(folder)/"items.parquet"
-        pq, pa = need("pyarrow.parquet", "search", "galleries"), need("pyarrow", "search", "galleries")
+        pq, pa = need("pyarrow.parquet", "search", "a gallery"), need("pyarrow", "search", "a gallery")
         try: self.file = pq.ParquetFile(self.path, memory_map=True)
         except FileNotFoundError: raise Damaged(f"{self.path}: missing; build the gallery again with `tipr index`") from None
         except (pa.ArrowInvalid, OSError) as e: raise Damaged(f"{self.path}: not a readable table ({str(e).splitlines()[0][:80]}); build the gallery again with `tipr index`") from None
@@ -130,7 +130,7 @@ class Items:
     @cached_property
     def _coded(self):
         "The same file, with text as codes into its words, as Parquet stores it."
-        schema, pq = self.file.schema_arrow, need("pyarrow.parquet", "search", "galleries")
+        schema, pq = self.file.schema_arrow, need("pyarrow.parquet", "search", "a gallery")
         return pq.ParquetFile(self.path, memory_map=True, read_dictionary=[n for n in schema.names if str(schema.field(n).type) == "string"])
     def __contains__(self, name): return name in self.names
     def __iter__(self): return iter(self.names)
@@ -162,7 +162,7 @@ class Journal:
         else: self._recover()
         if not same: write_json(self.folder/"key.json", key)
     def _recover(self):
-        pq = need("pyarrow.parquet", "search", "galleries")
+        pq = need("pyarrow.parquet", "search", "a gallery")
         while (self.folder/f"{self.n:06d}.parquet").is_file():
             self.tables.append(pq.read_table(self.folder/f"{self.n:06d}.parquet"))
             self.n += 1
@@ -170,7 +170,7 @@ class Journal:
              , features:np.ndarray # (m, d)
              ):
         "Add an entry."
-        pq, pa = need("pyarrow.parquet", "search", "galleries"), need("pyarrow", "search", "galleries")
+        pq, pa = need("pyarrow.parquet", "search", "a gallery"), need("pyarrow", "search", "a gallery")
         table = pa.Table.from_pylist(rows, journal_schema())
         with atomic_path(self.folder/f"{self.n:06d}.npy") as p, open(p, "wb") as f: np.save(f, features)
         with atomic_path(self.folder/f"{self.n:06d}.parquet") as p: pq.write_table(table, p)
@@ -184,7 +184,7 @@ class Journal:
 
 def journal_schema() -> "pa.Schema":
     "Item rows, plus where the feature lies in the entry (-1: the same content is encoded elsewhere) and why a file was skipped."
-    pa = need("pyarrow", "search", "galleries")
+    pa = need("pyarrow", "search", "a gallery")
     return item_schema(["feature"]).append(pa.field("reason", pa.string()))
 
 # %% ../nbs/10d_indexing.ipynb #cell-028
@@ -215,7 +215,7 @@ class IndexReport:
 # %% ../nbs/10d_indexing.ipynb #cell-030
 class _Encoder:
     "Collects people into batches, sends them through the model and writes the journal."
-    def __init__(self, model, journal, batch_size, dtype, every=5.):
+    def __init__(self, model:Any, journal:Any, batch_size:int, dtype:Any, every:float=5.):
         self.model, self.journal, self.batch_size, self.dtype, self.every = model, journal, batch_size, dtype, every
         self.rows, self.features, self.pictures, self.n, self.last, self.encoded = [], [], [], 0, time.monotonic(), 0
         self.seen:set[tuple] = set()
@@ -299,6 +299,7 @@ def indexing_lock(folder:str|Path # the gallery
                  ) -> Iterator[None]:
     "Hold the gallery's lock; the system frees it when a process dies, however it dies."
     from filelock import FileLock, Timeout
+    need("pyarrow", "search", "a gallery")      # before anything is written
     folder = Path(folder)
     _check_folder(folder)
     with os_errors(folder):
@@ -319,7 +320,7 @@ def _check_folder(folder):
 # %% ../nbs/10d_indexing.ipynb #cell-039
 def _assemble(folder, photos, old, journal, detector, keep, dtype, dim):
     "Write features and items of the next generation into `folder`; returns (table, skipped rows)."
-    pa = need("pyarrow", "search", "galleries")
+    pa = need("pyarrow", "search", "a gallery")
     tables = [(t, 0) for t in (old.items.table(), old.skipped) if t.num_rows] if old else []
     tables += [(t, i + 1) for i, t in enumerate(journal.tables)]
     fixed = pa.concat_tables([_with_place(t.select(_journal_names(t)), place) for t, place in tables], promote_options="default") if tables else None
@@ -330,14 +331,14 @@ def _assemble(folder, photos, old, journal, detector, keep, dtype, dim):
     user = _user_columns(photos, rows, metas, old, order)
     final = items.select(list(ITEM_TYPES)).set_column(list(ITEM_TYPES).index("same_as"), "same_as", same)
     for name, column in user.items(): final = final.append_column(column_name(name, RESERVED), column)
-    need("pyarrow.parquet", "search", "galleries").write_table(final, folder/"items.parquet", row_group_size=4096, compression="zstd")
+    need("pyarrow.parquet", "search", "a gallery").write_table(final, folder/"items.parquet", row_group_size=4096, compression="zstd")
     return final, skipped
 
 def _journal_names(t): return [n for n in journal_schema().names if n in t.column_names]
 
 def _with_place(table, place):
     "Where the features of a table's rows lie: 0 the last generation, then the journal's entries."
-    pa = need("pyarrow", "search", "galleries")
+    pa = need("pyarrow", "search", "a gallery")
     n = table.num_rows
     if "feature" not in table.column_names: table = table.append_column("feature", pa.array(np.arange(n))).append_column("reason", pa.nulls(n, pa.string()))
     return table.append_column("place", pa.array(np.full(n, place)))
@@ -383,7 +384,7 @@ def _content(items):
 
 def _resolve_copies(fixed):
     "Rows that were not encoded take feature, size and time from a row with the same content, even one that is gone now."
-    pa = need("pyarrow", "search", "galleries")
+    pa = need("pyarrow", "search", "a gallery")
     feature = fixed["feature"].to_numpy().copy()
     if not (feature < 0).any(): return fixed
     keys = _content(fixed)
@@ -394,7 +395,7 @@ def _resolve_copies(fixed):
 
 def _copies(items):
     "`same_as`: the first row with the same content, null for the first itself."
-    pa, first = need("pyarrow", "search", "galleries"), {}
+    pa, first = need("pyarrow", "search", "a gallery"), {}
     return pa.array([None if first.setdefault(k, i) == i else first[k] for i, k in enumerate(_content(items))], pa.int64())
 
 def _write_features(path, items, old, journal, dtype, dim, block=1 << 15):
@@ -412,7 +413,7 @@ def _write_features(path, items, old, journal, dtype, dim, block=1 << 15):
 # %% ../nbs/10d_indexing.ipynb #cell-042
 def _user_columns(photos, rows, metas, old, order):
     "The user's columns for every row: from the tables of this run, or from the last generation where a row was kept without them."
-    pa, out = need("pyarrow", "search", "galleries"), {}
+    pa, out = need("pyarrow", "search", "a gallery"), {}
     for table, where in ((photos.metadata, metas), (photos.listing, rows)):
         if table is None: continue
         at = pa.array([None if w < 0 else w for w in where], pa.int64())
@@ -430,7 +431,7 @@ def _merged(pa, name, now, before):
     if now.null_count == len(now): return before
     if before.null_count == len(before): return now
     if now.type != before.type: raise TiprError(f"column {name}: {now.type} now, {before.type} in the gallery; give both the same kind of values")
-    return need("pyarrow.compute", "search", "galleries").coalesce(now, before)
+    return need("pyarrow.compute", "search", "a gallery").coalesce(now, before)
 
 # %% ../nbs/10d_indexing.ipynb #cell-045
 STATE = ["file", "size", "mtime", "request"]   # what tells whether a photo must be opened again
@@ -440,7 +441,7 @@ def read_skipped(folder:str|Path # a generation
                 ) -> list[dict]:
     "Files that could not be used: file, path, size, mtime, request, reason."
     path = Path(folder)/"skipped.parquet"
-    return need("pyarrow.parquet", "search", "galleries").read_table(path).to_pylist() if path.is_file() else []
+    return need("pyarrow.parquet", "search", "a gallery").read_table(path).to_pylist() if path.is_file() else []
 
 @dataclass
 class Generation:
@@ -457,13 +458,13 @@ class Generation:
     @cached_property
     def skipped(self) -> "pa.Table":
         "What need not be looked at again: photos without a person, and people that could not be cut from a photo that has others."
-        pa, known = need("pyarrow", "search", "galleries"), _states(self.items.table(STATE)).rows
+        pa, known = need("pyarrow", "search", "a gallery"), _states(self.items.table(STATE)).rows
         rows = [r for r in read_skipped(self.items.path.parent) if r["reason"] == NO_PERSON or tuple(r[c] for c in STATE) in known]
         return pa.Table.from_pylist([r | dict(feature=-1, at=-1) for r in rows], journal_schema())
     @cached_property
     def states(self) -> "_Known":
         "Files as they were."
-        pa = need("pyarrow", "search", "galleries")
+        pa = need("pyarrow", "search", "a gallery")
         return _states(pa.concat_tables([self.items.table(STATE), self.skipped.select(STATE)]))
 
 # %% ../nbs/10d_indexing.ipynb #cell-046
@@ -527,7 +528,7 @@ def _whole_hashes(old):
 
 def _plan(photos, old, journal, detector, report):
     "Photos that need opening, and the counts of the others."
-    pa = need("pyarrow", "search", "galleries")
+    pa = need("pyarrow", "search", "a gallery")
     before, done = old.states if old else _Known(), _states(pa.concat_tables(journal.tables)) if journal.tables else _Known()
     todo, files = [], set()
     for p in photos:
@@ -570,9 +571,9 @@ def _nothing(photos, skipped):
 
 # %% ../nbs/10d_indexing.ipynb #cell-049
 def _write_skipped(path, skipped):
-    pa = need("pyarrow", "search", "galleries")
+    pa = need("pyarrow", "search", "a gallery")
     schema = pa.schema([("file", pa.binary()), ("path", pa.string()), ("size", pa.int64()), ("mtime", pa.int64()), ("request", pa.string()), ("reason", pa.string())])
-    need("pyarrow.parquet", "search", "galleries").write_table(pa.Table.from_pylist([s | dict(path=shown_name(os.fsdecode(s["file"]))) for s in skipped], schema), path)
+    need("pyarrow.parquet", "search", "a gallery").write_table(pa.Table.from_pylist([s | dict(path=shown_name(os.fsdecode(s["file"]))) for s in skipped], schema), path)
 
 def _fill_report(report, items, skipped, old, keep):
     states = set(zip(*(items[c].to_pylist() for c in STATE)))
@@ -636,7 +637,7 @@ def import_features(folder:str|Path # the new gallery
                    , model:str|None=None # where the model can be loaded from
                    , image_size:tuple[int, int]=(384, 128), dtype:str="float32", engines:Mapping[str, dict]|None=None) -> dict: # manifest
     "A gallery of features that were computed elsewhere; written in bounded memory."
-    pa, folder = need("pyarrow", "search", "galleries"), Path(folder)
+    pa, folder = need("pyarrow", "search", "a gallery"), Path(folder)
     root, names, (n, d) = os.path.abspath(root), list(paths), features.shape
     if len(names) != n: raise TiprError(f"{n} features and {len(names)} paths; give one path per row")
     fixed = dict(file=[os.fsencode(os.path.join(root, p)) for p in names], root=pa.array([shown_name(root)]).take(pa.array(np.zeros(n, np.int64))), path=[shown_name(p) for p in names])
@@ -649,7 +650,7 @@ def import_features(folder:str|Path # the new gallery
         if (folder/"gallery.json").exists(): raise TiprError(f"{folder}: holds a gallery already; choose a new folder")
         _sweep(folder)
         with atomic_path(folder/"g000001", folder=True) as new:
-            need("pyarrow.parquet", "search", "galleries").write_table(table, new/"items.parquet", row_group_size=4096, compression="zstd")
+            need("pyarrow.parquet", "search", "a gallery").write_table(table, new/"items.parquet", row_group_size=4096, compression="zstd")
             _copy_features(new/"features.npy", features, dtype)
         facts["engines"] = {e: build_engine(e, o, folder/"g000001", facts) for e, o in (engines or {}).items()}
         write_json(folder/"gallery.json", facts | dict(engine=next(iter(engines or {}), "exact")))

@@ -11,6 +11,7 @@ import math, os, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from .backbones import arch_config, own_archs, resize_positions
 from .checkpoints import Checkpoint, read_checkpoint
 from .clip import CLIP_MEAN, CLIP_STD, PersonCLIP, load_strict, write_safetensors
-from .core import TiprError, atomic_path, read_json, shipped_weights, write_json, write_text
+from .core import TiprError, atomic_path, need, read_json, shipped_weights, write_json, write_text
 from .peers import IMAGENET, Peer, guess_grid, model_config, name_arch, name_heads, recognise, to_hf
 
 # %% ../nbs/12_interop.ipynb #cell-004
@@ -200,6 +201,7 @@ def save_onnx(model:PersonCLIP, folder:str|Path) -> Path:
 def export_image_tower(model:PersonCLIP, path:str|Path):
     "The image tower, pixels (b, 3, h, w) with CLIP's mean and deviation to unit features (b, d), as one ONNX file."
     from tipr_nb.towers import _quiet_exporter
+    need("onnxscript", "onnx", "exporting the image tower")
     class Tower(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -219,7 +221,7 @@ class ImageTower:
         from tipr_nb.towers import _session
         self.facts, self.session = read_json(Path(folder)/"image.json", "export the model again"), _session(Path(folder)/"image.onnx")
     def encode_image(self, images:Sequence # PIL images
-                    ): # (b, d) unit float32
+                    ) -> Any: # (b, d) unit float32 array
         "Unit features of pictures."
         import numpy as np
         from PIL import Image

@@ -120,9 +120,10 @@ def summarise(table:pd.DataFrame, n_gallery:int, n_boot:int, seed:int, breakdown
 def levels(column:pd.Series, edges:Sequence[float]|None) -> pd.Series:
     "Values to group by, in order; numbers with many values become ranges."
     if edges is None and (column.dtype.kind not in "fiu" or column.nunique() <= 12): return column.astype(object).where(column.notna() & (column.astype(str) != ""), "none")
-    if edges is None: edges = np.linspace(0, 1, 6) if column.between(0, 1).all() else np.unique(column.quantile(np.linspace(0, 1, 6)))
-    labels = [f"{a:g} to {b:g}" for a, b in zip(edges[:-1], edges[1:])]
-    return pd.cut(column, edges, labels=labels, include_lowest=True)
+    cuts:Any = edges
+    if cuts is None: cuts = np.linspace(0, 1, 6) if column.between(0, 1).all() else np.unique(column.quantile(np.linspace(0, 1, 6)))
+    labels = [f"{a:g} to {b:g}" for a, b in zip(cuts[:-1], cuts[1:])]
+    return pd.cut(column, cuts, labels=labels, include_lowest=True)
 
 def parts_of(column:pd.Series, edges:Sequence[float]|None=None) -> dict[Any, np.ndarray]:
     "Value -> mask of the queries that have it; for a column of dicts or lists, one (overlapping) part per key, the commonest first."
@@ -148,14 +149,14 @@ def _breakdown(t:pd.DataFrame, column:str, n_boot:int, seed:int, edges:Sequence[
 # %% ../nbs/07b_metrics.ipynb #cell-028
 def rank_metrics(query:Tensor|np.ndarray|str|Path # (n_q, d) features, or a file of them
                 , gallery:Tensor|np.ndarray|str|Path # (n_g, d) features, or a file of them
-                , query_ids:Sequence|None=None # (n_q,) identities; default the file's own
-                , gallery_ids:Sequence|None=None # (n_g,)
+                , query_ids:Sequence|np.ndarray|None=None # (n_q,) identities; default the file's own
+                , gallery_ids:Sequence|np.ndarray|None=None # (n_g,)
                 , ks:Sequence[int]=(1, 5, 10) # R@k for these (1, 5 and 10 always)
                 , ties:str="expected" # or 'pessimistic', 'optimistic'
                 , per_query:bool=False # keep one row per query
                 , n_boot:int=0 # resamples for intervals
-                , query_groups:Sequence|None=None # (n_q,) gallery each query belongs to
-                , gallery_groups:Sequence|None=None # (n_g,)
+                , query_groups:Sequence|np.ndarray|None=None # (n_q,) gallery each query belongs to
+                , gallery_groups:Sequence|np.ndarray|None=None # (n_g,)
                 , memory_mb:float=128 # for the block of similarities
                 , backend:str="auto" # 'numba' on the CPU, 'torch' elsewhere
                 , seed:int=0, **kwargs) -> Metrics:
@@ -203,7 +204,8 @@ def save_metrics(m:Metrics, path:str|Path # a .json; the per-query table goes be
     path = Path(path)
     if path.suffix != ".json": raise TiprError(f"{path}: metrics are saved as .json; choose such a name")
     if m.per_query is not None:
-        with atomic_path(path.with_suffix(".npz")) as p: np.savez_compressed(p, **{c: _storable(m.per_query[c]) for c in m.per_query if not isinstance(m.per_query[c].iloc[0], (dict, list, set, tuple))})
+        kept:dict[str, Any] = {c: _storable(m.per_query[c]) for c in m.per_query if not isinstance(m.per_query[c].iloc[0], (dict, list, set, tuple))}
+        with atomic_path(path.with_suffix(".npz")) as p: np.savez_compressed(p, **kept)
     write_json(path, m.to_dict())
 
 def _storable(column:pd.Series) -> np.ndarray:

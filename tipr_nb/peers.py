@@ -11,6 +11,7 @@ import functools, math, re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,12 +123,12 @@ def model_config(state:dict[str, Tensor] # open_clip's layout
                 ) -> dict:
     "open_clip's configuration of a CLIP, read off the shapes of its tensors; 64 channels a head, as in CLIP."
     context, width = state["positional_embedding"].shape
-    text = dict(context_length=context, vocab_size=state["token_embedding.weight"].shape[0], width=width, heads=max(1, width//64), layers=_count(state, r"transformer\.resblocks"))
+    text:dict[str, Any] = dict(context_length=context, vocab_size=state["token_embedding.weight"].shape[0], width=width, heads=max(1, width//64), layers=_count(state, r"transformer\.resblocks"))
     if "visual.layer1.0.conv1.weight" in state:
         n, w = len(state["visual.attnpool.positional_embedding"]) - 1, state["visual.layer1.0.conv1.weight"].shape[0]
         return dict(embed_dim=state["text_projection"].shape[1], vision_cfg=dict(image_size=32*math.isqrt(n), layers=[_count(state, rf"visual\.layer{i}") for i in range(1, 5)], width=w, patch_size=None), text_cfg=text)
     w, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
-    vision = dict(image_size=patch*math.isqrt(len(state["visual.positional_embedding"]) - 1), patch_size=patch, width=w, head_width=min(64, w), layers=_count(state, r"visual\.transformer\.resblocks"))
+    vision:dict[str, Any] = dict(image_size=patch*math.isqrt(len(state["visual.positional_embedding"]) - 1), patch_size=patch, width=w, head_width=min(64, w), layers=_count(state, r"visual\.transformer\.resblocks"))
     for cfg, key in ((vision, "visual.transformer.resblocks.0.mlp.c_fc.weight"), (text, "transformer.resblocks.0.mlp.c_fc.weight")):
         if key in state and (ratio := state[key].shape[0]/cfg["width"]) != 4: cfg["mlp_ratio"] = ratio
     return dict(embed_dim=state["text_projection"].shape[1], vision_cfg=vision, text_cfg=text)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../nbs/02a_pipelines.ipynb #cell-004
-from .core import TiprError, ensure_torchvision, os_errors, read_json, resolve_model
+from .core import TiprError, ensure_torchvision, need, os_errors, read_json, resolve_model
 from .clip import PersonCLIP, vocab_and_merges
 
 # %% ../nbs/02a_pipelines.ipynb #cell-005
@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 # %% ../nbs/02a_pipelines.ipynb #cell-009
-class PatchCodec(ModelMixin, ConfigMixin):
+class PatchCodec(ModelMixin, ConfigMixin): # type: ignore[misc]     # diffusers' own two bases disagree on `config_name`
     "A linear patch codec in the place of a pipeline's VAE: principal components in, an overlapping least-squares decoder out."
     @register_to_config
     def __init__(self, patch_size:int=4, # side of a patch in pixels, a power of two
@@ -95,7 +95,8 @@ def fit_codec(pixels:np.ndarray, # (n, h, w, 3) uint8 pictures
     p, k, codec = patch_size, 2*reach + 1, PatchCodec(patch_size, latent_channels, reach)
     colour, matrix = _principal(pixels, p, latent_channels, power)
     codec.encoder.load_state_dict(dict(weight=matrix.view(-1, 3, p, p), bias=-matrix @ colour.repeat_interleave(p*p)))
-    gen, gram, right = torch.Generator().manual_seed(seed), 0., 0.
+    gen, size = torch.Generator().manual_seed(seed), latent_channels*k*k
+    gram, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, 3*p*p, dtype=torch.float64)
     for i in range(0, len(pixels), 256):
         x = _patches(pixels[i:i+256], p) - colour.repeat_interleave(p*p)[:, None]
         z = (matrix @ x).unflatten(2, (pixels.shape[1]//p, -1))
@@ -125,7 +126,8 @@ def hf_text_tower(model:PersonCLIP, # with a text tower of CLIP's own kind
                          projection_dim=model.dim, bos_token_id=vocab["<|startoftext|>"], eos_token_id=end, pad_token_id=end)
     tower = CLIPTextModel(cfg)
     _copy_tower(getattr(tower, "text_model", tower), t)
-    return tower.eval(), CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    pairs:Any = merges     # transformers' annotation knows only files
+    return tower.eval(), CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=length)
 
 # %% ../nbs/02a_pipelines.ipynb #cell-026
 @torch.no_grad()
@@ -162,8 +164,8 @@ def check_pipeline(folder:str|Path, # in diffusers' layout
     folder, source = Path(folder), source or Path(folder).name
     index = read_json(folder/"model_index.json", "point at a folder saved by a diffusers pipeline's save_pretrained")
     parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[0]}
-    for need in ("vae", "tokenizer", "text_encoder", "scheduler"):
-        if need not in parts: raise TiprError(f"{source}: model_index.json of this {index.get('_class_name', 'pipeline')} names no {need}; a text-to-image pipeline is needed")
+    for part in ("vae", "tokenizer", "text_encoder", "scheduler"):
+        if part not in parts: raise TiprError(f"{source}: model_index.json of this {index.get('_class_name', 'pipeline')} names no {part}; a text-to-image pipeline is needed")
     if not {"unet", "transformer"} & set(parts): raise TiprError(f"{source}: model_index.json names neither a unet nor a transformer; a text-to-image pipeline is needed")
     for name, (_, cls) in parts.items():
         if name in _OPTIONAL: continue
@@ -181,12 +183,13 @@ def toy_pipeline(folder:str|Path, # written there
     with torch.random.fork_rng(devices=[]), quiet_libraries(), os_errors(folder):
         torch.manual_seed(seed)
         tower, tokenizer = hf_text_tower(PersonCLIP("tipr-nano"))
-        vae = PatchCodec() if codec == "patch" else AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",)*4, up_block_types=("UpDecoderBlock2D",)*4,
+        vae:Any = PatchCodec() if codec == "patch" else AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",)*4, up_block_types=("UpDecoderBlock2D",)*4,
                                                                   norm_num_groups=4, latent_channels=4, sample_size=96)
         unit, channels = 4 if codec == "patch" else 8, vae.config.latent_channels
-        unet = UNet2DConditionModel(sample_size=(96//unit, 32//unit), in_channels=channels, out_channels=channels, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
+        unet:Any = UNet2DConditionModel(sample_size=(96//unit, 32//unit), in_channels=channels, out_channels=channels, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8,
                                     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=32, attention_head_dim=2)
-        make_pipeline(vae, tower, tokenizer, unet).save_pretrained(str(folder), safe_serialization=True)
+        pipeline:Any = make_pipeline(vae, tower, tokenizer, unet)
+        pipeline.save_pretrained(str(folder), safe_serialization=True)
     return Path(folder)
 
 # %% ../nbs/02a_pipelines.ipynb #cell-036
@@ -255,11 +258,10 @@ def add_lora(pipeline:Any, # of diffusers
     "Put LoRA weights on a pipeline's denoiser, in diffusers' form (`pytorch_lora_weights.safetensors`) or PEFT's (`adapter_config.json`)."
     path = Path(source) if Path(source).exists() else resolve_model(source, needs=())
     core = pipeline.unet if getattr(pipeline, "unet", None) is not None else pipeline.transformer
-    before = sum(p.numel() for p in core.parameters())
+    before, peft = sum(p.numel() for p in core.parameters()), need("peft", "peft", "a LoRA")
     try:
         if (path/"adapter_config.json").is_file():
-            from peft import PeftModel
-            pipeline.unet = PeftModel.from_pretrained(core, str(path)).merge_and_unload()
+            pipeline.unet = peft.PeftModel.from_pretrained(core, str(path)).merge_and_unload()
             return
         where = dict(weight_name=path.name) if path.is_file() else {}
         pipeline.load_lora_weights(str(path.parent if path.is_file() else path), **where)

@@ -342,12 +342,13 @@ def rank_within(make_block:Callable, # make_block(rows, cols) -> block function 
                 query_groups:np.ndarray|None=None, gallery_groups:np.ndarray|None=None, # gallery of each query and item; None: one gallery
                 itemsize:int=4) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (n_q, 3+k) scores, (n_q,) hits, (n_q,) items in the gallery
     "`query_scores` for every query, each within its own gallery."
-    if query_groups is None: parts = [(slice(None), slice(None))]
+    parts:list[tuple[Any, Any]]
+    if query_groups is None or gallery_groups is None: parts = [(slice(None), slice(None))]
     else: parts = [(np.flatnonzero(query_groups == g), np.flatnonzero(gallery_groups == g)) for g in np.unique(query_groups)]
     values, n_hits, size = np.empty((len(query_ids), 3 + len(plan.ks))), np.zeros(len(query_ids), int), np.empty(len(query_ids))
     for rows, cols in parts:
         qids, gids = query_ids[rows], gallery_ids[cols]
-        where = "" if isinstance(rows, slice) else f" in gallery {query_groups[rows[0]]!s}"
+        where = "" if query_groups is None or gallery_groups is None else f" in gallery {query_groups[rows[0]]!s}"
         if len(gids) == 0 or not np.isin(qids, gids).any(): raise TiprError(f"query_ids and gallery_ids have no identity in common{where}; are they of the same split and numbered alike?")
         values[rows], n_hits[rows] = query_scores(make_block(rows, cols), qids, gids, plan, itemsize)
         size[rows] = len(gids)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
-from .core import TiprError, atomic_path, cache_dir, locked, read_json, write_json, write_text
-from .photos import need
+from .core import TiprError, atomic_path, cache_dir, locked, need, read_json, write_json, write_text
 
 # %% ../nbs/10c_towers.ipynb #cell-008
 def model_fingerprint(encoder:Any # a `PersonCLIP`, or anything that encodes and has a `fingerprint`

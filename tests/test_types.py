@@ -1,0 +1,54 @@
+"""Types: the package says it is typed, what `import tipr_nb` offers has types for checkers and editors, and mypy agrees with the annotations."""
+import ast, re, subprocess, sys, tomllib
+from pathlib import Path
+
+import pytest
+
+import tipr_nb
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ROOT / "pyproject.toml"
+pytestmark = pytest.mark.skipif(not SETTINGS.exists(), reason="needs the repository, not an installed package")
+
+
+def exempt() -> list[str]:
+    "Modules whose errors mypy does not report yet."
+    return [m for o in tomllib.loads(SETTINGS.read_text())["tool"]["mypy"]["overrides"] if o.get("ignore_errors") for m in o["module"]]
+
+
+def test_checkers_see_every_lazy_name():
+    block = next(n for n in ast.parse(Path(tipr_nb.__file__).read_text()).body if isinstance(n, ast.If))
+    seen = {a.asname: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names if a.asname == a.name}
+    assert seen == tipr_nb._LAZY
+
+
+def test_exempt_modules_exist():
+    assert all((ROOT / (m.replace(".", "/") + ".py")).exists() for m in exempt())
+
+
+def mypy(*args: str):
+    pytest.importorskip("mypy", reason="the development tools are not installed")
+    return subprocess.run([sys.executable, "-m", "mypy", *args], capture_output=True, text=True, cwd=ROOT)
+
+
+USER = """
+from tipr_nb import PersonCLIP, Recipe, TiprError, evaluate, load_dataset
+data = load_dataset("synth-pedes")
+model = PersonCLIP.from_pretrained("synth-pedes")
+reveal_type(data.test)
+reveal_type(evaluate(model, data.test).r1)
+reveal_type(model.encode_text(["a man in a red coat"]))
+Recipe(lr="high")
+"""
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_mypy_finds_nothing(tmp_path):
+    "Five minutes without a cache on two busy cores (torch is read), ten seconds with one."
+    done = mypy()
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "user.py").write_text(USER)
+    told = mypy(str(tmp_path / "user.py")).stdout
+    assert re.search(r'"tipr_nb\.corpora\.Split"', told) and '"float"' in told and '"torch._tensor.Tensor"' in told, told
+    assert "learning_rate" in told or "unexpected keyword" in told.lower(), told
