@@ -400,10 +400,10 @@ class TestGrid:
         with pytest.raises(TiprError, match="out_csv"): run_grid(grid)
 
 
-def launch(home, out, objectives, epochs, world=1, save=0, port=29500):
+def launch(home, out, objectives, epochs, world=1, save=0, port=29500, settings=None):
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE.parent), TIPR_CACHE=str(home/"cache"), TIPR_QUIET="1")
     dist = lambda rank: dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) if world > 1 else {}
-    return [subprocess.Popen([sys.executable, str(HERE/"parallel_run.py"), str(home/"people"), str(out), json.dumps(objectives), str(epochs), str(save)], env=env | dist(rank),
+    return [subprocess.Popen([sys.executable, str(HERE/"parallel_run.py"), str(home/"people"), str(out), json.dumps(objectives), str(epochs), str(save), json.dumps(settings or {})], env=env | dist(rank),
                              stderr=subprocess.PIPE, text=True) for rank in range(world)]
 
 
