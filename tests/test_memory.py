@@ -260,6 +260,7 @@ class TestLowRank:
         assert merge_lora(encoder) is encoder and torch.allclose(encoder.encode_text(WORDS), want, atol=1e-5) and merged(encoder) is encoder
         assert add_lora(encoder, 2) is encoder
 
+    @pytest.mark.full
     def test_two_processes(self, home, people):
         settings = dict(lora=4, lr=5e-3, eps=1e-3)
         wait(launch(home, home/"lora1", [["ITC", {}], ["ID", {}]], 1, settings=settings) + launch(home, home/"lora2", [["ITC", {}], ["ID", {}]], 1, 2, port=free_port(), settings=settings))
@@ -295,3 +296,12 @@ class TestFrozen:
 def test_new_settings_change_no_hash():
     assert Recipe("a", [("SDM", {}), ("ID", {"weight": 2})], epochs=10, warmup_epochs=1).hash() == "e0ccee239921"
     assert Recipe().hash() == Recipe(grad_cache=8, grad_checkpoint=True).hash() != Recipe(lora=4).hash()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_spread_weights_are_refused_at_the_start(people, nano, tmp_path, monkeypatch, kind):
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[kind]))
+    with pytest.raises(TiprError, match=f"ask for {kind}.*--multi_gpu") as e: go(nano, people, tmp_path/"a")
+    assert "\n" not in str(e.value)

@@ -194,8 +194,11 @@ def _accelerator(r:Recipe, device, path:Path, trackers:Sequence[str]):
     GradientState._reset_state()
     cpu = device is not None and torch.device(device).type == "cpu"
     if r.precision == "fp16" and (cpu or not torch.cuda.is_available()): raise TiprError(f"recipe {r.name}: precision fp16 needs a GPU; use 'bf16' or 'no'")
-    return Accelerator(mixed_precision=r.precision, cpu=cpu, gradient_accumulation_steps=r.accumulate, log_with=list(trackers) or None, project_dir=str(path),
-                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = Accelerator(mixed_precision=r.precision, cpu=cpu, gradient_accumulation_steps=r.accumulate, log_with=list(trackers) or None, project_dir=str(path),
+                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    kind = accelerator.distributed_type.name
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"): raise TiprError(f"Accelerate's settings ask for {kind}, which spreads weights or their moments over processes, and checkpoints here hold them whole; launch with --multi_gpu, and set grad_checkpoint, grad_cache or lora in the recipe to save memory")
+    return accelerator
 
 # %% ../nbs/08c_loop.ipynb #cell-046
 class Steps:
@@ -222,7 +225,7 @@ class Steps:
         if not self.epoch_steps: raise TiprError(f"recipe {r.name}: accumulate {r.accumulate} x batch_size {r.batch_size} is more than the {len(self.dataset.train)} training captions; make one smaller")
         self.total_steps = r.epochs*self.epoch_steps
         self.raw = Retriever(encoder, build_objectives(r, encoder, self.dataset.train.n_ids)).to(self.device)
-        if r.grad_cache: self.check_cache()
+        if r.grad_cache: check_cacheable(self.raw.objectives, f"recipe {r.name}: grad_cache {r.grad_cache}")
         optimizer = make_optimizer(self.raw, r)
         self.params = [p for p in self.raw.parameters() if p.requires_grad]
         self.model, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
@@ -246,12 +249,6 @@ class Steps:
         factor = lr_factor(done, min(r.warmup_epochs/r.epochs, .5), r.warmup_start, r.final_lr)
         for g in self.optimizer.param_groups: g["lr"] = g["base_lr"]*factor
         return r.lr*factor
-
-    def check_cache(self):
-        "Gradient caching needs objectives that can be split, and processes that hold whole weights."
-        check_cacheable(self.raw.objectives, f"recipe {self.recipe.name}: grad_cache {self.recipe.grad_cache}")
-        kind = self.accelerator.distributed_type.name
-        if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"): raise TiprError(f"recipe {self.recipe.name}: grad_cache does not work with {kind}, whose weights are spread over processes; set grad_cache=0 and use grad_checkpoint=True")
 
     def backward(self, batch:Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]: # weighted sum, losses, logs
         "Losses of a batch; their gradient is added to the weights'."
