@@ -322,9 +322,10 @@ class PersonCLIP(Saving):
         return torch.cat(parts) if parts else torch.zeros(0, self.dim, device=self.device)
 
     def forward(self, batch:Any # a `data.Batch`, or anything with images, tokens and ids
+                , keep:Tensor|None=None # (b, m) patches to compute; None: all, or what `patch_dropout` leaves while training
                ) -> Features:
         "Features of a batch from one image pass and one text pass."
-        keep = self.random_keep(len(batch.ids)) if self.training and self.patch_dropout else None
+        if keep is None and self.training and self.patch_dropout: keep = self.random_keep(len(batch.ids))
         raw, tokens = self.image_features(batch.images, keep)
         text_raw, text_tokens, mask = self.text_features(batch.tokens)
         return Features(unit(raw), unit(text_raw), raw, text_raw, batch.ids, self.scale, tokens, text_tokens, mask)
@@ -381,6 +382,7 @@ class Objective(nn.Module):
     "A term of the loss: built once the data is known, called with the features of each batch."
     lr_scale:float = 1. # learning rate of its own parameters relative to the towers'
     needs_tokens:bool = False # whether it can do without token features
+    chunked:str|None = None # what gradient caching may do: "features", the loss reads unit and raw features alone; "pairs", it is a mean over pairs; None, it wants the whole batch
     def __init__(self, encoder:PersonCLIP, n_ids:int # training identities
                 ):
         super().__init__()
@@ -402,6 +404,7 @@ def register_objective(name:str) -> Callable[[type[Objective]], type[Objective]]
 @register_objective("ITC")
 class ITC(Objective):
     "InfoNCE with CLIP's learned scale, or a fixed temperature."
+    chunked = "features"
     def __init__(self, encoder:PersonCLIP, n_ids:int, temperature:float|None=None # None: the learned scale
                  , use_ids:bool=False # all pairs of an identity share the target
                 ):
@@ -414,6 +417,7 @@ class ITC(Objective):
 @register_objective("SDM")
 class SDM(Objective):
     "Similarity distribution matching (IRRA)."
+    chunked = "features"
     def __init__(self, encoder:PersonCLIP, n_ids:int, temperature:float=.02, eps:float=1e-8):
         super().__init__(encoder, n_ids)
         self.temperature, self.eps = temperature, eps
@@ -423,7 +427,7 @@ class SDM(Objective):
 @register_objective("ID")
 class ID(Objective):
     "Identity classification; the classifier learns five times as fast as the towers (IRRA)."
-    lr_scale = 5.
+    lr_scale, chunked = 5., "features"
     def __init__(self, encoder:PersonCLIP, n_ids:int):
         super().__init__(encoder, n_ids)
         self.classifier = nn.Linear(encoder.dim, n_ids)
@@ -435,6 +439,7 @@ class ID(Objective):
 @register_objective("TAL")
 class TAL(Objective):
     "Triplet alignment loss (RDE)."
+    chunked = "features"
     def __init__(self, encoder:PersonCLIP, n_ids:int, temperature:float=.015, margin:float=.1, reduction:str="sum"):
         super().__init__(encoder, n_ids)
         self.temperature, self.margin, self.reduction = temperature, margin, reduction

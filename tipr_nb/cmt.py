@@ -105,6 +105,7 @@ def all_rows(index:Tensor # (local b,) this process's photo numbers
 @register_objective("CMT")
 class CMT(Objective):
     "Cross-modal triplet loss on the batch's unit features (SEN, arXiv 2307.09059)."
+    chunked = "features"
     def __init__(self, encoder:PersonCLIP, n_ids:int # unused: nothing here has weights
                  , margin:float=.05 # wanted gap in cosine
                  , hard_positive:bool=True # least similar positive with another photo; False: the own pair, as released

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .core import TiprError, known_name, os_errors, progress, read_json, shipped_weights, write_json
 from .data import Batch, CAPTION_TRANSFORMS, ImageCache, PersonDataset, Split, make_loader
 from .clip import Features, OBJECTIVES, PersonCLIP, build_objective, gather_features, read_safetensors
+from .memory import add_lora, average_gradients, cached_backward, check_cacheable, merged
 from .evaluation import evaluate
 from .recipes import OBJECTIVE_HOMES, Recipe, named
 from .runs import Checkpoints, History, data_hash, environment, git_commit, pack_optimizer, safetensors_errors, save_tensors, unpack_optimizer, weights_hash
@@ -82,8 +83,8 @@ def param_groups(model:Retriever, r:Recipe) -> list[dict]: # groups: params, nam
     "Sort the weights that learn into groups of one learning rate and decay."
     groups:dict[tuple, dict] = {}
     own = {id(p): o.lr_scale*r.new_lr_scale for o in model.objectives.values() for p in o.parameters()}
+    for pattern in r.freeze: _freeze(model, r, pattern)
     for name, p in model.named_parameters():
-        if any(re.search(pattern, name) for pattern in r.freeze): p.requires_grad_(False)
         if not p.requires_grad: continue
         kw = dict(lr_scale=own.get(id(p), 1.), weight_decay=r.weight_decay if p.ndim > 1 or r.decay_1d else 0.)
         for pattern, rule in r.groups:
@@ -94,6 +95,13 @@ def param_groups(model:Retriever, r:Recipe) -> list[dict]: # groups: params, nam
         g["names"].append(name)
     if not groups: raise TiprError(f"recipe {r.name}: freeze {r.freeze} leaves nothing to learn; freeze less")
     return list(groups.values())
+
+def _freeze(model:Retriever, r:Recipe, pattern:str):
+    "Weights whose name fits stay as they are."
+    try: found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+    except re.error as e: raise TiprError(f"recipe {r.name}: freeze {pattern!r} is not a regular expression ({e}); names look like encoder.clip.visual.conv1.weight") from None
+    if not found: raise TiprError(f"recipe {r.name}: freeze {pattern!r} fits no weight; names look like {next(n for n, _ in model.named_parameters())}")
+    for p in found: p.requires_grad_(False)
 
 # %% ../nbs/08c_loop.ipynb #cell-022
 def make_optimizer(model:Retriever, r:Recipe) -> torch.optim.Optimizer:
@@ -186,8 +194,11 @@ def _accelerator(r:Recipe, device, path:Path, trackers:Sequence[str]):
     GradientState._reset_state()
     cpu = device is not None and torch.device(device).type == "cpu"
     if r.precision == "fp16" and (cpu or not torch.cuda.is_available()): raise TiprError(f"recipe {r.name}: precision fp16 needs a GPU; use 'bf16' or 'no'")
-    return Accelerator(mixed_precision=r.precision, cpu=cpu, gradient_accumulation_steps=r.accumulate, log_with=list(trackers) or None, project_dir=str(path),
-                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = Accelerator(mixed_precision=r.precision, cpu=cpu, gradient_accumulation_steps=r.accumulate, log_with=list(trackers) or None, project_dir=str(path),
+                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    kind = accelerator.distributed_type.name
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"): raise TiprError(f"Accelerate's settings ask for {kind}, which spreads weights or their moments over processes, and checkpoints here hold them whole; launch with --multi_gpu, and set grad_checkpoint, grad_cache or lora in the recipe to save memory")
+    return accelerator
 
 # %% ../nbs/08c_loop.ipynb #cell-046
 class Steps:
@@ -208,11 +219,13 @@ class Steps:
         r = self.recipe
         encoder.patch_dropout = r.patch_dropout
         if r.grad_checkpoint: encoder.set_grad_checkpointing(True)
+        if r.lora: add_lora(encoder, r.lora)
         self.loader = make_train_loader(r, self.dataset.train, encoder.tokenize, extra, self.accelerator.process_index, self.world, num_workers, self.device.type == "cuda")
         self.epoch_steps = len(self.loader)//r.accumulate
         if not self.epoch_steps: raise TiprError(f"recipe {r.name}: accumulate {r.accumulate} x batch_size {r.batch_size} is more than the {len(self.dataset.train)} training captions; make one smaller")
         self.total_steps = r.epochs*self.epoch_steps
         self.raw = Retriever(encoder, build_objectives(r, encoder, self.dataset.train.n_ids)).to(self.device)
+        if r.grad_cache: check_cacheable(self.raw.objectives, f"recipe {r.name}: grad_cache {r.grad_cache}")
         optimizer = make_optimizer(self.raw, r)
         self.params = [p for p in self.raw.parameters() if p.requires_grad]
         self.model, self.optimizer = self.accelerator.prepare(self.raw, optimizer)
@@ -237,6 +250,18 @@ class Steps:
         for g in self.optimizer.param_groups: g["lr"] = g["base_lr"]*factor
         return r.lr*factor
 
+    def backward(self, batch:Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]: # weighted sum, losses, logs
+        "Losses of a batch; their gradient is added to the weights'."
+        size, accelerator = self.recipe.grad_cache, self.accelerator
+        if not 0 < size < len(batch):
+            total, losses, logs = self.model(batch)
+            accelerator.backward(total)
+            return total, losses, logs
+        scaled = lambda loss: (loss if accelerator.scaler is None else accelerator.scaler.scale(loss))/self.recipe.accumulate
+        out = cached_backward(self.raw.encoder, self.raw.objectives, self.raw.weights, batch, size, scaled, accelerator.autocast)
+        if accelerator.sync_gradients: average_gradients(self.params)
+        return out
+
     def train_step(self, batches:Iterator[Batch]) -> dict[str, Tensor]: # detached losses and logs
         "One optimizer step, over `accumulate` batches."
         torch.manual_seed(self.recipe.seed*1_000_003 + self.step)
@@ -244,8 +269,7 @@ class Steps:
         for _ in range(self.recipe.accumulate):
             batch = next(batches).to(self.device)
             with self.accelerator.accumulate(self.model):
-                total, losses, logs = self.model(batch)
-                self.accelerator.backward(total)
+                total, losses, logs = self.backward(batch)
                 self.check(losses, self.clip() if self.accelerator.sync_gradients else None, batch)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -382,11 +406,12 @@ class Keeping(Steps):
         self.saved_at = time.perf_counter()
 
     def write_best(self, folder:Path):
-        with safetensors_errors(): self.encoder.save_pretrained(folder)
+        with safetensors_errors(): merged(self.encoder).save_pretrained(folder)
         write_json(folder/"metrics.json", self.best)
 
     def write_state(self, folder:Path):
-        with safetensors_errors(): self.raw.encoder.save_pretrained(folder)
+        with safetensors_errors(): merged(self.raw.encoder).save_pretrained(folder)
+        if self.recipe.lora: save_tensors(folder/"adapted.safetensors", self.raw.encoder.state_dict())     # to go on from; model.safetensors is the same model, merged
         tensors, groups = pack_optimizer(self.optimizer)
         save_tensors(folder/"objectives.safetensors", self.raw.objectives.state_dict())
         save_tensors(folder/"optimizer.safetensors", tensors)
@@ -403,7 +428,8 @@ class Keeping(Steps):
     def load(self, folder:Path):
         "Take up a checkpoint."
         s, tensors = read_json(folder/"state.json"), read_safetensors(folder/"optimizer.safetensors")
-        self.raw.encoder.load_weights(folder/"model.safetensors")
+        if self.recipe.lora: self.raw.encoder.load_state_dict(read_safetensors(folder/"adapted.safetensors"))
+        else: self.raw.encoder.load_weights(folder/"model.safetensors")
         self.raw.objectives.load_state_dict(read_safetensors(folder/"objectives.safetensors"))
         unpack_optimizer(self.optimizer, tensors, s["groups"])
         if self.ema is not None: self.ema.load_state_dict(read_safetensors(folder/"ema.safetensors"))

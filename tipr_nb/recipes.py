@@ -38,7 +38,8 @@ _LIMITS = [("image_size", lambda v: len(v) == 2 and all(isinstance(s, int) and s
            ("objectives", len, "give at least one, such as 'ITC'"), ("batch_size", lambda v: v >= 2, "a contrastive loss needs two pairs or more"),
            ("per_id", lambda v: v >= 1, "give one or more"), ("epochs", lambda v: v >= 1, "give one or more"), ("accumulate", lambda v: v >= 1, "give one or more"),
            ("eval_every", lambda v: v >= 1, "give one or more epochs"), ("log_every", lambda v: v >= 1, "give one or more steps"), ("lr", lambda v: v > 0, "give a positive learning rate"),
-           ("warmup_epochs", lambda v: v >= 0, "give zero or more"), ("patch_dropout", lambda v: 0 <= v < 1, "give a share from 0 to below 1"),
+           ("warmup_epochs", lambda v: v >= 0, "give zero or more"), ("grad_cache", lambda v: isinstance(v, int) and v >= 0, "give pairs per chunk, or 0 for none"),
+           ("lora", lambda v: isinstance(v, int) and v >= 0, "give a rank, such as 8, or 0 for none"), ("patch_dropout", lambda v: 0 <= v < 1, "give a share from 0 to below 1"),
            ("ema", lambda v: v is None or 0 < v < 1, "give a decay between 0 and 1, or None"), ("eval_ids", lambda v: v is None or v >= 2, "give two identities or more, or None for all")]
 
 def check_recipe(r:"Recipe"):
@@ -51,7 +52,7 @@ def check_recipe(r:"Recipe"):
         for k in rule: known_name(k, ("lr_scale", "weight_decay"), "setting of a parameter group")
 
 # %% ../nbs/08a_recipes.ipynb #cell-009
-NOT_HASHED = ("name", "seed", "log_every", "grad_checkpoint") # what does not change which numbers come out, and the seed
+NOT_HASHED = ("name", "seed", "log_every", "grad_checkpoint", "grad_cache") # what does not change which numbers come out, and the seed
 
 @dataclass
 class Recipe:
@@ -93,6 +94,8 @@ class Recipe:
     eval_ids:int|None=None               # look at this many val identities only; None for all
     log_every:int=50                     # steps between rows of the history
     grad_checkpoint:bool=False           # recompute blocks in the backward pass to save memory
+    grad_cache:int=0                     # above 0: encode this many pairs at a time (in each process), with the gradient of the whole batch
+    lora:int=0                           # above 0: the towers learn low-rank updates of this rank, everything else in them stays
     seed:int=0                           # weights, order of the data, augmentation
 
     def __post_init__(self):

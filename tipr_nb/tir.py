@@ -140,6 +140,7 @@ def restoration_loss(painted:Tensor # (b, k, 3pq) the dropped patches, painted
 @register_objective("TIR")
 class TIR(Objective):
     "Text-guided image restoration (SEN, arXiv 2307.09059)."
+    chunked = "pairs"
     def __init__(self, encoder:PersonCLIP, n_ids:int
                  , mask_ratio:float=.7 # share of patches dropped, between 0 and 1
                  , depth:int=4 # decoder layers

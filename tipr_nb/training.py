@@ -22,6 +22,7 @@ from .data import PersonDataset, load_dataset
 from .evaluation import evaluate, save_metrics
 from .recipes import NOT_HASHED, RECIPES, Recipe, get_recipe
 from .runs import data_hash, git_commit, weights_hash
+from .memory import merge_lora
 from .loop import (METRICS, Callback, Retriever, Trainer, build_encoder, build_objectives, dataset_from_arrays, lr_factor, make_optimizer, make_train_loader, param_groups, validate)
 
 # %% ../nbs/09_training.ipynb #cell-007
@@ -91,7 +92,7 @@ def train(recipe:Recipe|str|Path, # a recipe, a name of `RECIPES`, or a JSON fil
         t.accelerator.wait_for_everyone()
         status = _continue(t, trackers)
         t.accelerator.end_training()
-    model = t.encoder.to(t.device)
+    model = merge_lora(t.encoder.to(t.device))
     model.patch_dropout = 0.
     if (path/"best"/"model.safetensors").exists(): model.load_weights(path/"best"/"model.safetensors")
     return Run(path, r, model.eval(), t.history.frame(), t.best, status, t.notes, t.train_seconds)
