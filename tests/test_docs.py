@@ -93,6 +93,7 @@ def test_site_is_processed(tmp_path):
     dead, pages = [], {page(p.relative_to(ROOT / "nbs")) for p in notebooks()}
     for path in (root / "_proc").rglob("*.ipynb"):
         named = re.search(r"output-file: (.+)", "".join(cells(path)[0]["source"]))
+        assert "](/blob/" not in path.read_text(encoding="utf-8"), f"{path.name}: a link to source files of a repository without an address"
         assert named and named[1] == Path(page(path)).name, f"{path.name}: its page is called {named and named[1]}"
         for link in links(path):
             target = link.partition("#")[0]
