@@ -1,5 +1,5 @@
 """Build the site from the notebooks' stored outputs. Without Quarto on the PATH only nbdev's own processing runs, so that broken notebooks are still found."""
-import ast, inspect, shutil, subprocess, sys, warnings
+import ast, inspect, re, shutil, subprocess, sys, warnings
 from pathlib import Path
 
 import fastcore.docments
@@ -42,6 +42,11 @@ def notebooks() -> list[Path]:
     return [p for p in sorted(nbs.rglob("*.ipynb")) if not any(q.startswith((".", "_")) for q in p.relative_to(nbs).parts)]
 
 
+def tidy(text: str) -> str:
+    "A processed notebook without `__main__.` before types (cells were run as a program of their own), and without links to source files while the repository has no address."
+    return re.sub(r"\[source\]\(/blob/[^)]*\)\{[^}]*\}|__main__\.(?=[A-Z])", "", text)
+
+
 def process() -> int:
     "nbdev's processing of every notebook into _proc; returns how many came out."
     from nbdev.quarto import refresh_quarto_yml
@@ -51,6 +56,7 @@ def process() -> int:
     proc_nbs(force=True, n_workers=2)
     done = list((ROOT / "_proc").rglob("*.ipynb"))
     if len(done) != len(notebooks()): sys.exit(f"nbdev processed {len(done)} of {len(notebooks())} notebooks; is the checkout inside a folder whose name starts with a dot?")
+    for path in done: path.write_text(tidy(path.read_text(encoding="utf-8")), encoding="utf-8")
     return len(done)
 
 

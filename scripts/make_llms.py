@@ -25,6 +25,11 @@ def title(path: Path) -> tuple[str, str]:
     return path.stem, ""
 
 
+def page(path: Path) -> Path:
+    "Where a notebook's page lies on the site: nbdev leaves out the number that orders the notebooks."
+    return path.with_name(re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.stem) + ".html")
+
+
 def notebooks(root: Path) -> list[Path]:
     nbs = root / "nbs"
     return [p for p in sorted(nbs.rglob("*.ipynb")) if not any(q.startswith((".", "_")) for q in p.relative_to(nbs).parts)]
@@ -42,7 +47,7 @@ def llms(root: Path = ROOT) -> str:
         out += [f"## {heading}", ""]
         for p in found:
             name, line = title(p)
-            link = home + str(p.relative_to(nbs).with_suffix(".html"))
+            link = home + page(p.relative_to(nbs)).as_posix()
             out.append(f"- [{name}]({link})" + (f": {re.sub(r'[*`]', '', line)}" if line else ""))
         out.append("")
     return "\n".join(out).rstrip() + "\n"

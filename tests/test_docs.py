@@ -1,5 +1,5 @@
 """The site's sources: no dead link, nothing of one machine in an output, a map and a citation in step, the address filled in and taken out again."""
-import configparser, json, re, shutil, subprocess, sys
+import configparser, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,17 @@ def test_notebook_is_fit_to_be_read(path):
             assert not (m := re.search(r"(?<![\w…])/(tmp|root|home|work|Users)/[\w.-]+/?", text)), f"a path of one machine in an output: {m[0]}"
 
 
+def page(path: Path) -> str:
+    "A notebook's page on the site, as nbdev names it."
+    return path.with_name(re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.stem) + ".html").as_posix()
+
+
+def test_every_page_has_a_name_of_its_own():
+    pages = [page(p.relative_to(ROOT / "nbs")) for p in notebooks()]
+    titles = [next("".join(c["source"]).splitlines()[0] for c in cells(p) if c["cell_type"] == "markdown") for p in notebooks()]
+    assert len(set(pages)) == len(pages) and len(set(titles)) == len(titles), sorted(t for t in titles if titles.count(t) > 1)
+
+
 def script(root: Path, name: str, *args: str): return subprocess.run([sys.executable, str(root / "scripts" / name), *args], capture_output=True, text=True, cwd=root)
 
 
@@ -65,7 +76,34 @@ def test_map_for_language_models_is_in_step():
     done = script(ROOT, "make_llms.py", "--check")
     assert done.returncode == 0, done.stderr
     text = (ROOT / "nbs/llms.txt").read_text()
-    assert text.startswith("# tipr_nb\n\n> ") and all(f"{p.relative_to(ROOT / 'nbs').with_suffix('.html')})" in text for p in notebooks() if p.parent.name not in ("grids", "results"))
+    assert text.startswith("# tipr_nb\n\n> ") and all(f"({page(p.relative_to(ROOT / 'nbs'))})" in text for p in notebooks())
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_site_is_processed(tmp_path):
+    "Three minutes: every notebook comes out of nbdev's processing, and where Quarto is there, of its rendering; no link of the outcome is dead."
+    pytest.importorskip("nbdev", reason="the development tools are not installed")
+    root = tmp_path / "site"
+    for name in ("settings.ini", "_quarto.yml", "README.md", "pyproject.toml"): root.mkdir(exist_ok=True); shutil.copy(ROOT / name, root / name)
+    for name in ("nbs", "scripts", "tipr_nb", "benchmarks"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "_quarto.yml", ".ipynb_checkpoints"))
+    done = subprocess.run([sys.executable, "scripts/make_docs.py"], cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{len(notebooks())} notebooks" in done.stdout and len(done.stdout.strip().splitlines()) == 1 or shutil.which("quarto")
+    dead, pages = [], {page(p.relative_to(ROOT / "nbs")) for p in notebooks()}
+    for path in (root / "_proc").rglob("*.ipynb"):
+        named = re.search(r"output-file: (.+)", "".join(cells(path)[0]["source"]))
+        assert "](/blob/" not in path.read_text(encoding="utf-8"), f"{path.name}: a link to source files of a repository without an address"
+        assert named and named[1] == Path(page(path)).name, f"{path.name}: its page is called {named and named[1]}"
+        for link in links(path):
+            target = link.partition("#")[0]
+            if re.match(r"(https?|mailto|attachment):", link) or not target or target.lstrip("/") in pages: continue
+            there = (path.parent / target).resolve()
+            if not there.exists() and not there.with_suffix(".ipynb").exists(): dead.append(f"{path.name}: {link}")
+    for path in (root / "_docs").rglob("*.html") if shutil.which("quarto") else []:
+        for link in re.findall(r"""<(?:a|img)[^>]+(?:href|src)=["']([^"'#?]+)""", path.read_text(encoding="utf-8")):
+            if not re.match(r"(https?|mailto|data|javascript):", link) and not (path.parent / link).exists(): dead.append(f"{path.name}: {link}")
+    assert not dead, ", ".join(dead[:20])
 
 
 def test_citation_and_versions_agree():
@@ -119,7 +157,7 @@ def test_address_is_filled_in_and_taken_out(copy):
     assert "git_url = https://github.com/someone/tipr_nb\n" in now["settings.ini"] and "doc_baseurl = /tipr_nb\n" in now["settings.ini"] and "user = someone\n" in now["settings.ini"]
     import tomllib
     assert tomllib.loads(now["pyproject.toml"])["project"]["urls"]["Documentation"] == "https://someone.github.io/tipr_nb"
-    assert 'repository-code: "https://github.com/someone/tipr_nb"' in now["CITATION.cff"] and "repo-url: https://github.com/someone/tipr_nb" in now["_quarto.yml"] and "https://someone.github.io/tipr_nb/00_core.html" in now["nbs/llms.txt"]
+    assert 'repository-code: "https://github.com/someone/tipr_nb"' in now["CITATION.cff"] and "repo-url: https://github.com/someone/tipr_nb" in now["_quarto.yml"] and "https://someone.github.io/tipr_nb/core.html" in now["nbs/llms.txt"]
     core = now["nbs/00_core.ipynb"]["cells"]
     assert "".join(core[0]["source"]).startswith("# ") and "colab.research.google.com/github/someone/tipr_nb/blob/main/nbs/00_core.ipynb" in "".join(core[1]["source"]) and "eval: false" in "".join(core[2]["source"])
     assert "colab-badge" not in json.dumps(now["nbs/datasets/rstpreid.ipynb"]) and "colab-badge" not in json.dumps(now["nbs/index.ipynb"])
