@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/06a_memory.ipynb #cell-004
 from .core import TiprError, ensure_torchvision
-from .clip import Features, Objective, PersonCLIP, gather_features, unit
+from .clip import Features, PersonCLIP, gather_features, unit
 from .data import Batch
 from open_clip.transformer import VisionTransformer
 
@@ -35,7 +35,7 @@ def peak_bytes(f:Callable[[], Any] # what is measured; run once
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
     level = top = 0
-    for _, n in sorted(_allocations(p.profiler.kineto_results.experimental_event_tree())):
+    for _, n in sorted(_allocations(p.profiler.kineto_results.experimental_event_tree())):      # type: ignore[union-attr]
         level += n
         top = max(top, level)
     return top
@@ -71,7 +71,8 @@ def batch_rows(batch:Batch, rows:slice) -> Batch:
     return batch.map(lambda t: t[rows], lambda items: items[rows])
 
 # %% ../nbs/06a_memory.ipynb #cell-021
-def check_cacheable(objectives:Mapping[str, Objective], who:str="grad_cache"):
+def check_cacheable(objectives:Any, # name -> objective, a dict or an `nn.ModuleDict`
+                    who:str="grad_cache"):
     "A `TiprError` where an objective cannot be computed in chunks."
     for name, o in objectives.items():
         if o.chunked is None: raise TiprError(f"{who}: {name} compares more than the batch's image and caption features, so gradient caching cannot split it; set grad_cache=0 and use grad_checkpoint=True or a smaller batch_size")
@@ -96,7 +97,8 @@ def features_of(encoder:PersonCLIP, batch:Batch, image_raw:Tensor, text_raw:Tens
     return gather_features(Features(unit(image_raw), unit(text_raw), image_raw, text_raw, batch.ids, encoder.scale, text_mask=encoder.token_mask(batch.tokens)))
 
 # %% ../nbs/06a_memory.ipynb #cell-027
-def cached_backward(encoder:PersonCLIP, objectives:Mapping[str, Any], weights:Mapping[str, float], # of the sum
+def cached_backward(encoder:PersonCLIP, objectives:Any, # name -> objective, a dict or an `nn.ModuleDict`
+                    weights:Mapping[str, float], # of the sum
                     batch:Batch, size:int, # pairs in a chunk
                     scaled:Callable[[Tensor], Tensor]=lambda loss: loss, # what is differentiated, where that is not the loss itself (accumulation, fp16)
                     context:Callable[[], Any]=contextlib.nullcontext # such as autocast
@@ -122,7 +124,8 @@ def cached_backward(encoder:PersonCLIP, objectives:Mapping[str, Any], weights:Ma
             after.restore()
             seen = replace(f, ids=features.ids, offset=features.offset + rows.start)
             own = {n: o(seen, piece, encoder) for n, o in pairs.items()}
-        roots, given = [f.image_raw, f.text_raw], [g[rows] for g in grads]
+        roots:list[Tensor] = [f.image_raw, f.text_raw]
+        given:list[Tensor|None] = [g[rows] for g in grads]
         if own: roots, given = [*roots, scaled(_weighted(own, weights)*share)], [*given, None]
         live = [(r, g) for r, g in zip(roots, given) if r.requires_grad]
         if live: torch.autograd.backward([r for r, _ in live], [g for _, g in live])
@@ -157,7 +160,7 @@ def average_gradients(params:list[nn.Parameter], bucket:int=2**23 # numbers sent
 # %% ../nbs/06a_memory.ipynb #cell-042
 _LORA_LAYERS, _LORA_PARAMETERS = ["out_proj", "c_fc", "c_proj"], ["attn.in_proj_weight"]
 
-def lora_layers(encoder:nn.Module) -> dict[str, nn.Module]:
+def lora_layers(encoder:nn.Module) -> dict[str, Any]: # name -> PEFT's layer
     "The encoder's adapted modules by name, the innermost first."
     found = {n: m for n, m in encoder.named_modules() if hasattr(m, "lora_A") and hasattr(m, "get_base_layer")}
     return dict(sorted(found.items(), key=lambda item: -item[0].count(".")))
