@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 # %% ../nbs/15_generator.ipynb #cell-004
-from .core import TiprError, atomic_path, locked, os_errors, progress, read_json, write_json
+from .core import TiprError, atomic_path, locked, need, os_errors, progress, read_json, write_json
 from .data import ImageCache, Split
 from .people import COLOURS, Camera, Person, nearest_colour
 from .drawing import draw_person
@@ -239,8 +239,7 @@ class GeneratorRun:
         unet = self.pipeline.unet
         if not self.r.lora: unet.requires_grad_(True)
         else:
-            from peft import LoraConfig
-            unet.add_adapter(LoraConfig(r=self.r.lora, lora_alpha=self.r.lora, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+            unet.add_adapter(need("peft", "peft", "a LoRA").LoraConfig(r=self.r.lora, lora_alpha=self.r.lora, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
         return {k: p for k, p in unet.named_parameters() if p.requires_grad}
 
     def batch(self, step:int) -> tuple[Tensor, list[str]]:
