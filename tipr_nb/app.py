@@ -36,7 +36,8 @@ class Question:
     @classmethod
     def of(cls, params:Mapping[str, str]) -> "Question":
         "From an address's parameters; what is no number where one belongs is left out."
-        out = cls(**{k: str(params[k])[:2000] for k in ("q", "without", "where", "rerank") if k in params})
+        words:dict[str, Any] = {k: str(params[k])[:2000] for k in ("q", "without", "where", "rerank") if k in params}
+        out = cls(**words)
         for k, low, high in (("like", -1, 2**31), ("k", 1, 200), ("imagine", 0, 1)):
             try: setattr(out, k, min(max(int(params[k]), low), high))
             except (KeyError, ValueError, TypeError): pass
@@ -236,17 +237,18 @@ def _closer(gr):
 # %% ../nbs/13_app.ipynb #cell-025
 def _wire(gr, blocks, page, lists, parts, shown, closer):
     "Connect events to the page's answers."
+    from gradio import Request, SelectData   # Gradio reads these two annotations
     names = ["q", "without", "where", "k", "rerank", "picture", "imagine", *[f"list_{n}" for n in lists]]
     inputs, outputs = [parts[n] for n in names], [shown["people"], shown["rows"], shown["query"], shown["note"], shown["like"], parts["imagined"], closer["column"]]
     def asked(like, q, without, where, k, rerank, picture, imagine, *chosen):
         question = Question(q or "", without or "", joined_filter(where, dict(zip(lists, chosen))), int(like), int(k), rerank or "", int(bool(imagine)))
         return _shown(gr, page.ask(question, picture), question)
     def words(*values): return asked(-1, *values)
-    def opened(request:gr.Request):
+    def opened(request:Request):
         question = Question.of(dict(request.query_params))
         if question == Question(): return [gr.skip()]*(len(outputs) + 6)
         return [*_shown(gr, page.ask(question), question), question.q, question.without, question.where, question.k, question.rerank if question.rerank in ("neighbours", "expand") else "", bool(question.imagine)]
-    def clicked(event:gr.SelectData, rows, query):
+    def clicked(event:SelectData, rows, query):
         row = rows[event.index]
         person, heat, facts = page.look(row, query)
         return gr.Column(visible=True), person, heat, facts, row

@@ -232,7 +232,8 @@ def _learn(text, data:str, root:Path|None, split:str, out:Path, generator:str|No
     from tipr_nb.generator import SMALL, GeneratorRecipe, Pairs, save_lora, train_generator, train_small
     from tipr_nb.pictures import PersonGenerator
     if generator is None:
-        recipe = dataclasses.replace(SMALL, seed=seed, **({} if updates is None else dict(updates=updates)))
+        wanted:dict[str, Any] = {} if updates is None else dict(updates=updates)
+        recipe = dataclasses.replace(SMALL, seed=seed, **wanted)
         run = train_small(out, recipe=recipe, max_seconds=max_seconds)
         made, use = out/"pipeline", f"--generator {out/'pipeline'}"
     else:
@@ -251,10 +252,10 @@ def parse_settings(settings:Iterable[str] # such as ["epochs=3", "SDM.weight=2"]
                   , recipe): # the `training.Recipe` to change
     "The recipe with `key=value` settings applied."
     for text in settings:
-        key, eq, value = text.partition("=")
+        key, eq, written = text.partition("=")
         if not eq or not key: raise TiprError(f"--set {text}: write key=value, such as epochs=3")
-        try: value = json.loads(value)
-        except json.JSONDecodeError: value = {"None": None, "True": True, "False": False}.get(value, value)
+        try: value = json.loads(written)
+        except json.JSONDecodeError: value = {"None": None, "True": True, "False": False}.get(written, written)
         first, dot, rest = key.partition(".")
         try: recipe = recipe.but(**({first: value} if not dot else _inside(recipe, first, rest, value)))
         except TypeError as e: raise TiprError(f"--set {text}: {e}") from None
@@ -402,9 +403,10 @@ def index(photos: Annotated[list[str], typer.Argument(metavar="PATH", help="Fold
     more = {k: v for k, v in dict(dtype=dtype, workers=workers, max_pixels=max_pixels).items() if v is not None}
     built = Gallery.build(photos, best_of(model), gallery, boxes=boxes, metadata=metadata, pattern=pattern, detector=named_function(detector), engine=engine, engine_options=options, add=add, rebuild=rebuild, batch_size=batch_size, wait=wait, **more)
     built.close()
-    if as_json: return tell(json.dumps(built.report.__dict__ | dict(gallery=str(gallery)), ensure_ascii=False))
-    few = built.report.skipped[1:None if skipped else 6]   # the report's own lines name the first
-    tell("\n".join([*built.report.lines(), *(f"  skipped {path}: {why}" for path, why in few), f"{built!r}", f'next: tipr search "a woman in a red coat" --gallery {gallery}']))
+    report:Any = built.report   # there is one: the gallery was just built
+    if as_json: return tell(json.dumps(report.__dict__ | dict(gallery=str(gallery)), ensure_ascii=False))
+    few = report.skipped[1:None if skipped else 6]   # the report's own lines name the first
+    tell("\n".join([*report.lines(), *(f"  skipped {path}: {why}" for path, why in few), f"{built!r}", f'next: tipr search "a woman in a red coat" --gallery {gallery}']))
 
 # %% ../nbs/14_cli.ipynb #cell-036
 def check_engine(engine:str|None, options:dict) -> str|None:
@@ -437,9 +439,11 @@ def named_function(name:str|None # such as "mydetector:people"
     return found
 
 # %% ../nbs/14_cli.ipynb #cell-039
+_REQUIRED:Any = ...   # Typer's default of an option that must be given
+
 @command(app)
 def search(text: Annotated[Optional[list[str]], typer.Argument(metavar="SENTENCE", help="What the person looks like; several sentences about the same person are combined.")]=None,
-           gallery: Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]=...,
+           gallery: Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]=_REQUIRED,
            k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many people.")]=10,
            where: Annotated[Optional[str], typer.Option(help="Filter on columns, e.g. \"camera == 'c2' and taken >= '2024-05-01'\".")]=None,
            without: Annotated[Optional[list[str]], typer.Option(help="What should not be there, e.g. 'a hat'; may be given several times.")]=None,

@@ -33,7 +33,7 @@ class Plan:
     seed:int = 0                        # of training, and of the choice of queries
     quick:bool = False
 
-QUICK = dict(n_ids=(320, 40, 100), quick=True)
+QUICK:dict[str, Any] = dict(n_ids=(320, 40, 100), quick=True)
 
 # %% ../nbs/13_demo.ipynb #cell-010
 def peak_memory() -> float: # MiB
@@ -49,9 +49,9 @@ class Diary:
                 , stages:Sequence[str]=() # for the count in that line
                 ):
         self.path, self.say, self.stages = Path(path), say, list(stages)
-        old = {}
+        old:dict[str, Any] = {}
         with contextlib.suppress(TiprError): old = read_json(self.path)     # none yet, or cut short by a kill: begin anew
-        self.data = old if old.get("key") == key else dict(key=key, seconds={}, memory=0.)
+        self.data:dict[str, Any] = old if old.get("key") == key else dict(key=key, seconds={}, memory=0.)
 
     @contextlib.contextmanager
     def stage(self, name:str, words:str) -> Iterator[None]:
@@ -242,8 +242,9 @@ def curve_section(results:list[Result]) -> str:
     for i, r in enumerate(results):
         history = pd.concat([pd.DataFrame([{"step": 0} | {f"val/{k}": v for k, v in r.start.items()}]), r.run.history]) if r.start else r.run.history
         for half, left_out in dict(loss="scores", scores="losses").items():
+            hidden:dict[str, Any] = {left_out: ()}
             with contextlib.suppress(TiprError):                 # a run without a validation split has no second half
-                fig = learning_curve(history, best=r.run.best.get("step"), title=r.name if len(results) > 1 else "", width=8., height=2.9, **{left_out: ()})
+                fig = learning_curve(history, best=r.run.best.get("step"), title=r.name if len(results) > 1 else "", width=8., height=2.9, **hidden)
                 charts.append(f'<figure class="chart">{fig.svg(f"curve{i}{half}", f"learning curve: {half} against steps")}</figure>')
     chosen = "; ".join((f"{esc(r.name)}: " if len(results) > 1 else "") + f"the weights kept are those of step {r.run.best['step']:,}, with Rank-1 {r.run.best['r1']:.1f} % on val" + (f" (before fine-tuning: {r.start['r1']:.1f} %)" if r.start else "") for r in results if "r1" in r.run.best)
     return f'<h2>How it learnt</h2><p>Training sees the training identities only. After each epoch the model is tried on the validation split, and the best weights are kept: {chosen or "without a validation split, the last ones"}. The test split is touched once, at the end.</p><div class="charts">{"".join(charts)}</div>'
@@ -312,8 +313,8 @@ def as_json(plan:Plan, out:str|Path, data, results:list[Result], diary:Diary) ->
 
 # %% ../nbs/13_demo.ipynb #cell-043
 def overview(split, query:int # index of a caption
-            , ranked:Sequence[int], hits:Sequence[bool] # images, best first, and whether each is a hit
-            , gallery:Sequence[int] # some images of the gallery
+            , ranked:Sequence[int]|np.ndarray, hits:Sequence[bool]|np.ndarray # images, best first, and whether each is a hit
+            , gallery:Sequence[int]|np.ndarray # some images of the gallery
             , size:int # how many it holds
             ):
     "A figure: a sentence and a gallery go through two towers and meet in a ranking."

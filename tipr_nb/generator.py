@@ -95,7 +95,7 @@ def world_portraits(n_photos:int, # records of synth-world; about 1.6 portraits 
             pairs = _draw_pairs(n_photos, seed, size, regions)
             with atomic_path(path, folder=True) as tmp:
                 np.save(tmp/"pictures.npy", pairs.pictures)
-                if regions: np.save(tmp/"regions.npy", pairs.regions)
+                if pairs.regions is not None: np.save(tmp/"regions.npy", pairs.regions)
                 write_json(tmp/"pairs.json", dict(settings=settings, captions=pairs.captions, caption_picture=pairs.caption_picture, said=pairs.said))
     kept = read_json(path/"pairs.json", "delete the folder, it is drawn again")
     if kept["settings"] != settings: raise TiprError(f"{path}: holds portraits made with other settings ({kept['settings']}); choose another folder")
@@ -115,7 +115,7 @@ _GARMENTS = {"upper": 1, "lower": 2}
 
 def colour_hits(pictures:Sequence[Any], # one per caption: PIL pictures or (h, w, 3) uint8
                 pairs:Pairs, # with `said` and `regions`
-                index:Sequence[int] # the captions they were drawn from
+                index:Sequence[int]|np.ndarray # the captions they were drawn from
                ) -> pd.DataFrame: # caption, garment, said, seen, hit
     "What each caption says about the colour of a garment, and what the picture shows there."
     if pairs.said is None or pairs.regions is None: raise TiprError("pairs: they carry no regions to look at; make them with world_portraits(..., regions=True)")
@@ -130,7 +130,7 @@ def colour_hits(pictures:Sequence[Any], # one per caption: PIL pictures or (h, w
     return table.assign(hit=table.said == table.seen)
 
 # %% ../nbs/15_generator.ipynb #cell-021
-def colour_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int],
+def colour_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int]|np.ndarray,
                     seed:int=0 # of the shuffle
                    ) -> pd.DataFrame: # rows upper and lower: n, accuracy, shuffled; percent
     "Share of the mentioned garment colours that the pictures show, beside the same for shuffled pictures."
@@ -153,8 +153,8 @@ def small_pipeline(pictures:np.ndarray, # (n, 3, h, w) uint8: what the codec is 
     size = tuple(s//patch_size for s in pictures.shape[2:])
     with torch.random.fork_rng(devices=[]), quiet_libraries():
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(sample_size=size, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=(width,), layers_per_block=1, norm_num_groups=16,
-                                    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=tower.config.hidden_size, attention_head_dim=width//32)
+        unet:Any = UNet2DConditionModel(sample_size=size, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=(width,), layers_per_block=1, norm_num_groups=16,
+                                        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=tower.config.hidden_size, attention_head_dim=width//32)
         return make_pipeline(codec, tower, tokenizer, unet)
 
 # %% ../nbs/15_generator.ipynb #cell-033
@@ -231,7 +231,8 @@ class GeneratorRun:
         self.weights = self._trainable()
         self.average = {k: p.detach().clone() for k, p in self.weights.items()}
         decayed = [p for p in self.weights.values() if p.ndim > 1]
-        self.optimizer = torch.optim.AdamW([dict(params=decayed), dict(params=[p for p in self.weights.values() if p.ndim <= 1], weight_decay=0.)], recipe.lr, (.9, .99), weight_decay=recipe.weight_decay, fused=True)
+        groups:list[dict[str, Any]] = [dict(params=decayed), dict(params=[p for p in self.weights.values() if p.ndim <= 1], weight_decay=0.)]
+        self.optimizer = torch.optim.AdamW(groups, recipe.lr, (.9, .99), weight_decay=recipe.weight_decay, fused=True)
         self.history, self.kept = History(self.out/"history.jsonl"), Checkpoints(self.out)
         self.blank = states_of(pipeline, [""])
 
@@ -345,7 +346,7 @@ def _with_average(run:GeneratorRun, look:Callable[[Any, int], dict]) -> dict:
         run.pipeline.unet.train()
 
 # %% ../nbs/15_generator.ipynb #cell-051
-def kind_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int], train:Pairs, # true portraits of other people, for the probe
+def kind_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int]|np.ndarray, train:Pairs, # true portraits of other people, for the probe
                   fields:Sequence[str]=("lower", "gender", "view"), seed:int=0) -> pd.DataFrame: # n, accuracy, shuffled; percent
     "Share of what captions mention in each field that a linear probe on pixels finds in the pictures."
     from sklearn.linear_model import LogisticRegression

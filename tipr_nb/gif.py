@@ -77,14 +77,14 @@ class GIF(Objective):
                  , temperature:float=.015, margin:float=.1, reduction:str="sum"):
         super().__init__(encoder, n_ids)
         self.paired, self.kept, self.log_every, self.calls, self.tal = paired, keep, log_every, 0, dict(temperature=temperature, margin=margin, reduction=reduction)
-        made = dict(heads=heads, layers=layers, residual=residual)
+        made:dict[str, Any] = dict(heads=heads, layers=layers, residual=residual)
         if keep: fusion_of(encoder, **made)
         else: self.fusion = Fusion(encoder.dim, **made)
 
     def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
         "Scalar loss; `logs` holds both terms and, every `log_every` calls, the reliance on photo, caption and picture."
-        fusion = encoder.addons[_FUSION] if self.kept else self.fusion
-        parts = drawn_features(features, batch, encoder)[1], self.photo(features, batch, encoder), features.text_tokens, features.text_mask
+        fusion:Any = encoder.addons[_FUSION] if self.kept else self.fusion
+        parts:tuple[Any, ...] = drawn_features(features, batch, encoder)[1], self.photo(features, batch, encoder), features.text_tokens, features.text_mask
         u = gather_rows(fusion(*parts))
         to_text, to_image = (tal_loss(*pair, features.ids, **self.tal) for pair in ((u, features.text), (features.image, u)))
         self.logs |= {"u_text": to_text.detach(), "u_image": to_image.detach()}

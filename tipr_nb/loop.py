@@ -51,14 +51,15 @@ class Retriever(nn.Module):
     def forward(self, batch:Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]: # weighted sum, losses, logs
         "The weighted sum of the objectives on a batch."
         losses, logs = self.losses(self.encode(batch), batch)
-        return sum(self.weights[name]*loss for name, loss in losses.items()), losses, logs
+        total:Any = sum(self.weights[name]*loss for name, loss in losses.items())
+        return total, losses, logs
 
 # %% ../nbs/08c_loop.ipynb #cell-011
 def build_encoder(r:Recipe) -> PersonCLIP:
     "The recipe's encoder: saved weights of the same architecture, an open_clip tag, or random weights."
     p = r.pretrained
     saved = p is not None and ("/" in p or p == "synth-world" or p in shipped_weights() or Path(p).is_dir()) and not p.endswith(".safetensors")
-    if saved: return PersonCLIP.from_pretrained(p, arch=r.arch, image_size=r.image_size)
+    if p is not None and saved: return PersonCLIP.from_pretrained(p, arch=r.arch, image_size=r.image_size)
     return PersonCLIP.from_open_clip(r.arch, p, image_size=r.image_size)
 
 def check_encoder(encoder:PersonCLIP, r:Recipe):
@@ -82,7 +83,8 @@ def build_objectives(r:Recipe, encoder:PersonCLIP, n_ids:int # training identiti
 def param_groups(model:Retriever, r:Recipe) -> list[dict]: # groups: params, names, lr, base_lr, weight_decay
     "Sort the weights that learn into groups of one learning rate and decay."
     groups:dict[tuple, dict] = {}
-    own = {id(p): o.lr_scale*r.new_lr_scale for o in model.objectives.values() for p in o.parameters()}
+    objectives:list[Any] = [*model.objectives.values()]
+    own = {id(p): o.lr_scale*r.new_lr_scale for o in objectives for p in o.parameters()}
     for pattern in r.freeze: _freeze(model, r, pattern)
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
@@ -177,11 +179,11 @@ def make_train_loader(r:Recipe, split:Split, tokenize:Callable, # `PersonCLIP.to
 # %% ../nbs/08c_loop.ipynb #cell-040
 def dataset_from_arrays(pixels:np.ndarray, # (n, h, w, 3) uint8, of the recipe's image size
                         captions:Sequence[Sequence[str]], # captions of each image
-                        ids:Sequence[int], # (n,) identity of each image
+                        ids:Sequence[int]|np.ndarray, # (n,) identity of each image
                         name:str="arrays") -> PersonDataset:
     "A dataset to train on whose images are in memory, such as `synth.world_arrays` gives; it has no val and no test."
-    where, ids = np.repeat(np.arange(len(pixels)), [len(c) for c in captions]), np.unique(np.asarray(ids), return_inverse=True)[1]
-    train = Split("train", [Path(name)/f"{i:06d}" for i in range(len(pixels))], ids, [c for cs in captions for c in cs], ids[where], where, {"pixels": pixels})
+    where, people = np.repeat(np.arange(len(pixels)), [len(c) for c in captions]), np.unique(np.asarray(ids), return_inverse=True)[1]
+    train = Split("train", [Path(name)/f"{i:06d}" for i in range(len(pixels))], people, [c for cs in captions for c in cs], people[where], where, {"pixels": pixels})
     val, test = (Split(s, [], np.zeros(0), [], np.zeros(0), np.zeros(0)) for s in ("val", "test"))
     return PersonDataset(name, Path(name), train, val, test)
 
@@ -245,7 +247,8 @@ class Steps:
     def set_lr(self) -> float:
         "Set every group's learning rate for this step; returns the backbone's."
         r, done = self.recipe, self.step/self.total_steps
-        if r.schedule == "time": done = max(done, self.seconds/self.max_seconds)
+        cap:Any = self.max_seconds   # never None with this schedule: `train` sees to it
+        if r.schedule == "time": done = max(done, self.seconds/cap)
         factor = lr_factor(done, min(r.warmup_epochs/r.epochs, .5), r.warmup_start, r.final_lr)
         for g in self.optimizer.param_groups: g["lr"] = g["base_lr"]*factor
         return r.lr*factor

@@ -195,7 +195,8 @@ class Pictures:
             captions = [str(other[c]) for c in captions]
         def pictures(index:np.ndarray) -> torch.Tensor:
             which = torch.randint(self.per_caption, (len(index),)).tolist() if self.per_caption > 1 else [0]*len(index)
-            return stack_images([self.open(captions[int(i)], k) for i, k in zip(index, which)], tuple(image_size))
+            size:Any = tuple(image_size)
+            return stack_images([self.open(captions[int(i)], k) for i, k in zip(index, which)], size)
         return pictures
 
 # %% ../nbs/02b_pictures.ipynb #cell-029
@@ -216,8 +217,9 @@ def open_pictures(folder:str|Path, # what generate_split made
     "Open a folder of pictures; one made with other settings is refused."
     folder = Path(folder)
     manifest = read_json(folder/"manifest.json", "draw the pictures with `tipr generate`")
-    for key in sorted({*settings, *manifest["settings"]}) if settings is not None else []:
-        old, new = manifest["settings"].get(key), settings.get(key)
+    asked = {} if settings is None else settings
+    for key in sorted({*asked, *manifest["settings"]}) if settings is not None else []:
+        old, new = manifest["settings"].get(key), asked.get(key)
         if old != new: raise TiprError(f"{folder}: its pictures were made with {key}={old!r}, not {new!r}; choose another folder, or the same settings")
     return Pictures(folder, manifest["per_caption"])
 

@@ -141,7 +141,7 @@ def mix_query(text:np.ndarray|None=None # (m, d) features of sentences about the
     "Sentences, pictures and what should be absent as one unit feature."
     if text is None and image is None: raise TiprError("search: give a sentence or a picture")
     t = None if text is None else unit_rows(unit_rows(text).mean(0))[0]
-    v = None if image is None else unit_rows(unit_rows(image).mean(0))[0]
+    v:Any = None if image is None else unit_rows(unit_rows(image).mean(0))[0]
     if t is None: q = v
     elif v is None: q = t
     else: q = (1 - image_weight)*t + image_weight*v
@@ -268,7 +268,7 @@ def load_model(model:Any # a loaded model, or a folder, alias or hub id
     "A model ready to encode; imports PyTorch only when a name is given."
     if not isinstance(model, (str, Path)): return model, getattr(model, "source", None)
     from tipr_nb.clip import PersonCLIP
-    encoder = PersonCLIP.from_pretrained(model)
+    encoder:Any = PersonCLIP.from_pretrained(model)
     encoder.source = os.path.abspath(model) if os.path.isdir(model) else str(model)   # a gallery notes it down
     return encoder, encoder.source
 
@@ -283,7 +283,9 @@ def load_generator(generator:Any=None # a loaded one, a folder or hub id; None: 
 class LateGenerator:
     "A generator that is loaded when the first picture is wanted: a search page opens without PyTorch."
     def __init__(self, source:str|Path|None=None # folder, hub id, or None for the shipped one
-                ): self.source, self.loaded = source, None
+                ):
+        self.source = source
+        self.loaded:Any = None
     def generate(self, captions:Sequence[str]) -> list: # pictures
         "One picture per caption."
         self.loaded = self.loaded or load_generator(self.source)
@@ -292,7 +294,7 @@ class LateGenerator:
 # %% ../nbs/11_search.ipynb #cell-030
 class GalleryEngines(GalleryModel):
     "A gallery with its engines: one answer format, whichever is asked."
-    def _load(self):
+    def _load(self) -> None:
         super()._load()
         self._engines:dict[str, Any] = {"exact": ExactEngine(self.features)}
         self._selections:dict[str, Selection] = {}
@@ -369,7 +371,7 @@ class GalleryQuery(GalleryHits):
         for name, share in dict(weight=weight, image_weight=image_weight, without_weight=without_weight).items(): _share(name, share)
         texts, absent = _sentences(text, "text"), _sentences(without, "without")
         t, imagined = self.encode_text(texts) if texts else None, None
-        if generator is not None and texts:
+        if generator is not None and t is not None:
             imagined = generator.generate(texts)
             t = unit_rows((1 - weight)*unit_rows(t) + weight*self.encode_image(imagined))
         v, names, skip = self._pictures(image)
@@ -410,6 +412,7 @@ def _open(path):
 # %% ../nbs/11_search.ipynb #cell-038
 class Gallery(GalleryQuery):
     "People in photos, ready to be searched."
+    _temporary: Any   # the folder of a gallery that was built without one; it goes with the object
     def search(self, text:str|Sequence[str]|None=None # a sentence, or several about the same person
               , k:int=10 # hits wanted
               , *, image:Any=None # a PIL picture, a path, a row of the gallery, a hit; or a list of them
@@ -467,10 +470,10 @@ class Gallery(GalleryQuery):
              , **kwargs # dtype, batch_size, workers, max_pixels, rebuild, wait
              ) -> "Gallery":
         "Index photos and open the gallery; on an existing one, only what changed is encoded. See `report`."
-        temporary = tempfile.TemporaryDirectory(prefix="tipr-gallery-") if folder is None else None
+        temporary:Any = tempfile.TemporaryDirectory(prefix="tipr-gallery-") if folder is None else None
         photos = find_photos(images, boxes, metadata, pattern)
         encoder, source = load_model(model_for(folder, model, kwargs.get("rebuild", False)))
-        where = Path(folder if temporary is None else temporary.name)
+        where = Path(temporary.name if folder is None else folder)
         report = index_photos(where, photos, encoder, source=source, detector=detector, engines=None if engine is None else {engine: dict(engine_options or {})}, keep=add, **kwargs)
         gallery = cls(where, encoder)
         gallery.report, gallery._temporary = report, temporary

@@ -61,8 +61,9 @@ class Gate(nn.Module):
         super().__init__()
         if not 0 < start < 1: raise TiprError(f"start={start}: a gate starts between 0 and 1")
         self.net = nn.Sequential(nn.Linear(3*dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.constant_(self.net[-1].bias, math.log(start/(1 - start)))
+        last:Any = self.net[-1]
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, math.log(start/(1 - start)))
     def forward(self, text:Tensor, generated:Tensor) -> Tensor: # (b, d) unit, both -> (b, 1) in (0, 1)
         return self.net(torch.cat([text, generated, text*generated], -1).float()).sigmoid()
 
@@ -85,7 +86,8 @@ def picture_feature(encoder:PersonCLIP, images:Tensor, # (b, 3, h, w) normalised
     raw, tokens = encoder.image_features(images)
     if not share: return unit(raw)
     if tokens is None: raise TiprError(f"{encoder.arch}: gives no tokens; use share=0, or a plain ViT such as ViT-B-16")
-    return attend(text, tokens[:, 1:], share, temperature)
+    asking:Any = text   # the token form needs it
+    return attend(asking, tokens[:, 1:], share, temperature)
 
 # %% ../nbs/03_tgte.ipynb #cell-033
 class Imagining:
@@ -163,7 +165,8 @@ def query_kinds(model:PersonCLIP, split:Any, pictures:Any, # has generate(captio
                ) -> dict[str, tuple[dict, dict]]: # name -> arguments of `evaluate`, columns for a table
     "The ways to ask, with and without pictures, and the controls; features are computed once."
     from tipr_nb.evaluation import SplitFeatures, encode_split
-    f, n = encode_split(model, split, pictures), len(split.captions)
+    f:Any = encode_split(model, split, pictures)
+    n = len(split.captions)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     other, mate = torch.empty(n, dtype=torch.long), torch.arange(n)
     other[order] = order.roll(1)                                # one cycle: nobody keeps their own
@@ -237,6 +240,7 @@ class TGTE(Objective):
 
     def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
         "Scalar loss; `logs` holds the mean weight and the cosine of caption and picture."
+        tokens:Any   # there for the token form, see `__init__`
         drawn, tokens = drawn_features(features, batch, encoder)
         if self.share: drawn = gather_rows(attend(features.text[features.local], tokens[:, 1:], self.share, temperature=.1))
         w = encoder.addons[_GATE](features.text, drawn) if self.gated else self.picture_weight

@@ -318,12 +318,13 @@ def run_grid(spec:str|Path|dict, # the grid: TOML or JSON file, or a dict
              verbose:bool=True # print a line per run
             ) -> pd.DataFrame: # this grid's rows of the table
     "Run what is missing of rows x seeds. After a kill, or from a second process, the same call goes on with what is left."
-    waiting, data = read_grid(spec), _Datasets(dataset)
-    if out_csv is None and isinstance(spec, dict): raise TiprError("a grid given as a dict needs out_csv; name the table to write")
-    out = Path(out_csv) if out_csv is not None else Path(spec).with_suffix(".csv")
+    jobs, data = read_grid(spec), _Datasets(dataset)
+    if out_csv is not None: out = Path(out_csv)
+    elif isinstance(spec, dict): raise TiprError("a grid given as a dict needs out_csv; name the table to write")
+    else: out = Path(spec).with_suffix(".csv")
     table, fine, runs = GridTable(out), GridTable(out.with_name(f"{out.stem}-by.csv")), Path(runs) if runs is not None else out.with_name(f"{out.stem}-runs")
-    keys, total = [(j.row, j.recipe.seed, j.recipe.hash(), data(j)[1], j.setup) for j in waiting], len(waiting)
-    waiting = [(n, j, k) for n, (j, k) in enumerate(zip(waiting, keys), 1) if not table.done(k)]
+    keys, total = [(j.row, j.recipe.seed, j.recipe.hash(), data(j)[1], j.setup) for j in jobs], len(jobs)
+    waiting:list[tuple[int, Job, tuple]] = [(n, j, k) for n, (j, k) in enumerate(zip(jobs, keys), 1) if not table.done(k)]
     if verbose and len(waiting) < total: print(f"{total - len(waiting)} of {total} runs are done already", flush=True)
     while waiting:
         left = []
