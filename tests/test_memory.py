@@ -1,5 +1,5 @@
 """Gradient caching against the plain step, checkpointing, low-rank updates, frozen towers: gradients, memory, checkpoints, bad input; one process and two."""
-import copy, json, os
+import copy, json
 
 import pytest
 import torch
@@ -8,13 +8,11 @@ from torch import nn
 
 from tipr_nb.clip import OBJECTIVES, Objective, PersonCLIP, build_objective, register_objective
 from tipr_nb.core import TiprError
-from tipr_nb.data import Batch, load_dataset
+from tipr_nb.data import Batch
 from tipr_nb.memory import RandomState, add_lora, average_gradients, batch_rows, cached_backward, check_cacheable, chunks_of, lora_layers, merge_lora, merged, peak_bytes
 from tipr_nb.recipes import RECIPES, Recipe
 from tipr_nb.runs import Checkpoints
-from tipr_nb.synth import make_synth_pedes
-from tipr_nb.training import train
-from test_training import NANO, Trip, free_port, launch, last_weights, same, wait
+from test_training import NANO, Trip, free_port, go, launch, last_weights, same, wait
 import tipr_nb.cmt, tipr_nb.gif, tipr_nb.tgte, tipr_nb.tir  # noqa: F401, E401  (register their objectives)
 
 WORDS = ["a man in red", "the same man with a bag", "a woman in blue jeans", "a woman", "a boy with a cap", "a boy", "someone tall", "someone in white with a scarf", "a girl", "a girl in green shoes"]
@@ -22,24 +20,7 @@ SEN = ("SDM", "ID", "TIR", "CMT")
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("memory")
-    old, os.environ["TIPR_CACHE"] = os.environ.get("TIPR_CACHE"), str(home/"cache")
-    yield home
-    os.environ.pop("TIPR_CACHE") if old is None else os.environ.update(TIPR_CACHE=old)
-
-
-@pytest.fixture(scope="module")
-def people(home):
-    make_synth_pedes(home/"people", n_ids=(24, 6, 5), seed=1, workers=1)
-    return load_dataset("synth-pedes", home/"people")
-
-
-@pytest.fixture(scope="module")
 def nano(): return RECIPES["clip-tiny"].but(name="nano", **NANO)
-
-
-def go(recipe, people, path, **kw): return train(recipe, people, path, device="cpu", **{"verbose": False} | kw)
 
 
 def make_batch(repeat=1):

@@ -1,5 +1,5 @@
 """Recipes, the loop, checkpoints, resume, grids."""
-import contextlib, dataclasses, errno, json, os, random, signal, subprocess, sys, time
+import dataclasses, errno, json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,6 @@ from safetensors.torch import load_file
 
 from tipr_nb.clip import OBJECTIVES, Objective, PersonCLIP, register_objective
 from tipr_nb.core import TiprError, shipped_weights
-from tipr_nb.data import load_dataset
-from tipr_nb.synth import make_synth_pedes
 from tipr_nb.recipes import RECIPES, Recipe, get_recipe
 from tipr_nb.loop import Callback, NaNGuard, Retriever, Trainer, build_encoder, build_objectives, dataset_from_arrays, lr_factor, param_groups
 from tipr_nb.runs import Checkpoints, data_hash
@@ -19,20 +17,6 @@ from tipr_nb.training import GridTable, grid_summary, read_grid, run_grid, share
 
 HERE = Path(__file__).resolve().parent
 NANO = dict(arch="tipr-nano", pretrained=None, precision="no", batch_size=16, epochs=2, warmup_epochs=1, lr=1e-3, log_every=2)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("training")
-    old, os.environ["TIPR_CACHE"] = os.environ.get("TIPR_CACHE"), str(home/"cache")
-    yield home
-    os.environ.pop("TIPR_CACHE") if old is None else os.environ.update(TIPR_CACHE=old)
-
-
-@pytest.fixture(scope="module")
-def people(home):
-    make_synth_pedes(home/"people", n_ids=(24, 6, 5), seed=1, workers=1)
-    return load_dataset("synth-pedes", home/"people")
 
 
 @pytest.fixture(scope="module")

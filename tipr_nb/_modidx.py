@@ -688,6 +688,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'tipr_nb.generator.states_of': ('generator.html#states_of', 'tipr_nb/generator.py'),
                                    'tipr_nb.generator.train_generator': ('generator.html#train_generator', 'tipr_nb/generator.py'),
                                    'tipr_nb.generator.train_small': ('generator.html#train_small', 'tipr_nb/generator.py'),
+                                   'tipr_nb.generator.tune_pipeline': ('generator.html#tune_pipeline', 'tipr_nb/generator.py'),
                                    'tipr_nb.generator.world_portraits': ('generator.html#world_portraits', 'tipr_nb/generator.py')},
             'tipr_nb.gif': { 'tipr_nb.gif.Fusion': ('gif.html#fusion', 'tipr_nb/gif.py'),
                              'tipr_nb.gif.Fusion.__init__': ('gif.html#fusion.__init__', 'tipr_nb/gif.py'),

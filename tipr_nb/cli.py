@@ -229,22 +229,14 @@ def generate(text: Annotated[Optional[list[str]], typer.Argument(metavar="[SENTE
 def _learn(text, data:str, root:Path|None, split:str, out:Path, generator:str|None, rank:int, size:str|None, updates:int|None, seed:int, max_seconds:float|None):
     "Train the small generator, or fine-tune a pipeline on a dataset's split."
     if text: raise TiprError("--train takes no sentences; leave them out, or leave out --train")
-    from tipr_nb.generator import SMALL, GeneratorRecipe, Pairs, save_lora, train_generator, train_small
-    from tipr_nb.pictures import PersonGenerator
+    from tipr_nb.generator import SMALL, train_small, tune_pipeline
     if generator is None:
-        wanted:dict[str, Any] = {} if updates is None else dict(updates=updates)
-        recipe = dataclasses.replace(SMALL, seed=seed, **wanted)
-        run = train_small(out, recipe=recipe, max_seconds=max_seconds)
+        run = train_small(out, recipe=dataclasses.replace(SMALL, seed=seed, updates=updates or SMALL.updates), max_seconds=max_seconds)
         made, use = out/"pipeline", f"--generator {out/'pipeline'}"
     else:
-        from tipr_nb.pipelines import load_pipeline
-        pipeline, _ = load_pipeline(generator)
-        h, w = parse_size(size) if size else PersonGenerator(pipeline).image_size
-        recipe = GeneratorRecipe(updates=updates or 2000, batch_size=8, lr=1e-4 if rank else 1e-5, lora=rank, seed=seed, ema=None if rank else .999)
-        run = train_generator(pipeline, Pairs.of_split(open_dataset(data, root, need=()).splits[split], (h, w)), out/"run", recipe, max_seconds=max_seconds)
-        made, use = (out/"lora", f"--generator {generator} --lora {out/'lora'}") if rank else (out/"pipeline", f"--generator {out/'pipeline'}")
-        if run.step >= recipe.updates: save_lora(run, made) if rank else PersonGenerator(run.pipeline, image_size=(h, w)).save_pretrained(made)
-    if run.step < recipe.updates: return tell(f"stopped after {run.step:,} of {recipe.updates:,} updates; the same command goes on")
+        run, made = tune_pipeline(generator, open_dataset(data, root, need=()).splits[split], out, rank, size and parse_size(size), updates or 2000, seed, max_seconds=max_seconds)
+        use = f"--generator {generator} --lora {made}" if rank else f"--generator {made}"
+    if run.step < run.r.updates: return tell(f"stopped after {run.step:,} of {run.r.updates:,} updates; the same command goes on")
     tell(f"{run.step:,} updates done, loss {run.history.rows[-1]['loss']:.3f}\ngenerator: {made}\nnext:      tipr generate --data {data} {use}")
 
 # %% ../nbs/14_cli.ipynb #cell-026

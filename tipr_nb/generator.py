@@ -6,7 +6,7 @@
 __all__ = ['STUDIO', 'SMALL', 'portrait', 'Pairs', 'world_portraits', 'region_colour', 'colour_hits', 'colour_accuracy',
            'small_pipeline', 'noise_steps', 'diffusion_loss', 'codes_of', 'states_of', 'GeneratorRecipe',
            'GeneratorRun', 'train_generator', 'kind_accuracy', 'follows_text', 'generator_card', 'train_small',
-           'portraits_first', 'save_lora']
+           'portraits_first', 'save_lora', 'tune_pipeline']
 
 # %% ../nbs/15_generator.ipynb #cell-003
 import dataclasses, time
@@ -28,7 +28,7 @@ from .clip import PersonCLIP, read_safetensors
 from .pipelines import UNet2DConditionModel, fit_codec, hf_text_tower, make_pipeline, quiet_libraries
 from .runs import Checkpoints, History, pack_optimizer, save_tensors, unpack_optimizer
 
-# %% ../nbs/15_generator.ipynb #cell-009
+# %% ../nbs/15_generator.ipynb #cell-008
 STUDIO = Camera("studio", "crossing", blur=0., noise=0.)
 _SEED = 4     # of the plain place that all portraits share
 
@@ -41,7 +41,7 @@ def portrait(record:Mapping[str, Any], # of `world_records`
     person = Person(record["attributes"], record["season"], record["role"], record["person_seed"])
     return draw_person(person, said.get("view", "front"), STUDIO, size, _SEED, said.get("pose", "standing"), return_regions=return_regions)
 
-# %% ../nbs/15_generator.ipynb #cell-012
+# %% ../nbs/15_generator.ipynb #cell-011
 @dataclass
 class Pairs:
     "Pictures and captions to train a generator on."
@@ -65,7 +65,7 @@ class Pairs:
         "The pairs of a dataset's split, for fine-tuning."
         return cls(ImageCache.build(split, image_size), list(split.captions), np.asarray(split.caption_image))
 
-# %% ../nbs/15_generator.ipynb #cell-013
+# %% ../nbs/15_generator.ipynb #cell-012
 def _draw_pairs(n_photos:int, seed:int, size:tuple[int, int], regions:bool) -> Pairs:
     "Portraits for the captions of so many records; one picture for captions that want the same view and pose."
     pictures, labels, captions, where, said, at = [], [], [], [], [], {}
@@ -81,7 +81,7 @@ def _draw_pairs(n_photos:int, seed:int, size:tuple[int, int], regions:bool) -> P
             captions.append(c["caption"]); where.append(at[key]); said.append(m)
     return Pairs(np.stack(pictures), captions, np.array(where), said, np.stack(labels) if regions else None)
 
-# %% ../nbs/15_generator.ipynb #cell-014
+# %% ../nbs/15_generator.ipynb #cell-013
 def world_portraits(n_photos:int, # records of synth-world; about 1.6 portraits and 3 captions come of each
                     seed:int=0, # 0: what the shipped generator learned from; 1: held out
                     size:tuple[int, int]=(96, 32), regions:bool=False, # keep the garments' masks too
@@ -101,7 +101,7 @@ def world_portraits(n_photos:int, # records of synth-world; about 1.6 portraits 
     if kept["settings"] != settings: raise TiprError(f"{path}: holds portraits made with other settings ({kept['settings']}); choose another folder")
     return Pairs(np.load(path/"pictures.npy", mmap_mode="r"), kept["captions"], np.array(kept["caption_picture"]), kept["said"], np.load(path/"regions.npy", mmap_mode="r") if regions else None)
 
-# %% ../nbs/15_generator.ipynb #cell-019
+# %% ../nbs/15_generator.ipynb #cell-017
 def region_colour(picture:np.ndarray, # (h, w, 3) uint8
                   mask:np.ndarray # (h, w) bool
                  ) -> str: # '' for an empty region
@@ -110,7 +110,7 @@ def region_colour(picture:np.ndarray, # (h, w, 3) uint8
     names, counts = np.unique(nearest_colour(picture[mask]), return_counts=True)
     return str(names[counts.argmax()])
 
-# %% ../nbs/15_generator.ipynb #cell-020
+# %% ../nbs/15_generator.ipynb #cell-018
 _GARMENTS = {"upper": 1, "lower": 2}
 
 def colour_hits(pictures:Sequence[Any], # one per caption: PIL pictures or (h, w, 3) uint8
@@ -129,7 +129,7 @@ def colour_hits(pictures:Sequence[Any], # one per caption: PIL pictures or (h, w
     table = pd.DataFrame(rows, columns=["caption", "garment", "said", "seen"])
     return table.assign(hit=table.said == table.seen)
 
-# %% ../nbs/15_generator.ipynb #cell-021
+# %% ../nbs/15_generator.ipynb #cell-019
 def colour_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int]|np.ndarray,
                     seed:int=0 # of the shuffle
                    ) -> pd.DataFrame: # rows upper and lower: n, accuracy, shuffled; percent
@@ -141,7 +141,7 @@ def colour_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int]|np.
     group = lambda t: t.groupby("garment").hit.mean()*100
     return pd.DataFrame(dict(n=right.groupby("garment").size(), accuracy=group(right), shuffled=group(wrong))).reindex(list(_GARMENTS))
 
-# %% ../nbs/15_generator.ipynb #cell-028
+# %% ../nbs/15_generator.ipynb #cell-025
 def small_pipeline(pictures:np.ndarray, # (n, 3, h, w) uint8: what the codec is fitted on; a thousand will do
                    clip:PersonCLIP|str="synth-world", # its text tower reads the captions
                    width:int=96, # channels of the UNet, a multiple of 32
@@ -157,7 +157,7 @@ def small_pipeline(pictures:np.ndarray, # (n, 3, h, w) uint8: what the codec is 
                                         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=tower.config.hidden_size, attention_head_dim=width//32)
         return make_pipeline(codec, tower, tokenizer, unet)
 
-# %% ../nbs/15_generator.ipynb #cell-033
+# %% ../nbs/15_generator.ipynb #cell-029
 def noise_steps(n:int, # how many
                 T:int=1000, # steps of the scheduler
                 power:float=.7, # below 1: noisy steps more often
@@ -176,7 +176,7 @@ def diffusion_loss(unet:nn.Module, scheduler:Any, z:Tensor, # (b, c, h, w) codes
     target = noise if kind == "epsilon" else scheduler.get_velocity(z, noise, t)
     return (unet(scheduler.add_noise(z, noise, t), t, text).sample.float() - target).square().flatten(1).mean(1)
 
-# %% ../nbs/15_generator.ipynb #cell-035
+# %% ../nbs/15_generator.ipynb #cell-031
 @torch.no_grad()
 def codes_of(pipeline:Any, pictures:Tensor # (b, 3, h, w) uint8
             ) -> Tensor: # (b, c, h/p, w/p)
@@ -191,7 +191,7 @@ def states_of(pipeline:Any, captions:Sequence[str]) -> Tensor: # (b, L, d)
     ids = tok(list(captions), padding="max_length", max_length=tok.model_max_length, truncation=True, return_tensors="pt").input_ids
     return pipeline.text_encoder(ids.to(pipeline.text_encoder.device))[0].float()
 
-# %% ../nbs/15_generator.ipynb #cell-038
+# %% ../nbs/15_generator.ipynb #cell-034
 @dataclass
 class GeneratorRecipe:
     "What decides how a generator is trained."
@@ -220,7 +220,7 @@ class GeneratorRecipe:
         left = (self.updates - step)/max(1., self.updates*(1 - self.decay_from))
         return self.lr*min(1., (step + 1)/max(1, self.warmup), max(left, 0.))
 
-# %% ../nbs/15_generator.ipynb #cell-041
+# %% ../nbs/15_generator.ipynb #cell-037
 class GeneratorRun:
     "A training run of a pipeline's UNet: batches that depend on (seed, step) alone, an average of the weights, checkpoints."
     def __init__(self, pipeline:Any, pairs:Pairs, out_dir:str|Path, recipe:GeneratorRecipe):
@@ -305,7 +305,7 @@ class GeneratorRun:
         self.pipeline.unet.requires_grad_(False).eval()
         return self.pipeline
 
-# %% ../nbs/15_generator.ipynb #cell-042
+# %% ../nbs/15_generator.ipynb #cell-038
 def train_generator(pipeline:Any, # of `small_pipeline`, or a real one in Stable Diffusion's layout
                     pairs:Pairs, # of `world_portraits`, or of a dataset's split
                     out_dir:str|Path, # checkpoints and history; a run that was cut off goes on from there
@@ -333,7 +333,7 @@ def train_generator(pipeline:Any, # of `small_pipeline`, or a real one in Stable
     if run.step >= run.r.updates: run.finish()
     return run
 
-# %% ../nbs/15_generator.ipynb #cell-043
+# %% ../nbs/15_generator.ipynb #cell-039
 @torch.no_grad()
 def _with_average(run:GeneratorRun, look:Callable[[Any, int], dict]) -> dict:
     "What `look` says of the averaged weights; the run's own are put back."
@@ -345,7 +345,7 @@ def _with_average(run:GeneratorRun, look:Callable[[Any, int], dict]) -> dict:
         for k, p in run.weights.items(): p.copy_(own[k])
         run.pipeline.unet.train()
 
-# %% ../nbs/15_generator.ipynb #cell-051
+# %% ../nbs/15_generator.ipynb #cell-046
 def kind_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int]|np.ndarray, train:Pairs, # true portraits of other people, for the probe
                   fields:Sequence[str]=("lower", "gender", "view"), seed:int=0) -> pd.DataFrame: # n, accuracy, shuffled; percent
     "Share of what captions mention in each field that a linear probe on pixels finds in the pictures."
@@ -362,14 +362,14 @@ def kind_accuracy(pictures:Sequence[Any], pairs:Pairs, index:Sequence[int]|np.nd
         rows[f] = dict(n=len(ask), accuracy=100*(told[ask] == want).mean(), shuffled=100*(told[order][ask] == want).mean())
     return pd.DataFrame(rows).T
 
-# %% ../nbs/15_generator.ipynb #cell-052
+# %% ../nbs/15_generator.ipynb #cell-047
 def _pil(chw:np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(np.asarray(chw).transpose(1, 2, 0)))
 
 def _half_size(pictures:Sequence[Image.Image]) -> np.ndarray: # (n, pixels) in [0, 1]
     return np.stack([np.asarray(p.reduce(2)).ravel()/255 for p in pictures])
 
-# %% ../nbs/15_generator.ipynb #cell-054
+# %% ../nbs/15_generator.ipynb #cell-049
 def follows_text(generator:Any, # a PersonGenerator
                  pairs:Pairs, # held-out, with regions
                  n:int=200, # captions
@@ -384,49 +384,19 @@ def follows_text(generator:Any, # a PersonGenerator
     parts = [both(lambda p: colour_accuracy(p, pairs, index, seed), "colour")] + ([] if train is None else [both(lambda p: kind_accuracy(p, pairs, index, train), "kind")])
     return pd.concat(parts).assign(pictures_per_second=speed), pictures
 
-# %% ../nbs/15_generator.ipynb #cell-060
+# %% ../nbs/15_generator.ipynb #cell-054
 SMALL = GeneratorRecipe(updates=4000, decay_from=.55)      # of the one that ships
 
 def generator_card(run:GeneratorRun, generator:Any, # a PersonGenerator
                    table:pd.DataFrame, n:int # what `follows_text` found on n held-out captions
                   ) -> str:
     "A model card in Markdown: what it is, how well it follows captions, how it was made, and what it is not for."
-    r, rows = run.r, "\n".join(f"| {name} | {int(x.n)} | {x.accuracy:.1f} | {x.shuffled:.1f} | {x.ceiling:.1f} |" for name, x in table.iterrows())
-    size = sum(p.numel() for p in generator.pipeline.unet.parameters())/1e6
-    return f"""---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [person-retrieval, synthetic]
----
-
-# A small Stable Diffusion of drawn people
-
-Draws a person of *synth-world* from a sentence, {generator.image_size[0]} x {generator.image_size[1]} pixels. It is a `StableDiffusionPipeline` whose VAE is a patch codec, with a UNet of {size:.1f} M parameters at one resolution and the frozen text tower of the shipped CLIP.
-
-```python
-from tipr_nb.pictures import PersonGenerator
-PersonGenerator.from_pretrained("generator-synth-world").generate(["a woman in a red coat and blue jeans"])[0]
-```
-
-## Does it follow the caption?
-
-{n} captions of people it never saw; garment colours read off the garment's region, kinds by a linear probe on pixels fitted on true portraits. Percent; *shuffled* is the same with pictures exchanged between captions, *ceiling* the same for true portraits.
-
-| | n | accuracy | shuffled | ceiling |
-|---|---|---|---|---|
-{rows}
-
-{generator.steps} steps, guidance {generator.guidance:g}, {table.pictures_per_second.iloc[0]:.1f} pictures a second where it was measured.
-
-## How it was made
-
-`tipr generate --train --out runs/generator --updates {r.updates} --seed {r.seed}`: {len(run.pairs):,} captions and {len(run.pairs.pictures):,} portraits of *synth-world*, {r.updates:,} updates of {r.batch_size} pictures, AdamW at {r.lr:g}, captions left out in {r.drop_caption:.0%}, average of the weights with decay {r.ema}. No person, camera or annotator of the benchmark synth-pedes was seen.
-
-## Limits
-
-It draws the people of one drawing program. It knows nothing of photographs; for those, give `PersonGenerator.from_pretrained` a real pipeline.
-"""
+    from tipr_nb.hub import fill_card, markdown_table
+    rows = [{"": name, "n": int(x["n"])} | {c: f"{x[c]:.1f}" for c in ("accuracy", "shuffled", "ceiling")} for name, x in table.iterrows()]
+    return fill_card("generator_card", dict(license="apache-2.0", library_name="diffusers", pipeline_tag="text-to-image", tags=["person-retrieval", "synthetic"]),
+                     height=generator.image_size[0], width=generator.image_size[1], parameters=sum(p.numel() for p in generator.pipeline.unet.parameters())/1e6, n=n,
+                     table=markdown_table(rows), steps=generator.steps, guidance=generator.guidance,
+                     speed=table.pictures_per_second.iloc[0], recipe=run.r, captions=len(run.pairs), portraits=len(run.pairs.pictures))
 
 def train_small(out_dir:str|Path, # portraits, run and, at the end, pipeline/
                 photos:int=20_000, # records of synth-world
@@ -450,7 +420,7 @@ def train_small(out_dir:str|Path, # portraits, run and, at the end, pipeline/
     (out/"whole").rename(out/"pipeline")
     return run
 
-# %% ../nbs/15_generator.ipynb #cell-066
+# %% ../nbs/15_generator.ipynb #cell-060
 def portraits_first(job:Any, # of a grid; `hook_args`: steps, photos, and what `tgte.with_pictures` takes
                     dataset:Any) -> dict:
     "Hook of `training.run_grid`: the retriever learns from the generator's training pairs first."
@@ -470,7 +440,7 @@ def portraits_first(job:Any, # of a grid; `hook_args`: steps, photos, and what `
     more = with_pictures(dataclasses.replace(job, settings=job.settings | dict(hook_args=args)), dataset)
     return more | dict(train=more["train"] | dict(encoder=first.model), columns=dict(first_seconds=round(first.train_seconds, 2)))
 
-# %% ../nbs/15_generator.ipynb #cell-069
+# %% ../nbs/15_generator.ipynb #cell-062
 def save_lora(run:GeneratorRun, # trained with recipe.lora above 0
               folder:str|Path):
     "Write a run's LoRA weights in diffusers' form, for `PersonGenerator.from_pretrained(..., lora=folder)`."
@@ -480,3 +450,21 @@ def save_lora(run:GeneratorRun, # trained with recipe.lora above 0
     if not run.r.lora: raise TiprError("this run trained the whole UNet; save its pipeline with PersonGenerator(run.pipeline).save_pretrained(folder)")
     with atomic_path(folder, folder=True) as tmp, quiet_libraries():
         StableDiffusionPipeline.save_lora_weights(str(tmp), unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(run.pipeline.unet)), safe_serialization=True)
+
+def tune_pipeline(source:str|Path, # a pipeline's folder or hub id, in Stable Diffusion's layout
+                  split:Split, # real people with real captions
+                  out_dir:str|Path, # run/ and, at the end, lora/ or pipeline/
+                  rank:int=8, # of the LoRA matrices; 0: the whole UNet
+                  image_size:tuple[int, int]|None=None, # height, width; None: the pipeline's own
+                  updates:int=2000, seed:int=0,
+                  **kwargs # of train_generator
+                 ) -> tuple[GeneratorRun, Path]: # the run, and the folder of what it makes
+    "Fine-tune a pipeline on a split's photos and captions; resumable."
+    from tipr_nb.pictures import PersonGenerator
+    from tipr_nb.pipelines import load_pipeline
+    pipeline, out = load_pipeline(source)[0], Path(out_dir)
+    size = image_size or PersonGenerator(pipeline).image_size
+    recipe = GeneratorRecipe(updates=updates, batch_size=8, lr=1e-4 if rank else 1e-5, lora=rank, seed=seed, ema=None if rank else .999)
+    run, made = train_generator(pipeline, Pairs.of_split(split, size), out/"run", recipe, **kwargs), out/("lora" if rank else "pipeline")
+    if run.step >= updates: save_lora(run, made) if rank else PersonGenerator(run.pipeline, image_size=size).save_pretrained(made)
+    return run, made

@@ -72,11 +72,12 @@ class GIF(Objective):
     def __init__(self, encoder:PersonCLIP, n_ids:int # unused
                  , layers:int=4, heads:int|None=None, residual:bool=False # of `Fusion`
                  , paired:bool=False # feed the caption's own photo instead of another of the same person
+                 , photo_gradient:bool=False # the towers learn through the photo that is fed, too (a third more time)
                  , keep:bool=False # the fusion travels in the checkpoint
                  , log_every:int=50 # calls between measurements of the reliance; 0: never
                  , temperature:float=.015, margin:float=.1, reduction:str="sum"):
         super().__init__(encoder, n_ids)
-        self.paired, self.kept, self.log_every, self.calls, self.tal = paired, keep, log_every, 0, dict(temperature=temperature, margin=margin, reduction=reduction)
+        self.paired, self.photo_gradient, self.kept, self.log_every, self.calls, self.tal = paired, photo_gradient, keep, log_every, 0, dict(temperature=temperature, margin=margin, reduction=reduction)
         made:dict[str, Any] = dict(heads=heads, layers=layers, residual=residual)
         if keep: fusion_of(encoder, **made)
         else: self.fusion = Fusion(encoder.dim, **made)
@@ -94,7 +95,8 @@ class GIF(Objective):
 
     def photo(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor: # (b, n, d)
         "Tokens of the photo that is fed: another of the same person, or the caption's own."
-        if self.paired: return features.image_tokens # type: ignore[return-value]
+        own:Any = features.image_tokens
+        if self.paired: return own if self.photo_gradient else own.detach()
         other = (getattr(batch, "extra", None) or {}).get("other")
         if other is None: raise TiprError("GIF: the batch holds no other photo of each person; add 'other' to the recipe's extra_fields, or set paired=True")
-        return encoder.image_features(other)[1] # type: ignore[return-value]
+        with torch.set_grad_enabled(self.photo_gradient and torch.is_grad_enabled()): return encoder.image_features(other)[1] # type: ignore[return-value]

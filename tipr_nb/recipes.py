@@ -142,7 +142,7 @@ _SEN_SOLVER:dict[str, Any] = dict(batch_size=128, sampler="identity", per_id=2, 
                    groups=[("cross", dict(lr_scale=5.)), ("bias$", dict(lr_scale=2., weight_decay=0.)), ("classifier", dict(lr_scale=5.))])
 _GEA_SOLVER:dict[str, Any] = dict(batch_size=64, optimizer="adam")
 _SEN = [("SDM", {}), ("ID", {}), ("TIR", dict(weight=10.)), ("CMT", dict(weight=10.))]
-_GEA = [("TGTE", {}), ("GIF", {})]
+_GEA = [("TAL", {}), ("TGTE", dict(picture_weight=.2, weight=.3)), ("GIF", dict(weight=.1))]
 
 # %% ../nbs/08a_recipes.ipynb #cell-018
 _TINY:dict[str, Any] = dict(arch="tipr-tiny", pretrained="synth-world", image_size=(96, 32), batch_size=128, epochs=2, warmup_epochs=.2, optimizer="adamw", lr=3e-4, eps=1e-8,
@@ -160,7 +160,8 @@ RECIPES = {r.name: r for r in [
     Recipe("gea-sen", _GEA + _SEN, caption_transform="prune", extra_fields=("generated", "other"), **_SEN_SOLVER)]}
 RECIPES |= {f"{n}-tiny": r.but(name=f"{n}-tiny", **_TINY) for n, r in list(RECIPES.items())}
 RECIPES["clip-tiny"].lr = 1e-4
-RECIPES["sen-tiny"].groups = [("decoder", dict(lr_scale=5.))]
+RECIPES["sen-tiny"].groups = RECIPES["gea-sen-tiny"].groups = [("decoder", dict(lr_scale=5.))]
+for n in ("gea-tiny", "gea-sen-tiny"): RECIPES[n].objectives = [(o, kw | dict(layers=1) if o == "GIF" else kw) for o, kw in RECIPES[n].objectives]
 RECIPES |= {n: RECIPES["clip-tiny"].but(name=n, **_PRETRAIN) for n in ("pretrain-tiny", "synth-world-pretrain")}
 
 # %% ../nbs/08a_recipes.ipynb #cell-021

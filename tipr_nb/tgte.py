@@ -86,8 +86,8 @@ def picture_feature(encoder:PersonCLIP, images:Tensor, # (b, 3, h, w) normalised
     raw, tokens = encoder.image_features(images)
     if not share: return unit(raw)
     if tokens is None: raise TiprError(f"{encoder.arch}: gives no tokens; use share=0, or a plain ViT such as ViT-B-16")
-    asking:Any = text   # the token form needs it
-    return attend(asking, tokens[:, 1:], share, temperature)
+    if text is None: raise TiprError(f"share={share}: in the token form the caption attends; give text, the captions' features")
+    return attend(text, tokens[:, 1:], share, temperature)
 
 # %% ../nbs/03_tgte.ipynb #cell-033
 class Imagining:

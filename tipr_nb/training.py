@@ -162,7 +162,7 @@ class Job:
 # %% ../nbs/09_training.ipynb #cell-029
 def read_grid(spec:str|Path|dict # TOML or JSON file, or the same as a dict
              ) -> list[Job]:
-    "Rows x seeds, all checked before anything runs."
+    "Rows x seeds, all checked before anything runs; every row's first seed comes before any second, so that a grid cut short compares."
     where = "grid" if isinstance(spec, dict) else Path(spec).name
     grid = spec if isinstance(spec, dict) else _read_spec(Path(spec))
     for n, table in enumerate([grid, *grid.get("rows", [])]):
@@ -176,7 +176,7 @@ def read_grid(spec:str|Path|dict # TOML or JSON file, or the same as a dict
         if name in names: raise TiprError(f"{where}, row {n}: another row is called {name!r} too; give each its own name")
         names.add(name)
         jobs += [Job(name, get_recipe(s["recipe"]).but(**s["set"], seed=int(seed), name=name), s) for seed in s.get("seeds", [0])]
-    return jobs
+    return sorted(jobs, key=lambda j: [int(s) for s in j.settings.get("seeds", [0])].index(j.recipe.seed))
 
 # %% ../nbs/09_training.ipynb #cell-030
 def _read_spec(path:Path) -> dict:
