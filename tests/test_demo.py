@@ -8,7 +8,7 @@ import pytest
 from tipr_nb import demo
 from tipr_nb.core import TiprError, read_json
 
-TINY = dict(n_ids=(40, 8, 25), changes=dict(epochs=2, batch_size=16, arch="tipr-nano", pretrained=None, precision="no", lr=2e-3), queries=4, depth=6, quick=True)
+TINY = dict(n_ids=(40, 8, 25), changes=dict(epochs=2, batch_size=16, arch="tipr-nano", pretrained=None, precision="no", lr=2e-3), picture_share=.5, queries=4, depth=6, quick=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_page_shows_what_was_measured(made):
     for k in ("r1", "r5", "r10", "mAP", "mINP"):
         low, high = numbers["test"]["intervals"][k]
         assert f">{numbers['test'][k]:.1f}<small>" in text and f"{low:.1f} to {high:.1f}" in text and low <= numbers["test"][k] <= high
-    assert page.count('<article class="query">') == 4 and page.count('class="shot hit') + page.count('class="shot miss') == 4*6
+    assert page.count('<article class="query">') == 4 and page.count('class="shot hit') + page.count('class="shot miss') == 2*4*6 and page.count('>imagined<') == 4
     assert "quick" in page and f"seed {0}" in page
 
 
@@ -136,7 +136,7 @@ def test_killed_demo_goes_on(tmp_path):
     env = os.environ | {"TIPR_CACHE": str(tmp_path/"cache")}
     start = lambda out: subprocess.Popen([sys.executable, "-u", "-c", code, str(tmp_path/out)], stdout=subprocess.PIPE, text=True, env=env)
     with start("whole") as p: assert p.wait(timeout=600) == 0
-    for sign in ("[1/4]", "epoch 3 of", "epoch 17 of", "[3/4]", "[4/4]"):
+    for sign in ("[1/7]", "epoch 3 of", "epoch 17 of", "[3/7]", "epoch 4 of 4", "[7/7]"):
         with start("killed") as p:
             for line in p.stdout:
                 if sign in line: break
