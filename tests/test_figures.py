@@ -93,6 +93,16 @@ def test_retrieval_grid_refuses(args):
     with pytest.raises(TiprError, match="retrieval_grid"): F.retrieval_grid(*args)
 
 
+def test_difference_plot():
+    d = pd.DataFrame(dict(difference=[.5, -.2], lo=[.1, -.6], hi=[.9, .2]), index=["better", ("worse", "caption")])
+    fig = F.difference_plot({"r1": d, "mAP": d.iloc[:1]}, title="gains")
+    ax = fig.axes[0]
+    assert [x.get_text() for x in ax.get_yticklabels()] == ["better", "worse, caption"] and len(ax.get_legend().texts) == 2
+    lone = pd.DataFrame(dict(difference=[1.], lo=[np.nan], hi=[np.nan]), index=["one seed"])
+    assert "one seed" in F.difference_plot(lone).svg("d", "differences")
+    with pytest.raises(TiprError, match="grid_differences"): F.difference_plot(d[["lo"]])
+
+
 def test_learning_curve():
     rows = [dict(step=s, loss=3. - s/100, **{"loss/ITC": 3. - s/100}) for s in range(0, 100, 10)] + [{"step": 90, "val/r1": 40., "val/mAP": 30.}]
     fig = F.learning_curve(rows, best=90)

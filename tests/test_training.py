@@ -13,7 +13,7 @@ from tipr_nb.core import TiprError, shipped_weights
 from tipr_nb.recipes import RECIPES, Recipe, get_recipe
 from tipr_nb.loop import Callback, NaNGuard, Retriever, Trainer, build_encoder, build_objectives, dataset_from_arrays, lr_factor, param_groups
 from tipr_nb.runs import Checkpoints, data_hash
-from tipr_nb.training import GridTable, grid_summary, read_grid, run_grid, share_of_ids, train
+from tipr_nb.training import GridTable, grid_differences, grid_summary, read_grid, run_grid, share_of_ids, train
 
 HERE = Path(__file__).resolve().parent
 NANO = dict(arch="tipr-nano", pretrained=None, precision="no", batch_size=16, epochs=2, warmup_epochs=1, lr=1e-3, log_every=2)
@@ -332,6 +332,26 @@ class TestGrid:
         assert list(summary.index) == ["ITC", "TAL"] and (summary.seeds == 2).all() and "±" in summary.r1["ITC"]
         assert not list((tmp_path/"t-runs").rglob("last-*")) and len(list((tmp_path/"t-runs").rglob("test.json"))) == 4
 
+    def test_every_row_s_first_seed_comes_first(self, grid):
+        jobs = read_grid(dict(grid, seeds=[3, 1], rows=[*grid["rows"], dict(name="lone", recipe="clip-tiny", seeds=[7])]))
+        n = len(grid["rows"])
+        assert [j.recipe.seed for j in jobs] == [3]*n + [7] + [1]*n and [j.row for j in jobs[:n]] == [j.row for j in jobs[n + 1:]]
+
+    def test_differences_are_paired_by_seed(self):
+        from scipy.stats import ttest_rel
+        rng = np.random.default_rng(0)
+        x, y = rng.normal(50, 3, 5), rng.normal(0, .4, 5) + .5
+        t = pd.DataFrame([dict(row=r, query=q, seed=s, captions="all", split="test", status="done", r1=v[s]) for r, q, v in (("a", "caption", x), ("b", "caption", x + y), ("b", "picture", x + 2*y)) for s in range(5) if (r, q, s) != ("b", "picture", 4)])
+        t = pd.concat([t, t.assign(status="failed", r1=0., seed=9)])
+        d = grid_differences(t, ("a", "caption"), by=["row", "query"])
+        want = ttest_rel(x + y, x).confidence_interval()
+        assert d.loc[("b", "caption"), ["lo", "hi"]].tolist() == pytest.approx([want.low, want.high]) and d.seeds.tolist() == [5, 4]
+        assert (d.detectable > d.hi - d.difference).all()
+        one = grid_differences(t[t.seed == 0], ("a", "caption"), by=["row", "query"])
+        assert one.lo.isna().all() and one.difference.notna().all() and (one.seeds == 1).all()
+        with pytest.raises(TiprError, match="no such line"): grid_differences(t, ("c", "caption"), by=["row", "query"])
+        with pytest.raises(TiprError, match="more than one row"): grid_differences(t, "a")
+
     def test_killed_between_training_and_writing(self, people, grid, tmp_path, monkeypatch):
         grid = dict(grid, seeds=[0], rows=grid["rows"][:1])
         def die(*a): raise KeyboardInterrupt
@@ -367,7 +387,7 @@ class TestGrid:
     def test_files(self, tmp_path):
         (tmp_path/"g.toml").write_text('seeds = [0, 1]\n[set]\nepochs = 3\n[[rows]]\nrecipe = "clip-tiny"\n[[rows]]\nname = "b"\nrecipe = "tal-tiny"\nset = {lr = 1e-4}\n')
         jobs = read_grid(tmp_path/"g.toml")
-        assert [(j.row, j.recipe.seed, j.recipe.epochs, j.recipe.lr) for j in jobs] == [("clip-tiny", 0, 3, 1e-4), ("clip-tiny", 1, 3, 1e-4), ("b", 0, 3, 1e-4), ("b", 1, 3, 1e-4)]
+        assert [(j.row, j.recipe.seed, j.recipe.epochs, j.recipe.lr) for j in jobs] == [("clip-tiny", 0, 3, 1e-4), ("b", 0, 3, 1e-4), ("clip-tiny", 1, 3, 1e-4), ("b", 1, 3, 1e-4)]
         (tmp_path/"bad.toml").write_text("rows = [")
         for name, words in (("bad.toml", "not TOML"), ("none.toml", "no such file"), ("none.json", "no such file")):
             with pytest.raises(TiprError, match=words): read_grid(tmp_path/name)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'LINE', 'PAPER', 'COLORS', 'HIT', 'MISS', 'HEAT', 'style', 'Plot', 'canvas', 'sheet', 'as_picture',
            'data_uri', 'text_width', 'wrap', 'place', 'contact_sheet', 'retrieval_grid', 'learning_curve', 'nice',
-           'caption_lengths', 'interval_bars', 'score_curve', 'weight_sweep', 'seed_dots', 'joint_tsne', 'tsne_map',
-           'word_patch_maps', 'overlay', 'heatmap_grid', 'word_weights', 'diagram']
+           'caption_lengths', 'interval_bars', 'score_curve', 'weight_sweep', 'seed_dots', 'difference_plot',
+           'joint_tsne', 'tsne_map', 'word_patch_maps', 'overlay', 'heatmap_grid', 'word_weights', 'diagram']
 
 # %% ../nbs/10_figures.ipynb #cell-002
 import base64, contextlib, html, io, math, re
@@ -424,6 +424,26 @@ def seed_dots(table, row:str="row", y:str="r1" # columns; one row per row and se
         ax.set_title(title, pad=24 if hue else None)
         _lie_down(ax)
         if hue: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), borderaxespad=.1, handletextpad=.1, columnspacing=1)
+    return fig
+
+# %% ../nbs/10_figures.ipynb #fc95f6cc
+def difference_plot(parts, # table with difference, lo and hi, a line per row, as `training.grid_differences` gives it; a mapping of name -> table draws several, in colours
+                   title:str="", xlabel:str="points against the baseline, paired by seed, 95 %", width:float=6.4) -> Plot:
+    "Mean differences with their intervals."
+    parts = {"": parts} if isinstance(parts, pd.DataFrame) else dict(parts)
+    if not parts or any(c not in d for d in parts.values() for c in ("difference", "lo", "hi")): raise TiprError("difference_plot: a table needs the columns difference, lo and hi; make it with training.grid_differences")
+    rows = list(dict.fromkeys(r for d in parts.values() for r in d.index))
+    with style():
+        fig, ax = canvas(width, .75 + (.2 + .16*len(parts))*len(rows) + (.3 if title else 0))
+        for k, ((name, d), color) in enumerate(zip(parts.items(), COLORS*3)):
+            y = np.array([rows.index(r) for r in d.index]) + (k - (len(parts) - 1)/2)*.62/len(parts)
+            ax.hlines(y, d["lo"], d["hi"], color=color, lw=2, alpha=.6)
+            ax.plot(d["difference"], y, "o", color=color, ms=5, mew=0, label=name)
+        ax.axvline(0, color=MUTED, lw=1)
+        ax.set(yticks=range(len(rows)), yticklabels=[r if isinstance(r, str) else ", ".join(map(str, r)) for r in rows], xlabel=xlabel, ylim=(len(rows) - .4, -.6))
+        ax.set_title(title, pad=24 if len(parts) > 1 else None)
+        _lie_down(ax)
+        if len(parts) > 1: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts), borderaxespad=.1, handletextpad=.1, columnspacing=1)
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-052
