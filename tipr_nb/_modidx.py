@@ -636,6 +636,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'tipr_nb.figures.diagram': ('figures.html#diagram', 'tipr_nb/figures.py'),
                                  'tipr_nb.figures.difference_plot': ('figures.html#difference_plot', 'tipr_nb/figures.py'),
                                  'tipr_nb.figures.heatmap_grid': ('figures.html#heatmap_grid', 'tipr_nb/figures.py'),
+                                 'tipr_nb.figures.interaction_maps': ('figures.html#interaction_maps', 'tipr_nb/figures.py'),
                                  'tipr_nb.figures.interval_bars': ('figures.html#interval_bars', 'tipr_nb/figures.py'),
                                  'tipr_nb.figures.joint_tsne': ('figures.html#joint_tsne', 'tipr_nb/figures.py'),
                                  'tipr_nb.figures.learning_curve': ('figures.html#learning_curve', 'tipr_nb/figures.py'),

@@ -6,7 +6,8 @@
 __all__ = ['INK', 'MUTED', 'LINE', 'PAPER', 'COLORS', 'HIT', 'MISS', 'HEAT', 'style', 'Plot', 'canvas', 'sheet', 'as_picture',
            'data_uri', 'text_width', 'wrap', 'place', 'contact_sheet', 'retrieval_grid', 'learning_curve', 'nice',
            'caption_lengths', 'interval_bars', 'score_curve', 'weight_sweep', 'seed_dots', 'difference_plot',
-           'joint_tsne', 'tsne_map', 'word_patch_maps', 'overlay', 'heatmap_grid', 'word_weights', 'diagram']
+           'joint_tsne', 'tsne_map', 'word_patch_maps', 'overlay', 'heatmap_grid', 'word_weights', 'interaction_maps',
+           'diagram']
 
 # %% ../nbs/10_figures.ipynb #cell-002
 import base64, contextlib, html, io, math, re
@@ -426,7 +427,7 @@ def seed_dots(table, row:str="row", y:str="r1" # columns; one row per row and se
         if hue: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), borderaxespad=.1, handletextpad=.1, columnspacing=1)
     return fig
 
-# %% ../nbs/10_figures.ipynb #fc95f6cc
+# %% ../nbs/10_figures.ipynb #cell-051
 def difference_plot(parts, # table with difference, lo and hi, a line per row, as `training.grid_differences` gives it; a mapping of name -> table draws several, in colours
                    title:str="", xlabel:str="points against the baseline, paired by seed, 95 %", width:float=6.4) -> Plot:
     "Mean differences with their intervals."
@@ -446,7 +447,7 @@ def difference_plot(parts, # table with difference, lo and hi, a line per row, a
         if len(parts) > 1: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts), borderaxespad=.1, handletextpad=.1, columnspacing=1)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-052
+# %% ../nbs/10_figures.ipynb #cell-055
 def joint_tsne(features:Mapping[str, Any] # kind -> (n, d) features, all kinds with the same d
               , perplexity:float|None=None # about how many neighbours count; a third of the points, at most 30, when None
               , seed:int=0) -> dict[str, np.ndarray]: # kind -> (n, 2)
@@ -484,7 +485,7 @@ def tsne_map(features:Mapping[str, Any] # kind -> (n, d) features; row i of ever
         for side in ax.spines.values(): side.set(visible=True, color=LINE)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-056
+# %% ../nbs/10_figures.ipynb #cell-059
 def word_patch_maps(patches # (n, d) patch tokens of one picture, without the class token
                    , words # (L, d) word tokens of one caption
                    , grid:tuple[int, int] # rows and columns of patches
@@ -497,7 +498,7 @@ def word_patch_maps(patches # (n, d) patch tokens of one picture, without the cl
     maps = unit(w) @ unit(p).T
     return (maps - maps.mean(0)*(centre and len(maps) > 1)).reshape(len(w), *grid)
 
-# %% ../nbs/10_figures.ipynb #cell-057
+# %% ../nbs/10_figures.ipynb #cell-060
 def overlay(picture, heat # (rows, columns), any scale
            , alpha:float=.78 # strongest cover
            , span:tuple[float, float]|None=None # values drawn as coldest and hottest; this map's own when None
@@ -514,7 +515,7 @@ def overlay(picture, heat # (rows, columns), any scale
     hot = matplotlib.colormaps[HEAT](.2 + .58*smooth[..., 0])[..., :3]
     return ((base*(1 - alpha*smooth) + hot*alpha*smooth)*255 + .5).astype(np.uint8)
 
-# %% ../nbs/10_figures.ipynb #cell-058
+# %% ../nbs/10_figures.ipynb #cell-061
 def heatmap_grid(pictures:Sequence # one per row
                 , maps:Mapping[str, Sequence] # column title -> one (rows, columns) map per picture
                 , texts:Sequence[str]|None=None # a sentence per row
@@ -538,7 +539,7 @@ def heatmap_grid(pictures:Sequence # one per row
             for c, m in enumerate(row): place(ax, overlay(picture, m, span=span), left + (c + 1)*(cell[0] + gap), top + r*height, *cell)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-062
+# %% ../nbs/10_figures.ipynb #cell-065
 def word_weights(sentences:Sequence[Sequence[str]] # words of each sentence
                 , weights:Sequence[Sequence[float]] # one number per word, e.g. by how much Rank-1's score falls when the word is left out
                 , points:float=10, width:float=6.4, title:str="") -> Plot:
@@ -562,7 +563,24 @@ def word_weights(sentences:Sequence[Sequence[str]] # words of each sentence
             _say(ax, word, x + w/2, y + line*.37, points, ha="center", va="center")
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-066
+# %% ../nbs/10_figures.ipynb #cell-068
+def interaction_maps(encoder, # a PersonCLIP with patch tokens
+                     picture, # (3, h, w) normalised
+                     caption:str, phrases:Sequence[str], # parts of the caption, left out in turn
+                     instead:str="clothes" # what stands in their place
+                    ) -> np.ndarray: # (phrases, rows, columns); positive where the patch shows what the phrase says
+    "How much of a phrase's part in the similarity hangs on each patch, by leaving both out."
+    import torch
+    for p in phrases:
+        if p not in caption: raise TiprError(f"interaction_maps: {p!r} is no part of the caption {caption!r}")
+    n = encoder.grid[0]*encoder.grid[1]
+    others = torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)       # row i: all patches but i
+    with torch.no_grad():
+        t, x = encoder.encode_text([caption, *(caption.replace(p, instead) for p in phrases)]), picture[None].to(encoder.device)
+        v, less = (torch.nn.functional.normalize(encoder.encode_kept(x.expand(len(k), -1, -1, -1), k.to(x.device))[:, 0].float(), dim=-1) for k in (torch.arange(n)[None], others))
+        return ((t[:1] - t[1:]) @ (v - less).T).view(len(phrases), *encoder.grid).cpu().numpy()
+
+# %% ../nbs/10_figures.ipynb #cell-072
 def diagram(boxes:Mapping[str, tuple] # name -> (x, y, text) or (x, y, text, colour): centre in inches from the top left
            , arrows:Sequence[tuple] # (from, to) or (from, to, words beside it)
            , width:float, height:float # inches
