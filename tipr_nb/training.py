@@ -346,7 +346,7 @@ def grid_summary(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
     cells = {m: [f"{a:.1f} ± {s:.1f}" if n > 1 else f"{a:.1f}" for a, s, n in zip(g[m].mean(), g[m].std(), g.size())] for m in metrics}
     return pd.DataFrame(cells, index=g.size().index).assign(seeds=g.size(), train_seconds=g["train_seconds"].mean().round(1))
 
-# %% ../nbs/09_training.ipynb #37317b79
+# %% ../nbs/09_training.ipynb #cell-050
 def grid_differences(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
                      baseline:str|tuple, # what all others are compared with: a row, or one value for each column of `by`
                      metric:str="r1", by:str|Sequence[str]="row", # columns that tell the lines apart, such as ["row", "query"]
