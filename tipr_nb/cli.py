@@ -234,7 +234,7 @@ def _learn(text, data:str, root:Path|None, split:str, out:Path, generator:str|No
         run = train_small(out, recipe=dataclasses.replace(SMALL, seed=seed, updates=updates or SMALL.updates), max_seconds=max_seconds)
         made, use = out/"pipeline", f"--generator {out/'pipeline'}"
     else:
-        run, made = tune_pipeline(generator, open_dataset(data, root, need=()).splits[split], out, rank, size and parse_size(size), updates or 2000, seed, max_seconds=max_seconds)
+        run, made = tune_pipeline(generator, open_dataset(data, root, need=()).splits[split], out, rank, parse_size(size) if size else None, updates or 2000, seed, max_seconds=max_seconds)
         use = f"--generator {generator} --lora {made}" if rank else f"--generator {made}"
     if run.step < run.r.updates: return tell(f"stopped after {run.step:,} of {run.r.updates:,} updates; the same command goes on")
     tell(f"{run.step:,} updates done, loss {run.history.rows[-1]['loss']:.3f}\ngenerator: {made}\nnext:      tipr generate --data {data} {use}")

@@ -138,9 +138,9 @@ def query_card(split, query:int, rankings:dict[str, tuple] # method -> what `top
     columns = {k: v[query] for k, v in split.caption_columns.items()}
     tags = [str(columns["kind"])] if "kind" in columns else []
     if "completeness" in columns: tags.append(f"{float(columns['completeness']):.0%} of what is visible")
-    rows = []
+    rows, drawn = [], imagined or {}
     for name, (order, hits, rank) in rankings.items():
-        asked = (shot(imagined[name], "a picture drawn from the sentence", caption="imagined", cls="asked") if name in (imagined or {}) else
+        asked = (shot(drawn[name], "a picture drawn from the sentence", caption="imagined", cls="asked") if name in drawn else
                  shot(split.images[split.caption_image[query]], "the person described", caption="described", cls="asked"))
         shots = [shot(split.images[i], f"rank {r + 1}, {'the right person' if hit else 'another person'}", "hit" if hit else "miss", str(r + 1)) for r, (i, hit) in enumerate(zip(order, hits))]
         rows.append(f'<div class="ranking">{f"""<p class="method">{esc(name)}</p>""" if len(rankings) > 1 else ""}{asked}<span class="gap"></span>{"".join(shots)}</div>')

@@ -463,8 +463,8 @@ def tune_pipeline(source:str|Path, # a pipeline's folder or hub id, in Stable Di
     from tipr_nb.pictures import PersonGenerator
     from tipr_nb.pipelines import load_pipeline
     pipeline, out = load_pipeline(source)[0], Path(out_dir)
-    size = image_size or PersonGenerator(pipeline).image_size
+    h, w = image_size or PersonGenerator(pipeline).image_size
     recipe = GeneratorRecipe(updates=updates, batch_size=8, lr=1e-4 if rank else 1e-5, lora=rank, seed=seed, ema=None if rank else .999)
-    run, made = train_generator(pipeline, Pairs.of_split(split, size), out/"run", recipe, **kwargs), out/("lora" if rank else "pipeline")
-    if run.step >= updates: save_lora(run, made) if rank else PersonGenerator(run.pipeline, image_size=size).save_pretrained(made)
+    run, made = train_generator(pipeline, Pairs.of_split(split, (h, w)), out/"run", recipe, **kwargs), out/("lora" if rank else "pipeline")
+    if run.step >= updates: save_lora(run, made) if rank else PersonGenerator(run.pipeline, image_size=(h, w)).save_pretrained(made)
     return run, made
