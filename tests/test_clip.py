@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from tipr_nb import backbones as B, clip as C, tokens as T
-from tipr_nb.clip import OBJECTIVES, Features, Objective, PersonCLIP, build_objective, id_loss, itc_loss, register_objective, sdm_loss, tal_loss, unit
+from tipr_nb.clip import OBJECTIVES, Features, Objective, PersonCLIP, build_objective, id_loss, interaction_maps, itc_loss, register_objective, sdm_loss, tal_loss, unit
 from tipr_nb.backbones import SelfAttention
 from tipr_nb.core import TiprError
 from tipr_nb.data import CLIP_MEAN, CLIP_STD
@@ -669,3 +669,17 @@ def test_two_processes_equal_one(tmp_path):
 def test_gather_is_nothing_alone():
     f = Features(*(torch.randn(2, 3) for _ in range(4)), torch.arange(2), torch.tensor(1.))
     assert C.gather_features(f) is f and f.local == slice(0, 2)
+
+
+def test_interaction_maps():
+    torch.manual_seed(0)
+    nano = PersonCLIP("tipr-nano").eval()
+    x = torch.randn(3, *nano.image_size)
+    maps = interaction_maps(nano, x, "a man in a red coat", ["red coat", "man"])
+    assert maps.shape == (2, *nano.grid)
+    t = nano.encode_text(["a man in a red coat", "a man in a clothes"])
+    keep = torch.tensor([[k for k in range(nano.grid[0]*nano.grid[1]) if k != 5]])
+    unit = lambda v: torch.nn.functional.normalize(v.float(), dim=-1)
+    with torch.no_grad(): v, less = unit(nano.image_features(x[None])[0]), unit(nano.image_features(x[None], keep)[0])
+    assert maps[0].flatten()[5].item() == pytest.approx(((t[0] - t[1]) @ (v - less)[0]).item(), abs=1e-5)
+    with pytest.raises(TiprError, match="no part of the caption"): interaction_maps(nano, x, "a man", ["coat"])

@@ -103,22 +103,6 @@ def test_difference_plot():
     with pytest.raises(TiprError, match="grid_differences"): F.difference_plot(d[["lo"]])
 
 
-def test_interaction_maps():
-    import torch
-    from tipr_nb.clip import PersonCLIP
-    torch.manual_seed(0)
-    nano = PersonCLIP("tipr-nano").eval()
-    x = torch.randn(3, *nano.image_size)
-    maps = F.interaction_maps(nano, x, "a man in a red coat", ["red coat", "man"])
-    assert maps.shape == (2, *nano.grid)
-    t = nano.encode_text(["a man in a red coat", "a man in a clothes"])
-    keep = torch.tensor([[k for k in range(nano.grid[0]*nano.grid[1]) if k != 5]])
-    unit = lambda v: torch.nn.functional.normalize(v.float(), dim=-1)
-    with torch.no_grad(): v, less = unit(nano.image_features(x[None])[0]), unit(nano.image_features(x[None], keep)[0])
-    assert maps[0].flat[5] == pytest.approx(((t[0] - t[1]) @ (v - less)[0]).item(), abs=1e-5)
-    with pytest.raises(TiprError, match="no part of the caption"): F.interaction_maps(nano, x, "a man", ["coat"])
-
-
 def test_learning_curve():
     rows = [dict(step=s, loss=3. - s/100, **{"loss/ITC": 3. - s/100}) for s in range(0, 100, 10)] + [{"step": 90, "val/r1": 40., "val/mAP": 30.}]
     fig = F.learning_curve(rows, best=90)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Features', 'gather_rows', 'gather_features', 'Towers', 'read_safetensors', 'write_safetensors',
            'load_strict', 'Saving', 'PersonCLIP', 'match_activation', 'fetch_tag', 'Objective', 'register_objective',
-           'ITC', 'SDM', 'ID', 'TAL', 'build_objective', 'id_loss', 'itc_loss', 'sdm_loss', 'tal_loss', 'unit',
-           'vocab_and_merges', 'lean_attention']
+           'ITC', 'SDM', 'ID', 'TAL', 'build_objective', 'interaction_maps', 'id_loss', 'itc_loss', 'sdm_loss',
+           'tal_loss', 'unit', 'vocab_and_merges', 'lean_attention']
 
 # %% ../nbs/02_clip.ipynb #cell-002
 import difflib, functools, inspect, math, re, warnings
@@ -458,3 +458,19 @@ def build_objective(name:str, encoder:PersonCLIP, n_ids:int # training identitie
     if wrong := [k for k in kwargs if k not in known]: raise TiprError(f"objective {name}: no argument {wrong[0]!r}; it takes {', '.join(known) or 'none'}")
     if cls.needs_tokens and not encoder.has_tokens: raise TiprError(f"objective {name} needs token features, which {encoder.arch} does not give; use a plain ViT such as ViT-B-16")
     return cls(encoder, n_ids, **kwargs)
+
+# %% ../nbs/02_clip.ipynb #cell-042
+def interaction_maps(encoder:PersonCLIP, # with patch tokens
+                     picture:Tensor, # (3, h, w) normalised
+                     caption:str, phrases:Sequence[str], # parts of the caption, left out in turn
+                     instead:str="clothes" # what stands in their place
+                    ) -> Tensor: # (phrases, rows, columns); positive where the patch shows what the phrase says
+    "How much of a phrase's part in the similarity hangs on each patch, by leaving both out."
+    for p in phrases:
+        if p not in caption: raise TiprError(f"interaction_maps: {p!r} is no part of the caption {caption!r}")
+    n = encoder.grid[0]*encoder.grid[1]
+    others = torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)       # row i: all patches but i
+    with torch.no_grad():
+        t, x = encoder.encode_text([caption, *(caption.replace(p, instead) for p in phrases)]), picture[None].to(encoder.device)
+        v, less = (unit(encoder.encode_kept(x.expand(len(k), -1, -1, -1), k.to(x.device))[:, 0]) for k in (torch.arange(n)[None], others))
+        return ((t[:1] - t[1:]) @ (v - less).T).view(len(phrases), *encoder.grid).cpu()

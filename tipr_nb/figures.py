@@ -6,8 +6,7 @@
 __all__ = ['INK', 'MUTED', 'LINE', 'PAPER', 'COLORS', 'HIT', 'MISS', 'HEAT', 'style', 'Plot', 'canvas', 'sheet', 'as_picture',
            'data_uri', 'text_width', 'wrap', 'place', 'contact_sheet', 'retrieval_grid', 'learning_curve', 'nice',
            'caption_lengths', 'interval_bars', 'score_curve', 'weight_sweep', 'seed_dots', 'difference_plot',
-           'joint_tsne', 'tsne_map', 'word_patch_maps', 'overlay', 'heatmap_grid', 'word_weights', 'interaction_maps',
-           'diagram']
+           'joint_tsne', 'tsne_map', 'word_patch_maps', 'overlay', 'heatmap_grid', 'word_weights', 'diagram']
 
 # %% ../nbs/10_figures.ipynb #cell-002
 import base64, contextlib, html, io, math, re
@@ -23,13 +22,13 @@ from PIL import Image, ImageOps
 
 from .core import TiprError
 
-# %% ../nbs/10_figures.ipynb #cell-006
+# %% ../nbs/10_figures.ipynb #cell-005
 INK, MUTED, LINE, PAPER = "#1b1f24", "#667085", "#e4e7ec", "#ffffff"   # text, second text, grid lines, background
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B4B4B"]   # Okabe and Ito's palette, in order of use
 HIT, MISS = "#008a63", "#d1372a"   # frames around a picture
 HEAT = "inferno"                   # colour map of every heatmap, its middle part
 
-# %% ../nbs/10_figures.ipynb #cell-010
+# %% ../nbs/10_figures.ipynb #cell-009
 _RC = {"axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titlepad": 10, "axes.labelsize": 9.5, "axes.labelcolor": MUTED,
        "axes.edgecolor": "#b8bec8", "axes.linewidth": .8, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
        "text.color": INK, "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 9, "ytick.labelsize": 9, "xtick.major.size": 3,
@@ -44,7 +43,7 @@ def style():
     rc = {**sns.axes_style("ticks"), **sns.plotting_context("notebook"), **_RC, "axes.prop_cycle": matplotlib.cycler(color=COLORS)}
     with matplotlib.rc_context(rc): yield
 
-# %% ../nbs/10_figures.ipynb #cell-013
+# %% ../nbs/10_figures.ipynb #cell-012
 class Plot(Figure):
     "A matplotlib figure that shows itself once in a notebook, and can be put into a page."
     def png(self, dpi:int=110 # dots per inch
@@ -79,7 +78,7 @@ def canvas(width:float=6.4 # inches
     fig = Plot(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(nrows, ncols, **kwargs)
 
-# %% ../nbs/10_figures.ipynb #cell-017
+# %% ../nbs/10_figures.ipynb #cell-015
 def sheet(width:float # inches
          , height:float # inches
          ) -> tuple[Plot, Any]:
@@ -90,7 +89,7 @@ def sheet(width:float # inches
     ax.axis("off")
     return fig, ax
 
-# %% ../nbs/10_figures.ipynb #cell-018
+# %% ../nbs/10_figures.ipynb #cell-016
 def as_picture(x # path, PIL image, (h, w, 3) uint8 array, or (3, h, w) tensor or array in [0, 1] or uint8
               ) -> np.ndarray: # (h, w, 3) uint8
     "Any of the usual forms of a picture as an RGB array."
@@ -115,7 +114,7 @@ def data_uri(picture # anything `as_picture` takes
     im.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/10_figures.ipynb #cell-022
+# %% ../nbs/10_figures.ipynb #cell-020
 def text_width(text:str, points:float, bold:bool=False) -> float: # inches
     "Width of one line of text."
     from matplotlib.font_manager import FontProperties
@@ -152,7 +151,7 @@ def _say(ax, text:str, x:float, y:float, points:float=9, color:str=INK, **kwargs
     "Draw a string as it stands: a dollar sign is no formula."
     return ax.text(x, y, str(text), fontsize=points, color=color, va=kwargs.pop("va", "top"), parse_math=False, **kwargs)
 
-# %% ../nbs/10_figures.ipynb #cell-025
+# %% ../nbs/10_figures.ipynb #cell-023
 def place(ax, picture, x:float, y:float # top left corner, inches
          , width:float, height:float # inches; the picture is fitted inside, its shape kept
          , frame:str|None=None # colour of a frame
@@ -173,7 +172,7 @@ def _badge(ax, x:float, y:float, mark:str, r:float=.085):
     stroke = np.array([(-.5, .05), (-.12, .42), (.5, -.38)] if mark == "hit" else [(-.36, -.36), (.36, .36), (np.nan, np.nan), (-.36, .36), (.36, -.36)])
     ax.plot(x + stroke[:, 0]*r, y + stroke[:, 1]*r, color=PAPER, lw=1.6, solid_capstyle="round", zorder=5)
 
-# %% ../nbs/10_figures.ipynb #cell-026
+# %% ../nbs/10_figures.ipynb #cell-024
 def contact_sheet(pictures:Sequence # paths, PIL images, arrays or tensors
                  , labels:Sequence[str]|None=None # a few words under each
                  , ncols:int=10, cell:tuple[float, float]=(.54, 1.55) # width and height of a picture, inches
@@ -197,7 +196,7 @@ def contact_sheet(pictures:Sequence # paths, PIL images, arrays or tensors
             y += h
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-030
+# %% ../nbs/10_figures.ipynb #cell-027
 def retrieval_grid(queries:Sequence[str] # the sentences
                   , ranked:Sequence[Sequence] # for each sentence its pictures, best first
                   , hits:Sequence[Sequence[bool]] # for each of them, whether it shows the person described
@@ -233,7 +232,7 @@ def _paragraph(ax, text:tuple[list[str], list[str]], x:float, y:float, line:floa
     for k, words in enumerate(text[0]): _say(ax, words, x, y + line*k, 9)
     for k, words in enumerate(text[1]): _say(ax, words, x, y + line*len(text[0]) + .05 + .14*k, 7.5, MUTED)
 
-# %% ../nbs/10_figures.ipynb #cell-034
+# %% ../nbs/10_figures.ipynb #cell-030
 def learning_curve(history # table, or list of rows: a step or epoch, losses, and now and then scores on val
                   , x:str|None=None # column of the horizontal axis; found among step and epoch when None
                   , losses:Sequence[str]|None=None # columns of the left plot; `loss` and `loss/...` when None
@@ -291,7 +290,7 @@ def _label_ends(ax, lines:list[tuple[pd.DataFrame, str]], x:str):
     shift = max(0, ends[-1][0] - 1) if ends else 0
     for y, i in ends: ax.annotate(lines[i][1], (1, y - shift), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=ax.lines[i].get_color(), annotation_clip=False)
 
-# %% ../nbs/10_figures.ipynb #cell-038
+# %% ../nbs/10_figures.ipynb #cell-034
 def caption_lengths(lengths # tokens (or words) per caption; a mapping of name -> lengths draws several
                    , limit:int|None=77 # where the text tower cuts
                    , unit:str="tokens", title:str="Caption lengths", width:float=6.2, height:float=2.7) -> Plot:
@@ -315,7 +314,7 @@ def caption_lengths(lengths # tokens (or words) per caption; a mapping of name -
         ax.grid(axis="y")
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-041
+# %% ../nbs/10_figures.ipynb #cell-037
 def interval_bars(table # one row per bar (index: its name), such as `Metrics.by[...]`; a mapping of name -> table draws groups of bars
                  , value:str="r1" # column; its interval stands in the columns `r1_lo` and `r1_hi`, where there are such
                  , n:str="queries" # column written in grey beside the bar, where there is one
@@ -356,7 +355,7 @@ def _bar_label(ax, y:float, value:float, end:float, count):
     ax.annotate(f"{value:.1f}", (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
     if count is not None and np.isfinite(count): ax.annotate(f"{int(count):,}", (end, y), xytext=(33, 0), textcoords="offset points", va="center", fontsize=7.5, color=MUTED)
 
-# %% ../nbs/10_figures.ipynb #cell-044
+# %% ../nbs/10_figures.ipynb #cell-040
 def score_curve(table, x:str, y:str="r1" # columns; one row per point, or one per point and seed
                , hue:str|None=None # column that tells the lines apart
                , log:bool=False # horizontal axis on a log scale
@@ -399,7 +398,7 @@ def weight_sweep(table # one row per weight (and seed): weight and scores
         if title: fig.suptitle(title, x=0, ha="left", weight="bold", fontsize=11.5, color=INK)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-048
+# %% ../nbs/10_figures.ipynb #cell-044
 def seed_dots(table, row:str="row", y:str="r1" # columns; one row per row and seed
              , hue:str|None=None # column that splits each row, e.g. complete and incomplete captions
              , baseline:str|None=None # the row to compare with: its mean as a line, its range as a band
@@ -427,7 +426,7 @@ def seed_dots(table, row:str="row", y:str="r1" # columns; one row per row and se
         if hue: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), borderaxespad=.1, handletextpad=.1, columnspacing=1)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-051
+# %% ../nbs/10_figures.ipynb #cell-047
 def difference_plot(parts, # table with difference, lo and hi, a line per row, as `training.grid_differences` gives it; a mapping of name -> table draws several, in colours
                    title:str="", xlabel:str="points against the baseline, paired by seed, 95 %", width:float=6.4) -> Plot:
     "Mean differences with their intervals."
@@ -447,7 +446,7 @@ def difference_plot(parts, # table with difference, lo and hi, a line per row, a
         if len(parts) > 1: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts), borderaxespad=.1, handletextpad=.1, columnspacing=1)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-055
+# %% ../nbs/10_figures.ipynb #cell-050
 def joint_tsne(features:Mapping[str, Any] # kind -> (n, d) features, all kinds with the same d
               , perplexity:float|None=None # about how many neighbours count; a third of the points, at most 30, when None
               , seed:int=0) -> dict[str, np.ndarray]: # kind -> (n, 2)
@@ -485,7 +484,7 @@ def tsne_map(features:Mapping[str, Any] # kind -> (n, d) features; row i of ever
         for side in ax.spines.values(): side.set(visible=True, color=LINE)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-059
+# %% ../nbs/10_figures.ipynb #cell-053
 def word_patch_maps(patches # (n, d) patch tokens of one picture, without the class token
                    , words # (L, d) word tokens of one caption
                    , grid:tuple[int, int] # rows and columns of patches
@@ -498,7 +497,7 @@ def word_patch_maps(patches # (n, d) patch tokens of one picture, without the cl
     maps = unit(w) @ unit(p).T
     return (maps - maps.mean(0)*(centre and len(maps) > 1)).reshape(len(w), *grid)
 
-# %% ../nbs/10_figures.ipynb #cell-060
+# %% ../nbs/10_figures.ipynb #cell-054
 def overlay(picture, heat # (rows, columns), any scale
            , alpha:float=.78 # strongest cover
            , span:tuple[float, float]|None=None # values drawn as coldest and hottest; this map's own when None
@@ -515,7 +514,7 @@ def overlay(picture, heat # (rows, columns), any scale
     hot = matplotlib.colormaps[HEAT](.2 + .58*smooth[..., 0])[..., :3]
     return ((base*(1 - alpha*smooth) + hot*alpha*smooth)*255 + .5).astype(np.uint8)
 
-# %% ../nbs/10_figures.ipynb #cell-061
+# %% ../nbs/10_figures.ipynb #cell-055
 def heatmap_grid(pictures:Sequence # one per row
                 , maps:Mapping[str, Sequence] # column title -> one (rows, columns) map per picture
                 , texts:Sequence[str]|None=None # a sentence per row
@@ -539,7 +538,7 @@ def heatmap_grid(pictures:Sequence # one per row
             for c, m in enumerate(row): place(ax, overlay(picture, m, span=span), left + (c + 1)*(cell[0] + gap), top + r*height, *cell)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-065
+# %% ../nbs/10_figures.ipynb #cell-059
 def word_weights(sentences:Sequence[Sequence[str]] # words of each sentence
                 , weights:Sequence[Sequence[float]] # one number per word, e.g. by how much Rank-1's score falls when the word is left out
                 , points:float=10, width:float=6.4, title:str="") -> Plot:
@@ -563,24 +562,7 @@ def word_weights(sentences:Sequence[Sequence[str]] # words of each sentence
             _say(ax, word, x + w/2, y + line*.37, points, ha="center", va="center")
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-068
-def interaction_maps(encoder, # a PersonCLIP with patch tokens
-                     picture, # (3, h, w) normalised
-                     caption:str, phrases:Sequence[str], # parts of the caption, left out in turn
-                     instead:str="clothes" # what stands in their place
-                    ) -> np.ndarray: # (phrases, rows, columns); positive where the patch shows what the phrase says
-    "How much of a phrase's part in the similarity hangs on each patch, by leaving both out."
-    import torch
-    for p in phrases:
-        if p not in caption: raise TiprError(f"interaction_maps: {p!r} is no part of the caption {caption!r}")
-    n = encoder.grid[0]*encoder.grid[1]
-    others = torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)       # row i: all patches but i
-    with torch.no_grad():
-        t, x = encoder.encode_text([caption, *(caption.replace(p, instead) for p in phrases)]), picture[None].to(encoder.device)
-        v, less = (torch.nn.functional.normalize(encoder.encode_kept(x.expand(len(k), -1, -1, -1), k.to(x.device))[:, 0].float(), dim=-1) for k in (torch.arange(n)[None], others))
-        return ((t[:1] - t[1:]) @ (v - less).T).view(len(phrases), *encoder.grid).cpu().numpy()
-
-# %% ../nbs/10_figures.ipynb #cell-072
+# %% ../nbs/10_figures.ipynb #cell-062
 def diagram(boxes:Mapping[str, tuple] # name -> (x, y, text) or (x, y, text, colour): centre in inches from the top left
            , arrows:Sequence[tuple] # (from, to) or (from, to, words beside it)
            , width:float, height:float # inches
