@@ -429,7 +429,7 @@ def portraits_first(job:Any, # of a grid; `hook_args`: steps, photos, and what `
     from tipr_nb.tgte import with_pictures
     from tipr_nb.training import train
     args = dict(job.settings.get("hook_args", {}))
-    steps, photos = args.pop("steps", 375), args.pop("photos", 20_000)
+    steps, photos = args.pop("steps", 270), args.pop("photos", 20_000)
     pairs = world_portraits(photos, path=cache_dir()/f"portraits-{photos}")
     order = np.random.default_rng(job.recipe.seed).permutation(len(pairs))[:steps*job.recipe.batch_size]
     where, at = np.unique(pairs.caption_picture[order], return_inverse=True)

@@ -49,7 +49,7 @@ class Fusion(nn.Module):
 # %% ../nbs/04_gif.ipynb #cell-016
 @torch.no_grad()
 def reliance(fusion:Fusion, drawn:Tensor, photo:Tensor, text:Tensor, mask:Tensor # as for `Fusion.forward`, b above 1
-            ) -> dict[str, float]: # photo, caption, picture: from 0 (not used) to about 1
+            ) -> dict[str, float]: # photo, caption, picture: 1 - cosine, 0 where it is not used
     "How far the unified feature moves when one input is exchanged for another person's."
     u, b = fusion(drawn, photo, text, mask), len(drawn)
     if b < 2: raise TiprError("reliance: needs two samples or more, to exchange inputs between them")
