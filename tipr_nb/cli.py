@@ -62,7 +62,7 @@ Out = Annotated[Path, typer.Option(help="Folder for what is written.")]
 Seed = Annotated[int, typer.Option(help="Seed of training and of every random choice.")]
 
 @command(app)
-def demo(quick: Annotated[bool, typer.Option("--quick", help="A small copy of the benchmark: about a minute, numbers of no meaning.")]=False,
+def demo(quick: Annotated[bool, typer.Option("--quick", help="A small copy of the benchmark: a minute or two, numbers of no meaning.")]=False,
          out: Out=Path("runs/demo"), seed: Seed=0):
     """Train a retriever and show what it finds, on one page.
 
