@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRID_KEYS', 'plot_history', 'Run', 'train', 'Job', 'read_grid', 'share_of_ids', 'GridTable', 'grid_rows', 'run_job',
-           'run_grid', 'grid_summary', 'grid_differences']
+           'run_grid', 'mean_sd', 'grid_summary', 'paired_interval', 'grid_differences']
 
 # %% ../nbs/09_training.ipynb #cell-003
 import contextlib, dataclasses, hashlib, json, os, re, shutil, time
@@ -338,32 +338,40 @@ def run_grid(spec:str|Path|dict, # the grid: TOML or JSON file, or a dict
     return t[np.any([table.mask(t, k) for k in keys], axis=0)].reset_index(drop=True)
 
 # %% ../nbs/09_training.ipynb #cell-047
+def mean_sd(values:Any # a number per seed
+            ) -> str:
+    "Mean and standard deviation as tables print them; of one value only itself, of none nothing."
+    x = pd.Series(values).dropna()
+    return f"{x.mean():.1f}" + (f" ± {x.std():.1f}" if len(x) > 1 else "") if len(x) else ""
+
 def grid_summary(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
                  metrics:Sequence[str]=METRICS, captions:str="all", split:str="test") -> pd.DataFrame:
     "Mean and standard deviation over seeds, a line per row, in the order of the table."
     t = table if isinstance(table, pd.DataFrame) else GridTable(table).read()
     g = t[(t["captions"] == captions) & (t["split"] == split)].groupby("row", sort=False)
-    cells = {m: [f"{a:.1f} ± {s:.1f}" if n > 1 else f"{a:.1f}" for a, s, n in zip(g[m].mean(), g[m].std(), g.size())] for m in metrics}
-    return pd.DataFrame(cells, index=g.size().index).assign(seeds=g.size(), train_seconds=g["train_seconds"].mean().round(1))
+    return g[list(metrics)].agg(mean_sd).assign(seeds=g.size(), train_seconds=g["train_seconds"].mean().round(1))
 
 # %% ../nbs/09_training.ipynb #cell-050
+def paired_interval(differences:Any, # one per seed; missing ones are left out
+                    level:float=.95, power:float=.8) -> pd.Series: # difference, lo, hi, detectable; seeds
+    "Mean of paired differences with Student's interval, and the true difference that so many seeds would detect; one seed has neither."
+    from scipy.stats import t as student
+    d = pd.Series(differences).dropna()
+    n, error = len(d), d.std()/np.sqrt(len(d)) if len(d) > 1 else np.nan
+    half, more = (error*student.ppf(.5 + level/2, n - 1), error*student.ppf(power, n - 1)) if n > 1 else (np.nan, np.nan)
+    return pd.Series(dict(difference=d.mean(), lo=d.mean() - half, hi=d.mean() + half, detectable=half + more, seeds=n))
+
 def grid_differences(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
                      baseline:str|tuple, # what all others are compared with: a row, or one value for each column of `by`
                      metric:str="r1", by:str|Sequence[str]="row", # columns that tell the lines apart, such as ["row", "query"]
                      captions:str="all", split:str="test",
                      level:float=.95, power:float=.8) -> pd.DataFrame: # difference, lo, hi, detectable: points; seeds that both have
     "Mean differences to a baseline, paired by seed, with Student's interval and the difference that these seeds could detect."
-    from scipy.stats import t as student
     t = table if isinstance(table, pd.DataFrame) else GridTable(table).read()
     t = t[(t["captions"] == captions) & (t["split"] == split) & (t["status"] != "failed")]
     by = [by] if isinstance(by, str) else list(by)
     if t.duplicated(["seed", *by]).any(): raise TiprError(f"by={by}: more than one row for a seed; name all columns that tell them apart, such as ['row', 'query']")
     wide = t.pivot_table(index="seed", columns=by, values=metric, sort=False)
     if baseline not in list(wide): raise TiprError(f"{baseline!r}: no such line among {captions} captions on {split}; there are {', '.join(map(repr, wide)) or 'none'}")
-    def told(d):
-        d = d.dropna()
-        n, error = len(d), d.std()/np.sqrt(len(d)) if len(d) > 1 else np.nan
-        half, power_too = (error*student.ppf(.5 + level/2, n - 1), error*student.ppf(power, n - 1)) if n > 1 else (np.nan, np.nan)
-        return pd.Series(dict(difference=d.mean(), lo=d.mean() - half, hi=d.mean() + half, detectable=half + power_too, seeds=n))
-    d = wide.drop(columns=[baseline]).sub(wide[baseline], axis=0).apply(told).T
+    d = wide.drop(columns=[baseline]).sub(wide[baseline], axis=0).apply(paired_interval, level=level, power=power).T
     return d.astype(dict(seeds=int))
