@@ -57,7 +57,7 @@ def measure(name: str, sizes: list[int], chunk: int, device: str) -> dict:
     for b in sizes:
         texts = captions(b)
         batch = Batch(None, model.encoder.tokenize(texts), torch.arange(b)//2, texts, torch.arange(b), torch.arange(b), raw=torch.zeros(b, 3, h, w, dtype=torch.uint8)).to(device)
-        if not recipe.grad_cache: kept.append(peak_bytes(lambda: forward(model, batch, device)))
+        if not recipe.grad_cache: kept.append(peak_bytes(lambda batch=batch: forward(model, batch, device)))
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
     peak = peak_bytes(lambda: step(model, recipe, batch, chunk, device))
@@ -85,4 +85,4 @@ def main():
 
 if __name__ == "__main__":
     try: main()
-    except TiprError as e: raise SystemExit(str(e))
+    except TiprError as e: raise SystemExit(str(e)) from None

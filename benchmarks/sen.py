@@ -91,4 +91,4 @@ def main():
 
 if __name__ == "__main__":
     try: main()
-    except TiprError as e: raise SystemExit(str(e))
+    except TiprError as e: raise SystemExit(str(e)) from None

@@ -366,7 +366,6 @@ def test_journal_of_another_model_is_forgotten(tmp_path):
 def test_decoding_overlaps_with_encoding(tmp_path, monkeypatch):
     shelf = archive(tmp_path/"p")
     import tipr_nb.photos as module
-    plain = module.open_picture
     slow = module.decode_picture
     def sleepy(*args, **kwargs):
         time.sleep(.02)

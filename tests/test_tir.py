@@ -156,7 +156,7 @@ def test_bad_decoder(encoder, kw, says):
 
 def test_loss_against_loops():
     g = torch.Generator().manual_seed(0)
-    painted, targets, (keep, drop) = torch.rand(2, 4, 12, generator=g), torch.rand(2, 6, 12, generator=g), split_patches(2, 6, .7, g)
+    painted, targets, (_, drop) = torch.rand(2, 4, 12, generator=g), torch.rand(2, 6, 12, generator=g), split_patches(2, 6, .7, g)
     total = [(painted[i, k, c] - targets[i, d, c]).item()**2 for i in range(2) for k, d in enumerate(drop[i].tolist()) for c in range(12)]
     assert restoration_loss(painted, targets, drop).item() == pytest.approx(sum(total)/len(total))
     assert restoration_loss(targets.gather(1, drop[..., None].expand(-1, -1, 12)), targets, drop) == 0
