@@ -17,6 +17,15 @@ def exported_elsewhere(folder: Path) -> list[str]:
     return sorted(f"tipr_nb/{p}" for p in ours | theirs if p not in ours or p not in theirs or not filecmp.cmp(ROOT / "tipr_nb" / p, folder / "tipr_nb" / p, shallow=False))
 
 
+def descriptions(source: str) -> tuple[list[str], str]:
+    "What `#| fig-alt:` says of each picture of a cell, and what is wrong with the line."
+    line = re.search(r"^#\|\s*fig-alt:\s*(.+)$", source, re.M)
+    if not line: return [], ""
+    try: said = json.loads(line[1])
+    except ValueError: return [], " (not a quoted text)"
+    return ([said] if isinstance(said, str) else said), ""
+
+
 def notebook_findings() -> list[str]:
     found = []
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
@@ -28,6 +37,10 @@ def notebook_findings() -> list[str]:
         if shown and not any(c.get("outputs") for c in shown): found.append(f"{name}: no cell carries an output; run `make nbs`")
         if any(o.get("output_type") == "error" for c in code for o in c.get("outputs", [])): found.append(f"{name}: a cell holds an error")
         if any(isinstance(c["source"], str) and "\n" in c["source"] for c in code): found.append(f"{name}: a cell's source is one string; save it with nbformat")
+        for c in code:
+            pictures, (said, wrong) = sum("image/png" in o.get("data", {}) for o in c.get("outputs", [])), descriptions(source(c))
+            if pictures and (wrong or len(said) != pictures or not all(s.strip() for s in said)):
+                found.append(f"""{name}: the cell that begins {source(c).splitlines()[0][:50]!r} shows {pictures} pictures and describes {len(said)}{wrong}; add `#| fig-alt: "..."`, a list for several""")
     return found
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 
+from check_sync import descriptions
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -12,9 +14,10 @@ def visible(cell) -> bool: return not re.search(r"^#\|\s*(hide|exporti?|default_
 
 
 def prepare(nb):
-    "Drop hidden cells and directives."
+    "Drop hidden cells and directives; the pictures' descriptions are kept in `nb.metadata`."
     nb.metadata["language_info"] = {"name": "python"}
     nb.cells = [c for c in nb.cells if c.cell_type != "raw" and (c.cell_type == "markdown" or visible(c))]
+    nb.metadata["alts"] = [text for c in nb.cells if c.cell_type == "code" for text in descriptions(c.source)[0]]
     for c in nb.cells:
         if c.cell_type != "code": continue
         if re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.metadata["transient"] = {"remove_source": True}
@@ -54,10 +57,10 @@ def readme() -> tuple[str, dict[str, bytes]]:
     "The text, and the pictures among the outputs (a README shows files, not data), named in order."
     nb = prepare(nbformat.read(ROOT / "nbs/index.ipynb", as_version=4))
     text, resources = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
-    pictures = {}
+    pictures, alts = {}, iter(nb.metadata["alts"])
     for n, (old, data) in enumerate(resources.get("outputs", {}).items(), 1):
         new = f"images/index-{n}{Path(old).suffix}"
-        text, pictures[new] = text.replace(f"![png]({old})", f"![what the cell above shows]({new})"), data
+        text, pictures[new] = text.replace(f"![png]({old})", f"![{next(alts, 'what the cell above shows')}]({new})"), data
     text = re.sub(r"^[ \t]+$", "", text, flags=re.M)
     text = from_root(tag_fences(indented_to_fence(text)))
     return "<!-- made from nbs/index.ipynb by `make readme`: edit that -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", pictures
