@@ -675,11 +675,21 @@ def test_interaction_maps():
     torch.manual_seed(0)
     nano = PersonCLIP("tipr-nano").eval()
     x = torch.randn(3, *nano.image_size)
-    maps = interaction_maps(nano, x, "a man in a red coat", ["red coat", "man"])
+    maps = interaction_maps(nano, x, "a man in a red coat", ["red coat", "man"], window=(1, 1))
     assert maps.shape == (2, *nano.grid)
     t = nano.encode_text(["a man in a red coat", "a man in a clothes"])
     keep = torch.tensor([[k for k in range(nano.grid[0]*nano.grid[1]) if k != 5]])
     unit = lambda v: torch.nn.functional.normalize(v.float(), dim=-1)
     with torch.no_grad(): v, less = unit(nano.image_features(x[None])[0]), unit(nano.image_features(x[None], keep)[0])
     assert maps[0].flatten()[5].item() == pytest.approx(((t[0] - t[1]) @ (v - less)[0]).item(), abs=1e-5)
+    rows, columns = nano.grid
+    near = interaction_maps(nano, x, "a man in a red coat", ["red coat"], window=(2, 1))[0]
+    def of(y, z):
+        "What hangs on the window whose upper left patch is (y, z)."
+        keep = torch.tensor([[k for k in range(rows*columns) if not (y <= k//columns < y + 2 and z <= k % columns < z + 1)]])
+        with torch.no_grad(): return ((t[0] - t[1]) @ (v - unit(nano.image_features(x[None], keep)[0]))[0]).item()
+    assert near[0, 0].item() == pytest.approx(of(0, 0), abs=1e-5) and near[1, 1].item() == pytest.approx((of(0, 1) + of(1, 1))/2, abs=1e-5)
+    assert torch.equal(interaction_maps(nano, x, "a man", ["man"]), interaction_maps(nano, x, "a man", ["man"], window=(rows//3, columns//2)))
+    for bad in ((0, 1), (rows, columns), (rows + 1, 1)):
+        with pytest.raises(TiprError, match="window"): interaction_maps(nano, x, "a man", ["man"], window=bad)
     with pytest.raises(TiprError, match="no part of the caption"): interaction_maps(nano, x, "a man", ["coat"])

@@ -1357,7 +1357,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'tipr_nb.training.grid_summary': ('training.html#grid_summary', 'tipr_nb/training.py'),
                                   'tipr_nb.training.mean_sd': ('training.html#mean_sd', 'tipr_nb/training.py'),
                                   'tipr_nb.training.paired_interval': ('training.html#paired_interval', 'tipr_nb/training.py'),
-                                  'tipr_nb.training.plot_history': ('training.html#plot_history', 'tipr_nb/training.py'),
                                   'tipr_nb.training.read_grid': ('training.html#read_grid', 'tipr_nb/training.py'),
                                   'tipr_nb.training.run_grid': ('training.html#run_grid', 'tipr_nb/training.py'),
                                   'tipr_nb.training.run_job': ('training.html#run_job', 'tipr_nb/training.py'),

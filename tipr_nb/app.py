@@ -164,7 +164,7 @@ def joined_filter(where:str, chosen:Mapping[str, Sequence[str]]) -> str:
 _CSS = """
 .gradio-container{max-width:1480px!important}
 #people .grid-wrap{max-height:none!important;overflow:visible} #people .grid-container{grid-template-columns:repeat(auto-fill,minmax(106px,1fr))!important}
-#people .thumbnail-item{aspect-ratio:auto;height:230px}
+#people .thumbnail-item{aspect-ratio:auto;height:230px} #people .caption-label{left:0;right:0;max-width:none;white-space:normal;font-size:11px;text-align:center}
 #note{min-height:30px} .note{margin:4px 0;color:var(--body-text-color-subdued)} .note a{margin-left:8px} .wrong{margin:4px 0;color:#c0392b!important;font-weight:600}
 table.facts{border:0!important;border-collapse:collapse;font-size:13px;width:100%;margin:0!important} table.facts tbody,table.facts tr,table.facts th,table.facts td{border:0!important;padding:3px 0!important;text-align:left;vertical-align:top}
 table.facts th{font-weight:500!important;color:var(--body-text-color-subdued)!important;padding-right:12px!important;white-space:nowrap} table.facts td{overflow-wrap:anywhere}
@@ -207,7 +207,7 @@ def _private_folder():
 # %% ../nbs/13_app.ipynb #cell-024
 def _question_column(gr, page, lists, examples):
     "The components of a question."
-    out = dict(q=gr.Textbox(label="Sentence", info="several about the same person: one per line", lines=2, elem_id="q", autofocus=True), without=gr.Textbox(label="Without", placeholder="a hat", elem_id="without"))
+    out = dict(q=gr.Textbox(label="Sentence", info="several about the same person: one per line", lines=4, elem_id="q", autofocus=True), without=gr.Textbox(label="Without", placeholder="a hat", elem_id="without"))
     out["imagine"] = gr.Checkbox(label="Imagine a picture from the sentence, and search with it too", visible=page.generator is not None)
     out["search"] = gr.Button("Search", variant="primary", elem_id="search")
     out["imagined"] = gr.Image(label="Imagined from the sentence", show_label=False, visible=False, height=230, interactive=False, buttons=[], elem_id="imagined")

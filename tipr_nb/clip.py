@@ -463,14 +463,21 @@ def build_objective(name:str, encoder:PersonCLIP, n_ids:int # training identitie
 def interaction_maps(encoder:PersonCLIP, # with patch tokens
                      picture:Tensor, # (3, h, w) normalised
                      caption:str, phrases:Sequence[str], # parts of the caption, left out in turn
-                     instead:str="clothes" # what stands in their place
+                     instead:str="clothes", # what stands in their place
+                     window:tuple[int, int]|None=None # patches left out together, rows and columns; a third of the rows and half of the columns when None
                     ) -> Tensor: # (phrases, rows, columns); positive where the patch shows what the phrase says
-    "How much of a phrase's part in the similarity hangs on each patch, by leaving both out."
+    "How much of a phrase's part in the similarity hangs on each patch, by leaving both out (occlusion, Zeiler and Fergus 2014, of two sides)."
     for p in phrases:
         if p not in caption: raise TiprError(f"interaction_maps: {p!r} is no part of the caption {caption!r}")
-    n = encoder.grid[0]*encoder.grid[1]
-    others = torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)       # row i: all patches but i
+    (rows, columns), (h, w) = encoder.grid, window or (max(1, encoder.grid[0]//3), max(1, encoder.grid[1]//2))
+    if not (1 <= h <= rows and 1 <= w <= columns and h*w < rows*columns): raise TiprError(f"interaction_maps: a window of {h}x{w} patches does not lie within {rows}x{columns} and leave some")
+    places = [(slice(y, y + h), slice(x, x + w)) for y in range(rows - h + 1) for x in range(columns - w + 1)]
+    covered = torch.zeros(len(places), rows, columns, dtype=torch.bool)
+    for k, place in enumerate(places): covered[k][place] = True
+    covered, n = covered.flatten(1), rows*columns
+    others = torch.arange(n).expand(len(places), n)[~covered].view(len(places), -1)       # row k: all patches but the window's
     with torch.no_grad():
         t, x = encoder.encode_text([caption, *(caption.replace(p, instead) for p in phrases)]), picture[None].to(encoder.device)
         v, less = (unit(encoder.encode_kept(x.expand(len(k), -1, -1, -1), k.to(x.device))[:, 0]) for k in (torch.arange(n)[None], others))
-        return ((t[:1] - t[1:]) @ (v - less).T).view(len(phrases), *encoder.grid).cpu()
+        both = (t[:1] - t[1:]) @ (v - less).T
+    return (both.cpu() @ covered.float()/covered.sum(0)).view(len(phrases), rows, columns)

@@ -387,7 +387,8 @@ class Report:
         ax = ax or plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
         data = pd.DataFrame([(n, s) for s, found in self.lengths.items() for n in found], columns=["tokens", "split"])
         if data.empty: return ax.text(.5, .5, "no captions were measured", ha="center") and ax
-        sns.histplot(data, x="tokens", hue="split", binwidth=2, stat="proportion", common_norm=False, element="step", alpha=.25, ax=ax)
+        sns.histplot(data, x="tokens", hue="split", binwidth=2, stat="proportion", common_norm=False, element="step", fill=False, linewidth=1.6, ax=ax)
+        for line, dash in zip(ax.lines, ("-", "--", ":")): line.set_linestyle(dash)
         ax.axvline(limit, color="0.4", ls="--", lw=1)
         ax.annotate(f"CLIP cuts at {limit}:\n{100*(data.tokens > limit).mean():.1f} % are longer", (limit, 1), (5, -4), xycoords=("data", "axes fraction"),
                     textcoords="offset points", va="top", fontsize=8)

@@ -307,7 +307,7 @@ def caption_lengths(lengths # tokens (or words) per caption; a mapping of name -
         if len(groups) > 1: ax.get_legend().set_title("")
         if limit:
             cut = {k: 100*float((v > limit).mean()) for k, v in groups.items()}
-            if long[unit].max() > .6*limit: ax.axvline(limit, color=COLORS[1], lw=1.2, ls=(0, (3, 2)))
+            if long[unit].max() > .6*limit: ax.axvline(limit, color=MUTED, lw=1.2, ls=(0, (3, 2)))
             note = ", ".join(f"{k}: {c:.1f} %".lstrip(": ") for k, c in cut.items())
             ax.annotate(f"cut at {limit} {unit}: {note}", (1, 1.02), xycoords="axes fraction", ha="right", fontsize=8, color=MUTED)
         ax.set(title=title, ylabel="% of captions", xlabel=unit)
@@ -336,8 +336,8 @@ def interval_bars(table # one row per bar (index: its name), such as `Metrics.by
             ends = t[high].fillna(t[value]) if high in t else t[value]
             for spot in zip(y, t[value], ends, t[n] if n in t else [None]*len(t)): _bar_label(ax, *spot)
         if chance is not None:
-            ax.axvline(chance, color=COLORS[1], lw=1.2, ls=(0, (1, 1.5)))
-            ax.annotate(f"chance {chance:.2g}", (chance, 1), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points", fontsize=8, color=COLORS[1])
+            ax.axvline(chance, color=INK, lw=1.2, ls=(0, (1, 1.5)))
+            ax.annotate(f"chance {chance:.2g}", (chance, 1), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points", fontsize=8, color=MUTED)
         above = chance is not None or len(groups) > 1
         ax.set(yticks=range(len(names)), yticklabels=[nice(i) for i in names], xlabel=xlabel or f"{nice(value)}, %", ylim=(len(names) - .45, -.55), xlim=(0, (upto or ax.get_xlim()[1])*1.16))
         ax.set_title(title, pad=20 if above else None)
@@ -428,8 +428,8 @@ def seed_dots(table, row:str="row", y:str="r1" # columns; one row per row and se
 
 # %% ../nbs/10_figures.ipynb #cell-047
 def difference_plot(parts, # table with difference, lo and hi, a line per row, as `training.grid_differences` gives it; a mapping of name -> table draws several, in colours
-                   title:str="", xlabel:str="points against the baseline, paired by seed, 95 %", width:float=6.4) -> Plot:
-    "Mean differences with their intervals."
+                   title:str="", xlabel:str="points against the baseline, paired by seed, with 95 % interval", width:float=6.4) -> Plot:
+    "Mean differences with their intervals; a hollow dot has none (a single seed)."
     parts = {"": parts} if isinstance(parts, pd.DataFrame) else dict(parts)
     if not parts or any(c not in d for d in parts.values() for c in ("difference", "lo", "hi")): raise TiprError("difference_plot: a table needs the columns difference, lo and hi; make it with training.grid_differences")
     rows = list(dict.fromkeys(r for d in parts.values() for r in d.index))
@@ -437,13 +437,17 @@ def difference_plot(parts, # table with difference, lo and hi, a line per row, a
         fig, ax = canvas(width, .75 + (.2 + .16*len(parts))*len(rows) + (.3 if title else 0))
         for k, ((name, d), color) in enumerate(zip(parts.items(), COLORS*3)):
             y = np.array([rows.index(r) for r in d.index]) + (k - (len(parts) - 1)/2)*.62/len(parts)
+            alone = d["lo"].isna().to_numpy()
             ax.hlines(y, d["lo"], d["hi"], color=color, lw=2, alpha=.6)
-            ax.plot(d["difference"], y, "o", color=color, ms=5, mew=0, label=name)
+            for end in ("lo", "hi"): ax.plot(d[end], y, "|", color=color, ms=6, mew=1.3)
+            ax.plot(d["difference"][~alone], y[~alone], "o", color=color, ms=4.5, mew=0)
+            ax.plot(d["difference"][alone], y[alone], "o", color=color, ms=4.5, mfc="none", mew=1.2)
+            ax.plot([], [], "o", color=color, ms=5, mew=0, label=name)
         ax.axvline(0, color=MUTED, lw=1)
         ax.set(yticks=range(len(rows)), yticklabels=[r if isinstance(r, str) else ", ".join(map(str, r)) for r in rows], xlabel=xlabel, ylim=(len(rows) - .4, -.6))
-        ax.set_title(title, pad=24 if len(parts) > 1 else None)
+        ax.set_title(title, pad=10 + 14*math.ceil(len(parts)/2) if len(parts) > 1 else None)
         _lie_down(ax)
-        if len(parts) > 1: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(parts), borderaxespad=.1, handletextpad=.1, columnspacing=1)
+        if len(parts) > 1: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=.1, handletextpad=.1, columnspacing=1)
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-050
@@ -502,7 +506,7 @@ def overlay(picture, heat # (rows, columns), any scale
            , alpha:float=.78 # strongest cover
            , span:tuple[float, float]|None=None # values drawn as coldest and hottest; this map's own when None
            ) -> np.ndarray: # (h, w, 3) uint8, at least 192 rows
-    "Lay a heatmap over a picture: hot where the map is high, the bare picture where it is low."
+    "Lay a heatmap over a picture: hot where the map is high, the greyed picture where it is low."
     a, heat = as_picture(picture), np.nan_to_num(np.asarray(heat, dtype=np.float32))
     if heat.ndim != 2: raise TiprError(f"overlay: a heatmap has two axes, not {heat.ndim}")
     scale = max(1, math.ceil(192/a.shape[0]))
