@@ -425,7 +425,7 @@ class Keeping(Steps):
 
     def write_run(self, status:str):
         write_json(self.path/"run.json", dict(
-            status=status, step=self.step, total_steps=self.total_steps, best=self.best, seconds=round(self.seconds, 3), train_seconds=round(self.train_seconds, 3), max_seconds=self.max_seconds,
+            status=status, step=self.step, total_steps=self.total_steps, best=self.best, seconds=self.seconds, train_seconds=self.train_seconds, max_seconds=self.max_seconds,
             recipe=self.recipe.name, recipe_hash=self.recipe.hash(), seed=self.recipe.seed, dataset=self.dataset.name, **self.hashes, notes=self.notes, commit=git_commit(), environment=environment(), processes=self.world))
 
     def load(self, folder:Path):
