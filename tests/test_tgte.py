@@ -186,6 +186,7 @@ def test_objective(nano):
     batch = batch_of(nano)
     f = nano(batch)
     assert torch.allclose(TGTE(nano, 3, picture_weight=0.)(f, batch, nano), tal_loss(f.image, f.text, f.ids))
+    assert torch.allclose(TGTE(nano, 3, as_photos=.5)(f, batch, nano) - TGTE(nano, 3)(f, batch, nano), .5*tal_loss(f.drawn[0], f.text, f.ids), atol=1e-4)
     assert drawn_features(f, batch, nano)[0] is drawn_features(f, batch, nano)[0]                  # encoded once
     objective = build_objective("TGTE", nano, 3, gate=True, share=.5)
     loss = objective(f, batch, nano)
@@ -193,6 +194,7 @@ def test_objective(nano):
     assert loss.ndim == 0 and nano.addons["tgte_gate"].net[-1].weight.grad.abs().sum() > 0 and abs(objective.logs["w"] - .3) < .01
     with pytest.raises(TiprError, match="no drawn pictures"): TGTE(nano, 3)(nano(batch), Batch(batch.images, batch.tokens, batch.ids, batch.captions), nano)
     with pytest.raises(TiprError, match="picture_weight"): TGTE(nano, 3, picture_weight=2.)
+    with pytest.raises(TiprError, match="as_photos"): TGTE(nano, 3, as_photos=-1.)
 
 
 def test_gradient_flows_through_text_photo_and_picture(nano):

@@ -604,5 +604,7 @@ def _arrow(ax, a:tuple, b:tuple, words:str):
     edge = lambda box: min(box[2]/abs(d[0]) if d[0] else math.inf, box[3]/abs(d[1]) if d[1] else math.inf)
     start, end = np.array(a[:2]) + d*edge(a) + .04*d/np.linalg.norm(d), np.array(b[:2]) - d*edge(b) - .05*d/np.linalg.norm(d)
     ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>,head_width=.22,head_length=.4", color=MUTED, lw=1.3, shrinkA=0, shrinkB=0))
-    x, y = (start + end)/2
-    if words: _say(ax, words, x, y - .07, 8, MUTED, ha="center", va="bottom")
+    if words:
+        up = np.array([d[1], -d[0]] if d[0] > 0 else [-d[1], d[0]])/np.linalg.norm(d)           # across the arrow, to the side that is higher on the sheet
+        x, y = (start + end)/2 + up*(abs(up) @ [text_width(words, 8)/2, .06] + .05)             # so far that the words' own box clears it
+        _say(ax, words, x, y, 8, MUTED, ha="center", va="center")

@@ -230,11 +230,13 @@ class TGTE(Objective):
                  , picture_weight:float=.3 # w; where a gate learns it, its start
                  , gate:bool=False # learn w from caption and picture
                  , share:float=0. # above 0: the token form, over this share of the picture's patches
+                 , as_photos:float=0. # weight of a further TAL, in which pictures stand for photos
                  , temperature:float=.015, margin:float=.1, reduction:str="sum"):
         super().__init__(encoder, n_ids)
         if not 0 <= picture_weight <= 1: raise TiprError(f"TGTE: picture_weight={picture_weight} must lie in [0, 1]")
         if share and not encoder.has_tokens: raise TiprError(f"TGTE: share={share} needs patch tokens, which {encoder.arch} does not give; use share=0")
-        self.picture_weight, self.share, self.tal = picture_weight, share, dict(temperature=temperature, margin=margin, reduction=reduction)
+        if as_photos < 0: raise TiprError(f"TGTE: as_photos={as_photos} must be 0 or more")
+        self.picture_weight, self.share, self.as_photos, self.tal = picture_weight, share, as_photos, dict(temperature=temperature, margin=margin, reduction=reduction)
         self.gated = gate
         if gate: attach_gate(encoder, picture_weight)
 
@@ -242,7 +244,8 @@ class TGTE(Objective):
         "Scalar loss; `logs` holds the mean weight and the cosine of caption and picture."
         tokens:Any   # there for the token form, see `__init__`
         drawn, tokens = drawn_features(features, batch, encoder)
+        further = self.as_photos*tal_loss(drawn, features.text, features.ids, **self.tal) if self.as_photos else 0.
         if self.share: drawn = gather_rows(attend(features.text[features.local], tokens[:, 1:], self.share, temperature=.1))
         w = encoder.addons[_GATE](features.text, drawn) if self.gated else self.picture_weight
         self.logs = {"w": torch.as_tensor(w).detach().float().mean(), "text_to_drawn": (features.text*drawn).sum(-1).mean().detach()}
-        return tal_loss(features.image, enhance(features.text, drawn, w), features.ids, **self.tal)
+        return tal_loss(features.image, enhance(features.text, drawn, w), features.ids, **self.tal) + further
