@@ -232,7 +232,9 @@ def test_grid(few, tmp_path):
     (tmp_path/"grid.json").write_text(json.dumps(spec))
     out = tipr("grid", tmp_path/"grid.json", "--device", "cpu")
     assert out.exit_code == 0, out.output
-    assert "itc" in out.stdout and "sdm" in out.stdout and (tmp_path/"grid.csv").exists()
+    assert "itc" in out.stdout and "sdm" in out.stdout and "test, mean ± standard deviation over seeds" in out.stdout and str(tmp_path/"grid.csv") in out.stdout.replace("\n", "") and (tmp_path/"grid.csv").exists()
+    (tmp_path/"bad.json").write_text(json.dumps(spec | dict(rows=[dict(name="undrawn", recipe="clip-tiny", set=dict(objectives=["TGTE"]))])))
+    refused(tipr("grid", tmp_path/"bad.json", "--device", "cpu"), "bad.csv", "runs that failed: 1")
     (tmp_path/"grid.json").write_text(json.dumps(spec | dict(rows=[dict(recipe="clip-tinny")])))
     refused(tipr("grid", tmp_path/"grid.json"), "did you mean 'clip-tiny'")
 

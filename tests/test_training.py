@@ -331,6 +331,9 @@ class TestGrid:
         assert len(wider[wider.captions == "all"]) == 4
         summary = grid_summary(wider)
         assert list(summary.index) == ["ITC", "TAL"] and (summary.seeds == 2).all() and "±" in summary.r1["ITC"]
+        asked = pd.concat([wider.assign(query=q, r1=wider.r1 + i) for i, q in enumerate(("caption", "picture"))])
+        ways = grid_summary(asked)
+        assert list(ways.index) == [("ITC", "caption"), ("TAL", "caption"), ("ITC", "picture"), ("TAL", "picture")] and (ways.seeds == 2).all() and ways.r1["TAL", "caption"] == summary.r1["TAL"]
         assert not list((tmp_path/"t-runs").rglob("last-*")) and len(list((tmp_path/"t-runs").rglob("test.json"))) == 4
 
     def test_every_row_s_first_seed_comes_first(self, grid):

@@ -353,9 +353,13 @@ def grid(file: Annotated[Path, typer.Argument(metavar="FILE", help="The grid: a 
 
     Example: tipr grid nbs/papers/grids/baselines.toml --out runs/baselines.csv
     """
-    from tipr_nb.training import run_grid
+    from tipr_nb.training import grid_summary, run_grid
     if not file.is_file(): raise TiprError(f"{file}: no such file; a grid is a TOML or JSON file of rows and seeds")
-    tell(run_grid(file, out, runs, device=device).to_string())
+    t, table = run_grid(file, out, runs, device=device), out or file.with_suffix(".csv")
+    done = t[t["status"] != "failed"]
+    for split in done["split"].unique() if len(done) else (): tell(f"{split}, mean ± standard deviation over seeds:\n{grid_summary(done, split=split).to_string()}")
+    tell(f"every run: {table}")
+    if len(done) < len(t): raise TiprError(f"{table}: runs that failed: {len(t) - len(done)}; the column reason tells why, and the same command tries them again")
 
 # %% ../nbs/14_cli.ipynb #cell-035
 Shelf = Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]

@@ -326,9 +326,10 @@ def mean_sd(values:Any # a number per seed
 
 def grid_summary(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
                  metrics:Sequence[str]=METRICS, captions:str="all", split:str="test") -> pd.DataFrame:
-    "Mean and standard deviation over seeds, a line per row, in the order of the table."
+    "Mean and standard deviation over seeds, a line per row (and way of asking, where a hook asked in several), in the order of the table."
     t = table if isinstance(table, pd.DataFrame) else GridTable(table).read()
-    g = t[(t["captions"] == captions) & (t["split"] == split)].groupby("row", sort=False)
+    by = ["row", "query"] if "query" in t and t["query"].notna().any() else ["row"]
+    g = t[(t["captions"] == captions) & (t["split"] == split)].groupby(by, sort=False)
     return g[list(metrics)].agg(mean_sd).assign(seeds=g.size(), train_seconds=g["train_seconds"].mean().round(1))
 
 # %% ../nbs/09_training.ipynb #cell-049
