@@ -67,7 +67,7 @@ def test_numbers(made):
     assert {"r1", "r5", "r10", "mAP", "mINP", "chance_r1", "intervals"} <= set(m["test"])
     assert {"test", "val", "breakdowns", "recipe", "recipe_hash", "seed", "seconds", "peak_memory_mib", "versions", "command", "splits"} <= set(m)
     assert m["quick"] is True and set(m["breakdowns"]["kind"]) == {"complete", "incomplete"} and m["splits"]["test"]["identities"] == 25
-    assert sum(v for k, v in m["seconds"].items() if k != "total") == pytest.approx(m["seconds"]["total"], abs=.3)
+    assert sum(v for k, v in m["seconds"].items() if k != "total") == pytest.approx(m["seconds"]["total"], abs=.051*len(m["seconds"]))        # each is rounded to a tenth
 
 
 def test_ranking_agrees_with_evaluation(made):
