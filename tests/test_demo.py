@@ -145,3 +145,14 @@ def test_killed_demo_goes_on(tmp_path):
     with start("killed") as p: assert p.wait(timeout=600) == 0
     a, b = read_json(tmp_path/"whole"/"metrics.json"), read_json(tmp_path/"killed"/"metrics.json")
     assert a["test"] == b["test"]
+
+
+@pytest.mark.parametrize("busy, wanted", [(20., 2), (98., 1)])
+def test_threads_give_way_to_other_work(monkeypatch, busy, wanted):
+    import psutil, torch
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: busy)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with demo.few_threads(): assert torch.get_num_threads() == wanted
+    assert torch.get_num_threads() == before

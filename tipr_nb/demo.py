@@ -7,7 +7,7 @@ __all__ = ['QUICK', 'esc', 'TITLES', 'LOOKALIKES', 'BREAKDOWNS', 'FOOTER', 'Plan
            'top_pictures', 'draw_queries', 'shot', 'query_card', 'stylesheet', 'page', 'tile', 'table', 'Result',
            'opening', 'asked_by', 'queries_section', 'benchmark_section', 'families', 'curve_section',
            'breakdown_section', 'command', 'versions', 'making_section', 'build_page', 'as_json', 'overview',
-           'draw_overview', 'stages', 'run_demo', 'before', 'one_thread', 'keep_results']
+           'draw_overview', 'stages', 'run_demo', 'before', 'few_threads', 'keep_results']
 
 # %% ../nbs/13_demo.ipynb #cell-002
 import contextlib, html, os, platform, re, resource, shlex, sys, time
@@ -395,11 +395,11 @@ def before(recipe, data) -> dict[str, float]:
     return {k: float(getattr(m, k)) for k in TITLES}
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    "One thread inside the block, unless OMP_NUM_THREADS says otherwise: the steps of a model this small are shorter than what two threads spend waiting for each other."
-    import torch
+def few_threads() -> Iterator[None]:
+    "Two threads inside the block, one on a busy machine, unless OMP_NUM_THREADS says otherwise: the steps of a model this small are short, and threads that must wait for a core make them longer."
+    import psutil, torch
     before = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(1)
+    if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(min(2, os.cpu_count() or 1) if psutil.cpu_percent(.5) < 75 else 1)
     try: yield
     finally: torch.set_num_threads(before)
 
@@ -418,7 +418,7 @@ def _method(name:str, recipe:str, plan:Plan, out:Path, data, diary:Diary, say, b
     with diary.stage(f"{name}: training", f"fine-tuning the {name} ({recipe}); interrupt it if you like, the same command goes on"):
         if painter and first: more["encoder"] = PersonCLIP.from_pretrained(str(first.run.path/"best"))
         start = {k: first.run.best[k] for k in TITLES if k in first.run.best} if "encoder" in more and first else diary.remember(f"val before fine-tuning the {name}", lambda: before(r, data))
-        with one_thread(): run = train(r, data, out/"-".join([r.name, *["quick"]*plan.quick, r.hash(), *(["after", first.run.recipe.hash()] if "encoder" in more and first else [])]), **more)
+        with few_threads(): run = train(r, data, out/"-".join([r.name, *["quick"]*plan.quick, r.hash(), *(["after", first.run.recipe.hash()] if "encoder" in more and first else [])]), **more)
     with diary.stage(f"{name}: test", f"meeting {data.test.n_ids:,} people never seen before"):
         from tipr_nb.evaluation import encode_split, evaluate
         features = encode_split(run.model, data.test)
