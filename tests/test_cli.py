@@ -472,3 +472,13 @@ def test_generate_refuses(words, says, few, toy):
     more = [] if "--generator" in words or words[0] == "train" else ["--generator", toy]
     if "cuhk-pedes" not in words: more += ["--root", few]
     refused(tipr(*words, *more), *says)
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_threads_wait_asleep_unless_told_otherwise(monkeypatch, given):
+    from tipr_nb import cli
+    monkeypatch.setattr(cli, "app", lambda prog_name: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None: monkeypatch.delenv("OMP_WAIT_POLICY")
+    cli.main()
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")

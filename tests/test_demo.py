@@ -147,7 +147,7 @@ def test_killed_demo_goes_on(tmp_path):
     assert a["test"] == b["test"]
 
 
-@pytest.mark.parametrize("busy, wanted", [(20., 2), (98., 1)])
+@pytest.mark.parametrize("busy, wanted", [(20., 2), (50., 1), (98., 1)])
 def test_threads_give_way_to_other_work(monkeypatch, busy, wanted):
     import psutil, torch
     before = torch.get_num_threads()
@@ -156,3 +156,20 @@ def test_threads_give_way_to_other_work(monkeypatch, busy, wanted):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with demo.few_threads(): assert torch.get_num_threads() == wanted
     assert torch.get_num_threads() == before
+
+
+def test_what_it_will_take_is_measured(tmp_path, monkeypatch):
+    "Twice the epochs, twice the training; nothing of it stays in the folder or in the random numbers."
+    import torch
+    monkeypatch.setenv("TIPR_CACHE", str(tmp_path/"cache"))
+    plan = demo.Plan(**TINY)
+    data, state = demo.demo_data(plan), torch.random.get_rng_state()
+    monkeypatch.setattr(demo, "step_seconds", lambda recipe, data, n=2: (.5, 10*recipe.epochs))
+    few, many = (demo.expected_seconds(p, data) for p in (plan, demo.Plan(**TINY | dict(changes=TINY["changes"] | dict(epochs=4)))))
+    assert set(few) == {s for s in demo.stages(plan) if ":" in s} and 10 < few["baseline: training"] < 13 and 20 < many["baseline: training"] < 25
+    line = demo.expectation(dict(a=300., b=240.))
+    assert line.startswith("about 9 minutes") and "(a: 300 s)" in line
+    monkeypatch.undo()
+    from tipr_nb.training import get_recipe
+    seconds, n = demo.step_seconds(get_recipe("clip-tiny").but(**plan.changes), data)
+    assert 0 < seconds < 60 and n == 2*(len(data.train)//16) and torch.equal(torch.random.get_rng_state(), state)

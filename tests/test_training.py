@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tipr_nb.clip import OBJECTIVES, Objective, PersonCLIP, register_objective
-from tipr_nb.core import TiprError, shipped_weights
+from tipr_nb.core import TiprError, read_json, shipped_weights
 from tipr_nb.recipes import RECIPES, Recipe, get_recipe
 from tipr_nb.loop import Callback, NaNGuard, Retriever, Trainer, build_encoder, build_objectives, dataset_from_arrays, lr_factor, param_groups
 from tipr_nb.runs import Checkpoints, data_hash
@@ -150,6 +150,33 @@ class TestTrain:
     def test_looking_at_val_changes_nothing(self, people, nano, tmp_path):
         a, b = go(nano, people, tmp_path/"a"), go(nano.but(eval_every=2), people, tmp_path/"b")
         same(last_weights(a.path), last_weights(b.path))
+
+    @pytest.mark.parametrize("native", [True, False])
+    def test_bf16_only_where_it_is_native(self, people, nano, tmp_path, monkeypatch, capsys, native):
+        import tipr_nb.core as core
+        monkeypatch.setattr(core, "native_bf16", lambda device: native)
+        recipe, seen = nano.but(precision="bf16", epochs=1), []
+        class Look(Callback):
+            def on_step(self, trainer, losses): seen.append(trainer.accelerator.mixed_precision)
+        run = go(recipe, people, tmp_path/"a", callbacks=[Look()], verbose=True)
+        used = "bf16" if native else "fp32"
+        assert set(seen) == {"bf16" if native else "no"} and run.recipe.precision == "bf16"
+        told = read_json(tmp_path/"a"/"run.json")
+        assert told["precision"] == dict(asked="bf16", used=used, steps=[[0, used]]) and told["recipe_hash"] == recipe.hash()
+        assert capsys.readouterr().out.count(f"nano: in {used}, ") == 1
+        if not native: same(last_weights(tmp_path/"a"), (go(nano.but(epochs=1), people, tmp_path/"b"), last_weights(tmp_path/"b"))[1])
+
+    def test_bf16_goes_on_where_it_is_not_native(self, people, nano, tmp_path, monkeypatch):
+        "Half of a run on one machine, half on another: it ends, and run.json says which steps ran in what."
+        import tipr_nb.core as core
+        class Stop(Callback):
+            def on_step(self, trainer, losses): trainer.stop = trainer.step == 3
+        recipe = nano.but(precision="bf16")
+        monkeypatch.setattr(core, "native_bf16", lambda device: True)
+        assert go(recipe, people, tmp_path/"a", callbacks=[Stop()]).status == "stopped"
+        monkeypatch.setattr(core, "native_bf16", lambda device: False)
+        assert go(recipe, people, tmp_path/"a", resume="must").status == "done"
+        assert read_json(tmp_path/"a"/"run.json")["precision"] == dict(asked="bf16", used="fp32", steps=[[0, "bf16"], [3, "fp32"]])
 
     def test_seed_matters(self, people, nano, tmp_path):
         a, b = go(nano, people, tmp_path/"a"), go(nano.but(seed=1), people, tmp_path/"b")

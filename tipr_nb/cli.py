@@ -10,7 +10,7 @@ __all__ = ['app', 'data_app', 'Out', 'Seed', 'Name', 'NameArg', 'Root', 'Shelf',
            'push', 'data_export', 'main']
 
 # %% ../nbs/14_cli.ipynb #cell-002
-import contextlib, dataclasses, difflib, functools, json, sys
+import contextlib, dataclasses, difflib, functools, json, os, sys
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Optional
 
@@ -568,6 +568,7 @@ def _root(context: typer.Context, version: Annotated[bool, typer.Option("--versi
 
 def main():
     "What the `tipr` command runs."
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")      # before torch loads: its threads wait for each other asleep, so that a busy neighbour costs less
     app(prog_name="tipr")
 
 # %% ../nbs/14_cli.ipynb #cell-048

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TiprError', 'known_name', 'need', 'os_errors', 'atomic_path', 'write_text', 'write_json', 'read_json', 'cache_dir',
-           'locked', 'file_sha256', 'progress', 'ensure_torchvision', 'shipped_weights', 'resolve_model']
+           'locked', 'file_sha256', 'LineWriter', 'progress', 'cpu_features', 'native_bf16', 'usable_precision',
+           'FreeThreads', 'free_threads', 'fit_threads', 'ensure_torchvision', 'shipped_weights', 'resolve_model']
 
 # %% ../nbs/00_core.ipynb #cell-003
-import contextlib, difflib, errno, hashlib, json, os, sys, tempfile
+import contextlib, difflib, errno, hashlib, json, os, sys, tempfile, threading, time
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, TextIO
 
 # %% ../nbs/00_core.ipynb #cell-007
 class TiprError(ValueError):
@@ -136,16 +137,125 @@ def file_sha256(path:str|Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #cell-034
+_LOG_SECONDS = 30.   # between two lines of a log
+_LOG_LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, about {remaining} left{postfix}"
+_LOG_COUNT = "{desc}: {n_fmt} done, {elapsed} gone{postfix}"     # where nobody knows the total
+
+# %% ../nbs/00_core.ipynb #cell-035
+class LineWriter:
+    "A text stream for tqdm where no terminal is: each redrawing of the bar becomes a line of its own."
+    def __init__(self, stream:TextIO): self.stream = stream
+
+    def write(self, text:str):
+        line = text.strip()
+        if line: self.stream.write(line + "\n")
+
+    def flush(self): self.stream.flush()
+
+# %% ../nbs/00_core.ipynb #cell-037
 def progress(items:Iterable|None=None # what to walk over
             , desc:str="" # what is being done, in a few words
             , total:int|None=None # how many, where `items` cannot say
-            , **kwargs) -> Any: # a tqdm, to walk over or to `update`
-    "A tqdm bar on standard error; silent when that is no terminal or `TIPR_QUIET=1`."
+            , **kwargs # of tqdm; `disable=True` for none
+            ) -> Any: # a tqdm, to walk over or to `update`
+    "A tqdm bar on standard error; a line every half minute where that is no terminal; silent with `TIPR_QUIET=1`."
     from tqdm import tqdm
-    quiet = os.environ.get("TIPR_QUIET") == "1" or not sys.stderr.isatty()
-    return tqdm(items, desc=desc, total=total, disable=kwargs.pop("disable", quiet), mininterval=.5, dynamic_ncols=True, **kwargs)
+    off = bool(kwargs.pop("disable", False)) or os.environ.get("TIPR_QUIET") == "1"
+    if sys.stderr.isatty(): settings:dict[str, Any] = dict(mininterval=.5, dynamic_ncols=True)
+    else:
+        line = _LOG_LINE if total is not None or hasattr(items, "__len__") else _LOG_COUNT
+        settings = dict(file=LineWriter(sys.stderr), mininterval=_LOG_SECONDS, maxinterval=_LOG_SECONDS, delay=_LOG_SECONDS, bar_format=line)
+    return tqdm(items, desc=desc, total=total, disable=off, **settings, **kwargs)
 
-# %% ../nbs/00_core.ipynb #cell-038
+# %% ../nbs/00_core.ipynb #cell-041
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16")   # as PyTorch or the Linux kernel calls them
+
+def cpu_features() -> set[str]:
+    "What this processor can do, in PyTorch's or the kernel's words."
+    import torch
+    probe = getattr(torch.cpu, "get_capabilities", None)
+    if probe is not None: return {name for name, there in probe().items() if there is True}
+    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError: return set()
+    flags = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
+    return set(" ".join(flags).split())
+
+# %% ../nbs/00_core.ipynb #cell-043
+def native_bf16(device:Any="cpu" # a torch device, or its name
+               ) -> bool:
+    "Whether a device multiplies bf16 numbers itself, without emulation."
+    import torch
+    kind = torch.device(device).type
+    if kind == "cpu": return any(name in cpu_features() for name in _CPU_BF16)
+    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    return False
+
+# %% ../nbs/00_core.ipynb #cell-044
+def usable_precision(asked:str # "no" (fp32), "bf16" or "fp16"
+                    , device:Any="cpu" # where it is to be computed
+                    ) -> str: # "no", "bf16" or "fp16"
+    "What a setting of precision comes to on a device: bf16 becomes fp32 where it would be emulated."
+    return "no" if asked == "bf16" and not native_bf16(device) else asked
+
+# %% ../nbs/00_core.ipynb #cell-048
+class FreeThreads:
+    "As many threads of PyTorch as processors are free of other programs' work, looked at again every few seconds."
+    def __init__(self, most:int # threads, where nothing else runs
+                 , every:float=5. # seconds between two looks
+                 ):
+        self.most = most
+        self.every = every
+        self.at, self.idle, self.own = self.look()
+
+    def look(self) -> tuple[float, float, float]: # now; idle seconds of all processors; seconds this process has computed
+        "Three clocks."
+        import psutil
+        system = psutil.cpu_times()
+        own = psutil.Process().cpu_times()
+        return time.monotonic(), system.idle + getattr(system, "iowait", 0.), own.user + own.system
+
+    def use(self, free:float # processors
+            ) -> int: # threads
+        "Take the threads that fit."
+        import torch
+        threads = max(1, min(self.most, round(free)))
+        if threads != torch.get_num_threads(): torch.set_num_threads(threads)
+        return threads
+
+    def follow(self):
+        "Look again, if it is time to."
+        if time.monotonic() - self.at < self.every: return
+        at, idle, own = self.look()
+        self.use((idle - self.idle + own - self.own)/(at - self.at))
+        self.at, self.idle, self.own = at, idle, own
+
+# %% ../nbs/00_core.ipynb #cell-049
+_following:list[FreeThreads] = []   # of this process: none, or one
+
+@contextlib.contextmanager
+def free_threads(most:int|None=None # threads where nothing else runs; None: as many as PyTorch has now
+                ) -> Iterator[None]:
+    "Inside the block PyTorch's threads follow what is free, wherever `fit_threads` is called; not where `OMP_NUM_THREADS` says how many."
+    import psutil, torch
+    before = torch.get_num_threads()
+    threads = FreeThreads(before if most is None else most)
+    if _following or "OMP_NUM_THREADS" in os.environ or threads.most < 2:
+        yield
+        return
+    busy = psutil.cpu_percent(.5)/100        # this process sleeps meanwhile
+    threads.use((os.cpu_count() or 1)*(1 - busy))
+    _following.append(threads)
+    try: yield
+    finally:
+        _following.clear()
+        torch.set_num_threads(before)
+
+# %% ../nbs/00_core.ipynb #cell-050
+def fit_threads():
+    "Between two steps or batches: follow what is free, if a `free_threads` block is around it and this is the main thread."
+    if _following and threading.current_thread() is threading.main_thread(): _following[0].follow()
+
+# %% ../nbs/00_core.ipynb #cell-055
 _SCHEMAS = {"nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
             "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"}
 _libraries = []
@@ -161,7 +271,7 @@ def ensure_torchvision():
             lib.define(schema)
             _libraries.append(lib)   # the declaration lives as long as this object
 
-# %% ../nbs/00_core.ipynb #cell-039
+# %% ../nbs/00_core.ipynb #cell-056
 def _declared(name:str) -> bool:
     import torch
     return any(s.name == f"torchvision::{name}" for s in torch._C._jit_get_all_schemas())
@@ -176,7 +286,7 @@ def _compiled_ops_load() -> bool:
     except (OSError, RuntimeError): return False
     return True
 
-# %% ../nbs/00_core.ipynb #cell-043
+# %% ../nbs/00_core.ipynb #cell-060
 def shipped_weights() -> dict[str, Path]:
     "Alias -> folder of the weights that ship with the package."
     home = Path(str(files("tipr_nb")))/"weights"
@@ -195,7 +305,7 @@ def resolve_model(source:str|Path # a folder, the alias of shipped weights, or a
         if not (path/name).exists(): raise TiprError(f"{source}: {name} is missing in that folder; save the model again with save_pretrained")
     return path
 
-# %% ../nbs/00_core.ipynb #cell-044
+# %% ../nbs/00_core.ipynb #cell-061
 def _looks_local(path:Path, text:str) -> bool:
     return path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.parent.is_dir()
 

@@ -7,10 +7,11 @@ __all__ = ['QUICK', 'esc', 'TITLES', 'LOOKALIKES', 'BREAKDOWNS', 'FOOTER', 'Plan
            'top_pictures', 'draw_queries', 'shot', 'query_card', 'stylesheet', 'page', 'tile', 'table', 'Result',
            'opening', 'asked_by', 'queries_section', 'benchmark_section', 'families', 'curve_section',
            'breakdown_section', 'command', 'versions', 'making_section', 'build_page', 'as_json', 'overview',
-           'draw_overview', 'stages', 'run_demo', 'before', 'few_threads', 'keep_results']
+           'draw_overview', 'stages', 'step_seconds', 'expected_seconds', 'expectation', 'run_demo', 'before',
+           'few_threads', 'keep_results']
 
 # %% ../nbs/13_demo.ipynb #cell-002
-import contextlib, html, os, platform, re, resource, shlex, sys, time
+import contextlib, html, os, platform, re, resource, shlex, sys, tempfile, time
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.resources import files
@@ -19,7 +20,7 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .core import TiprError, atomic_path, cache_dir, progress, read_json, write_json, write_text
+from .core import TiprError, atomic_path, cache_dir, free_threads, progress, read_json, write_json, write_text
 
 # %% ../nbs/13_demo.ipynb #cell-006
 @dataclass
@@ -367,6 +368,56 @@ def stages(plan:Plan) -> list[str]:
     def of(name, recipe): return [f"{name}: {s}" for s in (["pictures"] if "generated" in get_recipe(recipe).extra_fields else []) + ["training", "test"]]
     return ["benchmark", *(s for m in plan.methods.items() for s in of(*m)), "page"]
 
+# %% ../nbs/13_demo.ipynb #cell-049
+def step_seconds(recipe, data, n:int=2 # steps that are timed, after one that is not
+                ) -> tuple[float, int]: # seconds a step, steps in all
+    "What a training step takes on this machine, as it is now."
+    import torch
+    from tipr_nb.loop import Steps
+    def blank(index): return torch.zeros(len(index), 3, *recipe.image_size)
+    extra = dict(generated=blank) if "generated" in recipe.extra_fields else None
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        steps = Steps(recipe, data, folder, extra=extra)
+        steps.raw.train()
+        seconds = []
+        for _ in range(n + 1):
+            start = time.perf_counter()
+            steps.train_step(steps.loader.batches())
+            seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]), steps.total_steps
+
+# %% ../nbs/13_demo.ipynb #cell-050
+def expected_seconds(plan:Plan, data) -> dict[str, float]: # stage -> seconds
+    "What the demo's long stages will take here, from a quick measurement."
+    from tipr_nb.training import get_recipe, share_of_ids
+    found:dict[str, float] = {}
+    for name, recipe in plan.methods.items():
+        r, own = get_recipe(recipe).but(**plan.changes, seed=plan.seed), data
+        if "generated" in r.extra_fields:
+            from tipr_nb.tgte import PersonGenerator
+            r, own = r.but(**plan.later), share_of_ids(data, plan.picture_share, plan.seed)
+            painter, captions = PersonGenerator.from_pretrained(), sorted(set(own.train.captions))
+            few = captions[:painter.batch_size]
+            start = time.perf_counter()
+            painter.draw(few, list(range(len(few))))
+            found[f"{name}: pictures"] = (time.perf_counter() - start)*len(captions)/len(few)
+        step, n = step_seconds(r, own)
+        pair = step/(3*r.batch_size*r.accumulate)
+        looks = 1 + r.epochs//r.eval_every
+        found[f"{name}: training"] = step*n + looks*pair*(0 if data.val is None else len(data.val))
+        found[f"{name}: test"] = pair*len(data.test)
+    return found
+
+# %% ../nbs/13_demo.ipynb #cell-051
+def expectation(seconds:dict[str, float] # stage -> seconds
+               ) -> str:
+    "The expected time in a line."
+    total = sum(seconds.values())
+    span = f"{total:.0f} s" if total < 100 else f"{total/60:.0f} minutes"
+    longest = max(seconds, key=lambda stage: seconds[stage])
+    return f"about {span} more on this machine as it is now ({longest}: {seconds[longest]:.0f} s), less what an earlier call has done"
+
+# %% ../nbs/13_demo.ipynb #cell-054
 def run_demo(out:str|Path="runs/demo" # folder of the page, the numbers and the training run
             , plan:Plan|None=None # what to compute; the whole demo by default
             , say:Callable[[str], None]=print # gets plain lines on how it goes
@@ -378,7 +429,9 @@ def run_demo(out:str|Path="runs/demo" # folder of the page, the numbers and the 
     with diary.stage("benchmark", "making the benchmark (drawn once, then taken from the cache)"): data = demo_data(plan)
     for name, s in data.splits.items(): say(f"      {name}: {s.n_ids:,} people, {len(s.images):,} pictures, {len(s):,} sentences")
     results:list[Result] = []
-    for name, recipe in plan.methods.items(): results.append(_method(name, recipe, plan, out, data, diary, say, results))
+    with few_threads():
+        if "page" not in diary.seconds: say(f"      {expectation(expected_seconds(plan, data))}")
+        for name, recipe in plan.methods.items(): results.append(_method(name, recipe, plan, out, data, diary, say, results))
     with diary.stage("page", "writing the page"):
         with atomic_path(out/"overview.png") as new: new.write_bytes(draw_overview(plan, data, results[0]).png(150))
         write_text(out/"index.html", build_page(plan, out, data, results, diary))
@@ -394,14 +447,9 @@ def before(recipe, data) -> dict[str, float]:
     m = evaluate(PersonCLIP.from_pretrained(recipe.pretrained), data.val, n_boot=0, breakdown=())
     return {k: float(getattr(m, k)) for k in TITLES}
 
-@contextlib.contextmanager
-def few_threads() -> Iterator[None]:
-    "Two threads inside the block, one on a busy machine, unless OMP_NUM_THREADS says otherwise: the steps of a model this small are short, and threads that must wait for a core make them longer."
-    import psutil, torch
-    before = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(min(2, os.cpu_count() or 1) if psutil.cpu_percent(.5) < 75 else 1)
-    try: yield
-    finally: torch.set_num_threads(before)
+def few_threads() -> contextlib.AbstractContextManager[None]:
+    "Two threads at most inside the block, as many as are free: the steps of a model this small are short."
+    return free_threads(min(2, os.cpu_count() or 1))
 
 def _method(name:str, recipe:str, plan:Plan, out:Path, data, diary:Diary, say, before_it:list[Result]) -> Result:
     "Train and test one method."
@@ -418,7 +466,7 @@ def _method(name:str, recipe:str, plan:Plan, out:Path, data, diary:Diary, say, b
     with diary.stage(f"{name}: training", f"fine-tuning the {name} ({recipe}); interrupt it if you like, the same command goes on"):
         if painter and first: more["encoder"] = PersonCLIP.from_pretrained(str(first.run.path/"best"))
         start = {k: first.run.best[k] for k in TITLES if k in first.run.best} if "encoder" in more and first else diary.remember(f"val before fine-tuning the {name}", lambda: before(r, data))
-        with few_threads(): run = train(r, data, out/"-".join([r.name, *["quick"]*plan.quick, r.hash(), *(["after", first.run.recipe.hash()] if "encoder" in more and first else [])]), **more)
+        run = train(r, data, out/"-".join([r.name, *["quick"]*plan.quick, r.hash(), *(["after", first.run.recipe.hash()] if "encoder" in more and first else [])]), **more)
     with diary.stage(f"{name}: test", f"meeting {data.test.n_ids:,} people never seen before"):
         from tipr_nb.evaluation import encode_split, evaluate
         features = encode_split(run.model, data.test)
@@ -433,7 +481,7 @@ def _imagine(model, painter, features, plan:Plan, split) -> dict[int, Any]:
     drawn = painter.generate([split.captions[q] for q in queries])
     return dict(zip(queries, zip(drawn, enhance(features.text[queries], model.encode_image(drawn), plan.picture_weight))))
 
-# %% ../nbs/13_demo.ipynb #cell-055
+# %% ../nbs/13_demo.ipynb #cell-062
 def keep_results(demo:str|Path="runs/demo" # a finished demo
                 , nbs:str|Path="nbs" # folder of the notebooks
                 ) -> Path: # the copy

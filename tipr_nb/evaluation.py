@@ -17,7 +17,7 @@ from typing import Any, Callable, Mapping, Sequence
 # %% ../nbs/08_evaluation.ipynb #cell-004
 import numpy as np, pandas as pd, torch
 from torch import Tensor
-from .core import TiprError, atomic_path, progress
+from .core import TiprError, atomic_path, fit_threads, progress
 from .data import EvalTransform, ImageCache, Split, read_image
 from .metrics import HEADLINE, TITLES, Metrics, bootstrap, columns_of, load_metrics, parts_of, number, rank_metrics, rank_similarity, save_metrics
 from .ranking import TIES, load_features
@@ -79,6 +79,7 @@ def _batches(encode:Callable, items:Any, batch_size:int, desc:str) -> Tensor:
     if batch_size < 1: raise TiprError(f"batch_size={batch_size}: give 1 or more")
     out = []
     for a in progress(range(0, len(items), batch_size), desc):
+        fit_threads()
         x = torch.as_tensor(encode(items[a:a + batch_size]))
         if x.ndim != 2 or len(x) != len(items[a:a + batch_size]): raise TiprError(f"{desc}: {len(items[a:a + batch_size])} items gave features of shape {tuple(x.shape)}; an encoder returns one row per item")
         out.append(x.detach())

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 # %% ../nbs/15_generator.ipynb #cell-004
-from .core import TiprError, atomic_path, locked, need, os_errors, progress, read_json, write_json
+from .core import TiprError, atomic_path, locked, need, os_errors, progress, read_json, usable_precision, write_json
 from .data import ImageCache, Split
 from .people import COLOURS, Camera, Person, nearest_colour
 from .drawing import draw_person
@@ -205,7 +205,7 @@ class GeneratorRecipe:
     power:float=.7 # of `noise_steps`
     ema:float|None=.999 # decay of the average of the weights, which is what is kept
     lora:int=0 # above 0: train low-rank matrices of this rank on the attention, not the UNet itself
-    precision:str="no" # 'bf16' for autocast
+    precision:str="no" # 'bf16' for autocast where the device computes bf16 natively
     clip_grad:float=1.
     seed:int=0
 
@@ -235,6 +235,7 @@ class GeneratorRun:
         self.optimizer = torch.optim.AdamW(groups, recipe.lr, (.9, .99), weight_decay=recipe.weight_decay, fused=True)
         self.history, self.kept = History(self.out/"history.jsonl"), Checkpoints(self.out)
         self.blank = states_of(pipeline, [""])
+        self.bf16 = usable_precision(recipe.precision, self.blank.device) == "bf16"
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         unet = self.pipeline.unet
@@ -258,7 +259,7 @@ class GeneratorRun:
         drop = torch.rand(len(z), generator=gen) < r.drop_caption
         text = torch.where(drop[:, None, None].to(text.device), self.blank, text)
         t, noise = noise_steps(len(z), self.pipeline.scheduler.config.num_train_timesteps, r.power, gen).to(z.device), torch.randn(z.shape, generator=gen).to(z.device)
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=r.precision == "bf16"): loss = diffusion_loss(self.pipeline.unet, self.pipeline.scheduler, z, text, t, noise).mean()
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16): loss = diffusion_loss(self.pipeline.unet, self.pipeline.scheduler, z, text, t, noise).mean()
         if not torch.isfinite(loss): raise TiprError(f"update {self.step}: the loss is {loss.item()}; lower lr={r.lr} or raise warmup={r.warmup}, then resume")
         for group in self.optimizer.param_groups: group["lr"] = r.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)

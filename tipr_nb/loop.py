@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 # %% ../nbs/08c_loop.ipynb #cell-004
-from .core import TiprError, known_name, os_errors, progress, read_json, shipped_weights, write_json
+from .core import TiprError, fit_threads, free_threads, known_name, os_errors, progress, read_json, shipped_weights, usable_precision, write_json
 from .data import Batch, CAPTION_TRANSFORMS, ImageCache, PersonDataset, Split, make_loader
 from .clip import Features, OBJECTIVES, PersonCLIP, build_objective, gather_features, read_safetensors
 from .memory import add_lora, average_gradients, cached_backward, check_cacheable, merged
@@ -191,12 +191,13 @@ def dataset_from_arrays(pixels:np.ndarray, # (n, h, w, 3) uint8, of the recipe's
 def _accelerator(r:Recipe, device, path:Path, trackers:Sequence[str]):
     "An `Accelerator` for this recipe."
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
     AcceleratorState._reset_state(reset_partial_state=not (dist.is_available() and dist.is_initialized()))
     GradientState._reset_state()
     cpu = device is not None and torch.device(device).type == "cpu"
     if r.precision == "fp16" and (cpu or not torch.cuda.is_available()): raise TiprError(f"recipe {r.name}: precision fp16 needs a GPU; use 'bf16' or 'no'")
-    accelerator = Accelerator(mixed_precision=r.precision, cpu=cpu, gradient_accumulation_steps=r.accumulate, log_with=list(trackers) or None, project_dir=str(path),
+    precision = usable_precision(r.precision, PartialState(cpu=cpu).device)
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, gradient_accumulation_steps=r.accumulate, log_with=list(trackers) or None, project_dir=str(path),
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     kind = accelerator.distributed_type.name
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"): raise TiprError(f"Accelerate's settings ask for {kind}, which spreads weights or their moments over processes, and checkpoints here hold them whole; launch with --multi_gpu, and set grad_checkpoint, grad_cache or lora in the recipe to save memory")
@@ -213,6 +214,7 @@ class Steps:
         if encoder is not None: check_encoder(encoder, recipe)
         self.accelerator = _accelerator(recipe, device, self.path, trackers)
         self.device, self.main, self.world = self.accelerator.device, self.accelerator.is_main_process, self.accelerator.num_processes
+        self.precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         torch.manual_seed(recipe.seed)
         self.build(build_encoder(recipe) if encoder is None else encoder, extra, num_workers)
 
@@ -344,6 +346,7 @@ class Keeping(Steps):
         self.best, self.stop, self.evaluated = {}, False, -1
         self.sums, self.summed = {}, 0
         self.hashes = dict(data_hash=data_hash(self.dataset), weights_hash=weights_hash(self.recipe))
+        self.precisions = [[0, self.precision]]      # from which step on, what
         self.notes = list(self.dataset.notes) + ([] if self.has_val else ["no val split: the last weights are kept"])
 
     @property
@@ -399,6 +402,12 @@ class Keeping(Steps):
         told = "".join(f"  {k} {metrics[k]:.1f}" for k in dict.fromkeys([self.recipe.select, "mAP"]) if k in metrics)
         return f"{self.recipe.name}: epoch {self.epoch:.3g} of {self.recipe.epochs}  loss {loss:.3f}{'  val' + told if told else ''}  {self.seconds:.0f} s"
 
+    def say_precision(self):
+        "One line on what bf16 comes to here."
+        if self.recipe.precision != "bf16" or not (self.main and self.verbose): return
+        why = "which this device computes natively" if self.precision == "bf16" else "as this device would only emulate bf16"
+        print(f"{self.recipe.name}: in {self.precision}, {why}", flush=True)
+
     def save(self, status:str):
         "Write a checkpoint, then run.json."
         self.raise_if_bad()
@@ -420,13 +429,13 @@ class Keeping(Steps):
         save_tensors(folder/"optimizer.safetensors", tensors)
         if self.ema is not None: save_tensors(folder/"ema.safetensors", self.ema.state_dict())
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-        write_json(folder/"state.json", dict(step=self.step, seconds=self.seconds, train_seconds=self.train_seconds, evaluated=self.evaluated, processes=self.world,
+        write_json(folder/"state.json", dict(step=self.step, seconds=self.seconds, train_seconds=self.train_seconds, evaluated=self.evaluated, processes=self.world, precisions=self.precisions,
                                              sums={k: float(v) for k, v in self.sums.items()}, summed=self.summed, groups=groups, scaler=scaler))
 
     def write_run(self, status:str):
         write_json(self.path/"run.json", dict(
             status=status, step=self.step, total_steps=self.total_steps, best=self.best, seconds=self.seconds, train_seconds=self.train_seconds, max_seconds=self.max_seconds,
-            recipe=self.recipe.name, recipe_hash=self.recipe.hash(), seed=self.recipe.seed, dataset=self.dataset.name, **self.hashes, notes=self.notes, commit=git_commit(), environment=environment(), processes=self.world))
+            recipe=self.recipe.name, recipe_hash=self.recipe.hash(), seed=self.recipe.seed, precision=dict(asked=self.recipe.precision, used=self.precision, steps=self.precisions), dataset=self.dataset.name, **self.hashes, notes=self.notes, commit=git_commit(), environment=environment(), processes=self.world))
 
     def load(self, folder:Path):
         "Take up a checkpoint."
@@ -439,6 +448,8 @@ class Keeping(Steps):
         if s["scaler"] and self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(s["scaler"])
         self.step, self.seconds, self.train_seconds, self.evaluated, self.summed = (s[k] for k in ("step", "seconds", "train_seconds", "evaluated", "summed"))
         self.sums = {k: torch.tensor(v, device=self.device) for k, v in s["sums"].items()}
+        self.precisions = s.get("precisions", self.precisions)
+        if self.precisions[-1][1] != self.precision: self.precisions = [*self.precisions, [self.step, self.precision]]
         if (self.path/"best"/"metrics.json").exists(): self.best = read_json(self.path/"best"/"metrics.json")
 
 # %% ../nbs/08c_loop.ipynb #cell-059
@@ -450,9 +461,12 @@ class Trainer(Keeping):
 
     def fit(self) -> str: # "done", "capped" or "stopped"
         "Step until the recipe's end, the time cap, or a callback's wish."
+        self.say_precision()
         self.clock = self.saved_at = time.perf_counter()
         self.call("on_start")
-        with progress(None, self.recipe.name, total=self.total_steps, initial=self.step, disable=None if self.main else True) as bar:
+        alone = self.device.type == "cpu" and self.world == 1
+        bar = progress(None, self.recipe.name, total=self.total_steps, initial=self.step, disable=not self.main)
+        with free_threads() if alone else contextlib.nullcontext(), bar:
             while self.step < self.total_steps and not self.over():
                 if self.due(): self.evaluate()
                 for losses in self.rest_of_epoch():
@@ -486,6 +500,7 @@ class Trainer(Keeping):
     def after_step(self, losses:dict[str, Tensor], bar):
         "Sums, log, bar, checkpoint."
         self.tick()
+        fit_threads()
         for k, v in losses.items(): self.sums[k] = self.sums.get(k, 0.) + v
         self.summed += 1
         self.call("on_step", losses)

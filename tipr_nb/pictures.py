@@ -16,7 +16,7 @@ import numpy as np, torch
 from PIL import Image
 
 # %% ../nbs/02b_pictures.ipynb #cell-004
-from .core import TiprError, atomic_path, cache_dir, known_name, locked, os_errors, progress, read_json, shipped_weights, write_json
+from .core import TiprError, atomic_path, cache_dir, fit_threads, known_name, locked, os_errors, progress, read_json, shipped_weights, write_json
 
 # %% ../nbs/02b_pictures.ipynb #cell-009
 def caption_seed(caption:str, # the words the picture is drawn from
@@ -244,6 +244,7 @@ def generate_split(generator:PersonGenerator, # what draws
     report(f"{len(captions):,} different captions, {len(work):,} pictures; {n:,} for this process to draw" + (f" ({rank + 1} of {world_size})" if world_size > 1 else ""))
     if n: generator.warn_of_long(captions)
     for chunk in progress(todo, "draw"):
+        fit_threads()
         for (c, k), im in zip(chunk, generator.draw([c for c, _ in chunk], [caption_seed(c, generator.seed, k) for c, k in chunk])): _save_picture(im, pics.path(c, k))
         done += len(chunk)
         if done == len(chunk) < n: report(f"the first {done} took {time.perf_counter() - start:.1f} s: about {_span((n/done - 1)*(time.perf_counter() - start))} more")

@@ -87,7 +87,7 @@ class Recipe:
     groups:list=field(default_factory=list) # (regular expression, {"lr_scale", "weight_decay"}): later rules override earlier ones
     clip_grad:float|None=None            # largest gradient norm
     accumulate:int=1                     # forward passes per optimizer step
-    precision:str="no"                   # "no" (fp32), "bf16" or "fp16"
+    precision:str="no"                   # "no" (fp32), "bf16" (fp32 where a device only emulates it) or "fp16"
     ema:float|None=None                  # decay of an average of the weights, which is then what is evaluated and kept
     select:str="r1"                      # the metric on val that chooses the weights that are kept
     eval_every:int=1                     # epochs between looks at val
