@@ -16,7 +16,7 @@ from benchmarks.common import set_threads, show, write_result
 from benchmarks.sen import captions
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch
-from tipr_nb.memory import add_lora, cached_backward, peak_bytes
+from tipr_nb.training import add_lora, cached_backward, peak_bytes
 from tipr_nb.training import RECIPES, Recipe, Retriever, build_encoder, build_objectives
 
 N_IDS = 11003
@@ -52,7 +52,7 @@ def step(model: Retriever, recipe: Recipe, batch: Batch, chunk: int, device: str
 def measure(name: str, sizes: list[int], chunk: int, device: str) -> dict:
     "One setting at each batch size, gradients cleared in between."
     recipe_name, settings = SETTINGS[name]
-    recipe = RECIPES[recipe_name].but(pretrained=None, precision="bf16", **settings)
+    recipe = RECIPES[recipe_name].replace(pretrained=None, precision="bf16", **settings)
     model, kept, (h, w) = build(recipe, device), [], recipe.image_size
     for b in sizes:
         texts = captions(b)

@@ -13,9 +13,9 @@ from statistics import median
 import numpy as np
 
 from benchmarks.common import free_memory_gb, interleave, medians, peak_memory, seconds, set_threads, show, write_result
-from tipr_nb.engines import ExactEngine, overlap
-from tipr_nb.indexing import import_features, index_photos
-from tipr_nb.photos import find_photos
+from tipr_nb.search import ExactEngine, overlap
+from tipr_nb.search import import_features, index_photos
+from tipr_nb.search import find_photos
 from tipr_nb.search import Gallery
 
 TARGET = .97
@@ -126,8 +126,8 @@ def vectors(home: Path, n: int, d: int, n_queries: int, repeats: int) -> list[di
 def indexing(home: Path, n: int, repeats: int) -> list[dict]:
     "People a second through `index_photos` against the encoder alone, on decoded pictures."
     import torch
-    from tipr_nb.clip import PersonCLIP
-    from tipr_nb.crops import EvalTransform, stack_images
+    from tipr_nb.models import PersonCLIP
+    from tipr_nb.data import EvalTransform, stack_images
     torch.manual_seed(0)
     model = PersonCLIP("tipr-tiny").eval()
     photos = find_photos(pictures(home/"photos", n))
@@ -161,8 +161,8 @@ def pictures(folder: Path, n: int) -> Path:
 def cold(home: Path, n: int, repeats: int) -> list[dict]:
     "A sentence to a gallery of `n` people: the whole process, and once more in a running one."
     import torch
-    from tipr_nb.clip import PersonCLIP
-    from tipr_nb.towers import export_text_tower, model_fingerprint
+    from tipr_nb.models import PersonCLIP
+    from tipr_nb.search import export_text_tower, model_fingerprint
     torch.manual_seed(0)
     model = PersonCLIP("tipr-tiny").eval()
     x = np.random.default_rng(0).standard_normal((n, model.dim)).astype(np.float32)

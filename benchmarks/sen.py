@@ -13,7 +13,8 @@ import numpy as np, torch
 from benchmarks.common import interleave, medians, seconds, set_threads, show, write_result
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch
-from tipr_nb.pruning import CaptionPruner, _pruned
+from tipr_nb.methods import CaptionPruner
+from tipr_nb.methods.pruning import _pruned
 from tipr_nb.training import RECIPES, Recipe, Retriever, build_encoder, build_objectives, make_optimizer
 
 SIZES = {"tiny": ("sen-tiny", 128, 3000, 7, 1.8), "vit-b-16": ("sen", 8, 11003, 3, 1.5)}       # recipe, batch, training identities, repeats, limit
@@ -33,7 +34,7 @@ CASES = {"baseline": (("SDM", "ID"), .7), "+ CMT": (("SDM", "ID", "CMT"), .7), "
 def make_steps(recipe: Recipe, n_ids: int, raw: torch.Tensor, texts: list[str], device: str) -> dict:
     "One closure per case, each a whole training step: features, losses, backward pass, optimizer. They share one model, whose unused weights get no gradient and no update."
     torch.manual_seed(0)
-    encoder = build_encoder(recipe.but(pretrained=None)).to(device).train()
+    encoder = build_encoder(recipe.replace(pretrained=None)).to(device).train()
     model = Retriever(encoder, build_objectives(recipe, encoder, n_ids)).to(device).train()
     optimizer, b = make_optimizer(model, recipe), len(raw)
     tokens, ids, erase = encoder.tokenize(texts), torch.arange(b)//2, torch.tensor([[10, 5, 30, 20]]).expand(b, -1)

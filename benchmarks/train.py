@@ -19,10 +19,10 @@ from benchmarks.common import interleave, medians, set_threads, show, write_resu
 from benchmarks.sen import captions
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch
-from tipr_nb.memory import peak_bytes
-from tipr_nb.peers import recognise
+from tipr_nb.training import peak_bytes
+from tipr_nb.interop import recognise
 from tipr_nb.training import RECIPES, Recipe, Retriever, build_encoder, build_objectives, make_optimizer
-from tipr_nb.loop import NaNGuard
+from tipr_nb.training import NaNGuard
 
 VIT_B_16 = dict(embed_dim=512, vision_layers=12, vision_width=768, vision_patch_size=16, context_length=77, vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=12)
 TINY = VIT_B_16 | dict(vision_layers=2, vision_width=128, transformer_layers=2)           # for trying this file out
@@ -142,7 +142,7 @@ def bench(args, losses: str | None = None) -> list[dict]:
     torch.manual_seed(0)
     peer = Peer(args.peer, losses, args.batch, args.device, size, image)
     precision = "no" if args.device == "cpu" else "bf16"
-    recipe = RECIPES[peer.recipe].but(pretrained=None, precision=precision, image_size=image, **({"arch": arch} if arch else {}))
+    recipe = RECIPES[peer.recipe].replace(pretrained=None, precision=precision, image_size=image, **({"arch": arch} if arch else {}))
     ours = Ours(recipe, args.device) if arch else tiny(recipe, args.device, size)
     batch, theirs = batches(ours, args.batch)
     if not losses:
@@ -163,8 +163,8 @@ def bench(args, losses: str | None = None) -> list[dict]:
 
 def tiny(recipe: Recipe, device: str, size: dict) -> Ours:
     "Our side at the size used to try this file out."
-    from tipr_nb import loop
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.training import loop
+    from tipr_nb.models import PersonCLIP
     cfg = dict(embed_dim=size["embed_dim"], quick_gelu=True, vision_cfg=dict(image_size=64, layers=size["vision_layers"], width=size["vision_width"], patch_size=16),
                text_cfg=dict(context_length=77, vocab_size=size["vocab_size"], width=size["transformer_width"], heads=size["transformer_heads"], layers=size["transformer_layers"]))
     globals()["build_encoder"] = lambda r: PersonCLIP("ViT-B-16-quickgelu", r.image_size, cfg)

@@ -7,13 +7,14 @@ import numpy as np
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from tipr_nb.clip import OBJECTIVES, PersonCLIP
+from tipr_nb.methods import OBJECTIVES
+from tipr_nb.models import PersonCLIP
 from tipr_nb.core import atomic_path
 from tipr_nb.data import load_dataset
 from tipr_nb.demo import top_pictures
 from tipr_nb.evaluation import encode_split
 from tipr_nb.figures import COLORS, HIT, INK, LINE, MISS, MUTED, diagram, place, sheet, style, wrap
-from tipr_nb.recipes import OBJECTIVE_HOMES
+from tipr_nb.training import OBJECTIVE_HOMES
 
 IMAGES = Path(__file__).resolve().parent.parent / "nbs" / "images"
 

@@ -3,7 +3,8 @@ import argparse, configparser, json, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = {".": "The library, in reading order", "tutorials": "Tutorials", "papers": "The papers, each told end to end", "datasets": "The real datasets"}
+SECTIONS = {"tutorials": "Tutorials", ".": "The library, in reading order", "papers": "The papers, each told end to end", "datasets": "The real datasets"}
+FIRST = ("index", "tutorials/quickstart", "tutorials/own_photos", "papers/sen", "papers/gea", "papers/ablation")  # these come first in their folder, in this order
 
 
 def address(root: Path) -> str:
@@ -30,9 +31,22 @@ def page(path: Path) -> Path:
     return path.with_name(re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.stem) + ".html")
 
 
-def notebooks(root: Path) -> list[Path]:
-    nbs = root / "nbs"
-    return [p for p in sorted(nbs.rglob("*.ipynb")) if not any(q.startswith((".", "_")) for q in p.relative_to(nbs).parts)]
+def section(path: Path) -> str:
+    "The section of a notebook, given by its path in nbs/: a folder, or `.` for the numbered ones of the library."
+    return path.parts[0] if path.parts[0] in SECTIONS else "."
+
+
+def reading_order(nbs: Path) -> list[Path]:
+    "All notebooks of a folder, relative to it, section by section; the library's in the order of their numbers."
+    found = [p.relative_to(nbs) for p in nbs.rglob("*.ipynb")]
+    found = [p for p in found if not any(q.startswith((".", "_")) for q in p.parts)]
+    sections = list(SECTIONS)
+
+    def key(path: Path):
+        name = path.with_suffix("").as_posix()
+        first = FIRST.index(name) if name in FIRST else len(FIRST)
+        return sections.index(section(path)), first, not name[0].isdigit(), name
+    return sorted(found, key=key)
 
 
 def llms(root: Path = ROOT) -> str:
@@ -42,7 +56,7 @@ def llms(root: Path = ROOT) -> str:
     out = [f"# {config['DEFAULT']['title']}", "", f"> {config['DEFAULT']['description']}.", "",
            "Every page is a notebook that is also the source of a module of the Python package `tipr_nb`; a notebook imports only those before it. Pages show code, its output, and what goes wrong with bad input.", ""]
     for folder, heading in SECTIONS.items():
-        found = sorted((p for p in notebooks(root) if str(p.parent.relative_to(nbs)) == folder), key=lambda p: p.stem != "index")
+        found = [nbs / p for p in reading_order(nbs) if section(p) == folder]
         if not found: continue
         out += [f"## {heading}", ""]
         for p in found:

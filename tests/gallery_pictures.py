@@ -3,7 +3,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from tipr_nb.indexing import COLOURS
+from tipr_nb.search import COLOURS
 
 
 def figure(coat: str, legs: str, size=(48, 96)) -> Image.Image:

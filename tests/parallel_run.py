@@ -25,7 +25,7 @@ def main(data, out, objectives, epochs, save_steps="0", settings="{}"):
     torch.set_num_threads(1)
     objectives = json.loads(objectives)
     gea = bool({name for name, _ in objectives} & {"TGTE", "GIF"})
-    recipe = RECIPES["clip-tiny"].but(**dict(objectives=objectives, arch="tipr-nano", pretrained=None, precision="no", batch_size=16, sampler="identity", lr=5e-4, eps=1e-6, warmup_epochs=0.,
+    recipe = RECIPES["clip-tiny"].replace(**dict(objectives=objectives, arch="tipr-nano", pretrained=None, precision="no", batch_size=16, sampler="identity", lr=5e-4, eps=1e-6, warmup_epochs=0.,
                                              epochs=int(epochs), extra_fields=("generated", "other") if gea else ()) | json.loads(settings))
     watch = Losses()
     train(recipe, load_dataset("synth-pedes", data), out, device="cpu", callbacks=[watch], save_steps=int(save_steps) or None, verbose=False, extra={"generated": drawn} if gea else None)

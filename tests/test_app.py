@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from gallery_pictures import archive, figure
-from tipr_nb.app import Answer, Page, Question, check_port, few_words, find_chromium, gallery_facts, joined_filter, match_map, search_page, serve, warmed
+from tipr_nb.search import (Answer, Page, Question, check_port, few_words, find_chromium, gallery_facts, joined_filter, match_map,
+    search_page, serve, warmed)
 from tipr_nb.core import TiprError
-from tipr_nb.engines import parse_filter
-from tipr_nb.indexing import ColourModel
+from tipr_nb.search import parse_filter
+from tipr_nb.search import ColourModel
 from tipr_nb.search import Gallery
 
 

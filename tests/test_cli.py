@@ -56,7 +56,7 @@ def run(few, tmp_path_factory):
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     "A pipeline in Stable Diffusion's layout that draws noise."
-    from tipr_nb.pipelines import toy_pipeline
+    from tipr_nb.generation import toy_pipeline
     return toy_pipeline(tmp_path_factory.mktemp("pipeline")/"toy", codec="kl")
 
 
@@ -265,7 +265,7 @@ def shelf(tmp_path_factory):
 def nano(tmp_path_factory):
     "A run's folder with a (random) model in it."
     import torch
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.models import PersonCLIP
     torch.manual_seed(0)
     PersonCLIP("tipr-nano").save_pretrained((out := tmp_path_factory.mktemp("nano"))/"best")
     return out
@@ -372,10 +372,10 @@ def test_a_port_in_use(people):
 def test_search_starts_quickly_and_without_torch(nano, tmp_path):
     "Ten thousand people, a cold process; time on the processor, since the machine may be busy."
     import numpy as np
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.models import PersonCLIP
     from tipr_nb.core import write_json
-    from tipr_nb.indexing import import_features
-    from tipr_nb.towers import export_text_tower, model_fingerprint
+    from tipr_nb.search import import_features
+    from tipr_nb.search import export_text_tower, model_fingerprint
     model, n = PersonCLIP.from_pretrained(nano/"best"), 10_000
     x = np.random.default_rng(0).standard_normal((n, model.dim)).astype(np.float32)
     facts = import_features(tmp_path/"g", x/np.linalg.norm(x, axis=1, keepdims=True), (f"{i}.jpg" for i in range(n)), model_fingerprint(model), columns=dict(camera=[f"c{i % 4}" for i in range(n)]))
@@ -455,7 +455,7 @@ def test_generate_a_split_and_train_on_it(few, toy, tmp_path):
 
 
 def test_generate_learns(few, toy, tmp_path, monkeypatch):
-    from tipr_nb import generator
+    from tipr_nb.generation import training as generator
     asked, real = [], generator.train_small
     monkeypatch.setattr(generator, "train_small", lambda out, recipe, max_seconds=None: asked.append((out, recipe)) or real(out, photos=12, recipe=recipe, width=32, max_seconds=max_seconds))
     monkeypatch.setattr(generator, "SMALL", generator.GeneratorRecipe(batch_size=4, warmup=1))

@@ -16,7 +16,7 @@ def one_line(result, words):
 
 def test_convert(tmp_path):
     import torch
-    from tipr_nb.clip import PersonCLIP   # before open_clip: torchvision may need its operators declared
+    from tipr_nb.models import PersonCLIP   # before open_clip: torchvision may need its operators declared
     from open_clip.model import CLIP
     torch.manual_seed(0)
     clip = CLIP(embed_dim=64, vision_cfg=dict(image_size=(96, 32), patch_size=16, width=64, layers=1), text_cfg=dict(context_length=16, vocab_size=600, width=64, heads=1, layers=1), quick_gelu=True)
@@ -36,7 +36,7 @@ def test_convert(tmp_path):
 
 
 def test_export_card_and_push(tmp_path, monkeypatch):
-    from tipr_nb.corpora import toy_people
+    from tipr_nb.data import toy_people
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     toy = toy_people(tmp_path / "toy", 6, 4)
     done = tipr("data", "export", "cuhk-pedes", tmp_path / "out", "--root", toy, "--split", "test")

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from tipr_nb import backbones as B, clip as C, tokens as T
-from tipr_nb.clip import OBJECTIVES, Features, Objective, PersonCLIP, build_objective, id_loss, interaction_maps, itc_loss, register_objective, sdm_loss, tal_loss, unit
-from tipr_nb.backbones import SelfAttention
+from tipr_nb.models import backbones as B
+from tipr_nb.models import clip as C
+from tipr_nb.models import tokens as T
+from tipr_nb.methods import OBJECTIVES, Objective, build_objective, register_objective
+from tipr_nb.models import Features, PersonCLIP, id_loss, interaction_maps, itc_loss, sdm_loss, tal_loss, unit
+from tipr_nb.models import SelfAttention
 from tipr_nb.core import TiprError
 from tipr_nb.data import CLIP_MEAN, CLIP_STD
 
@@ -512,7 +515,7 @@ def test_read_only_output(nano, tmp_path):
 
 
 def test_inference_imports_no_objective():
-    code = "import sys, tipr_nb.clip; bad = [m for m in sys.modules if m.split('.')[-1] in ('tir', 'cmt', 'gif', 'tgte', 'training') and m.startswith('tipr_nb')]; assert not bad, bad"
+    code = "import sys, tipr_nb.models.clip; bad = [m for m in sys.modules if m.split('.')[-1] in ('tir', 'cmt', 'gif', 'tgte', 'training') and m.startswith('tipr_nb')]; assert not bad, bad"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

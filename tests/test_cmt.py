@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest, torch, torch.nn.functional as F
 
 from tipr_nb.core import TiprError
-from tipr_nb.clip import OBJECTIVES, build_objective, sdm_loss
-from tipr_nb.cmt import CMT, cmt_loss, cmt_terms, cosine_matrix, gradient_share, hinge, positive_mask
+from tipr_nb.methods import OBJECTIVES, build_objective
+from tipr_nb.models import sdm_loss
+from tipr_nb.methods import CMT, cmt_loss, cmt_terms, cosine_matrix, gradient_share, hinge, positive_mask
 
 
 def pairs(b=24, n_ids=9, d=8, seed=0, dtype=torch.float64):

@@ -1,6 +1,7 @@
 import errno, os, subprocess, sys
 import pytest
-from tipr_nb.core import TiprError, atomic_path, cache_dir, ensure_torchvision, locked, os_errors, read_json, resolve_model, write_json, write_text
+from tipr_nb.core import (TiprError, atomic_path, cache_dir, ensure_torchvision, locked, os_errors, read_json, resolve_model, write_json,
+    write_text)
 
 
 def test_import_is_light():

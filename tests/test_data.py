@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 import layouts
-from tipr_nb import corpora, crops
+from tipr_nb.data import corpora
+from tipr_nb.data import crops
 from tipr_nb.core import TiprError, ensure_torchvision
-from tipr_nb.data import (Batch, CAPTION_TRANSFORMS, DatasetError, EvalTransform, IdentitySampler, ImageCache, ImageFiles, RandomSampler, Split, TrainTransform, check_dataset,
-                          has_side, image_batches, load_dataset, make_loader, normalise, read_image, stack_images, swap_sides, uniforms)
+from tipr_nb.data import (Batch, CAPTION_TRANSFORMS, DatasetError, EvalTransform, IdentitySampler, ImageCache, ImageFiles, RandomSampler,
+    Split, TrainTransform, check_dataset, has_side, image_batches, load_dataset, make_loader, normalise, read_image,
+    stack_images, swap_sides, uniforms)
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +151,7 @@ def test_bad_annotation(what, tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    refused("no dataset named 'cuhk'", "cuhk", tmp_path)
+    refused("unknown dataset 'cuhk'", "cuhk", tmp_path)
     refused("no such folder", "cuhk-pedes", tmp_path / "nowhere")
     with pytest.raises(DatasetError, match="needs root"): load_dataset("cuhk-pedes")
     with pytest.raises(DatasetError, match="needs root"): check_dataset("rstpreid")
@@ -602,7 +604,7 @@ def test_caption_transforms(cuhk, monkeypatch):
     a.set_epoch(0)
     assert [x.captions for x in a] == first and max(x.tokens.shape[1] for x in a) == 4
     assert make(caption_transform="cut")[0].captions != make()[0].captions and make(caption_transform=lambda c, rng: "x")[0].captions == ["x"] * 8
-    with pytest.raises(TiprError, match="no caption transform named 'prnue'"): make(caption_transform="prnue")
+    with pytest.raises(TiprError, match="unknown caption transform 'prnue'"): make(caption_transform="prnue")
 
 
 def test_captions_are_tokenized_once(cuhk):

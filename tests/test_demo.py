@@ -71,7 +71,7 @@ def test_numbers(made):
 
 
 def test_ranking_agrees_with_evaluation(made):
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.models import PersonCLIP
     from tipr_nb.evaluation import encode_split, evaluate
     out, _, _ = made
     data = demo.demo_data(demo.Plan(**TINY))
@@ -117,7 +117,7 @@ def test_only_whole_demos_are_kept(made, tmp_path):
 
 def test_diary_of_a_broken_file(tmp_path):
     (tmp_path/"diary.json").write_text('{"key": "a", "seco')
-    diary = demo.Diary(tmp_path/"diary.json", "a")
+    diary = demo.StageLog(tmp_path/"diary.json", "a")
     with diary.stage("x", "after a broken diary"): pass
     assert set(read_json(tmp_path/"diary.json")["seconds"]) == {"x"}
 
@@ -171,5 +171,5 @@ def test_what_it_will_take_is_measured(tmp_path, monkeypatch):
     assert line.startswith("about 9 minutes") and "(a: 300 s)" in line
     monkeypatch.undo()
     from tipr_nb.training import get_recipe
-    seconds, n = demo.step_seconds(get_recipe("clip-tiny").but(**plan.changes), data)
+    seconds, n = demo.step_seconds(get_recipe("clip-tiny").replace(**plan.changes), data)
     assert 0 < seconds < 60 and n == 2*(len(data.train)//16) and torch.equal(torch.random.get_rng_state(), state)

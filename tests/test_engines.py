@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 
 from tipr_nb.core import TiprError
-from tipr_nb.engines import (Column, ExactEngine, FaissEngine, Milvus, MilvusEngine, Selection, build_faiss, build_milvus, calibrate, faiss_recipe, largest, milvus_expression, overlap,
-                             parse_filter, sort_hits, top_k)
+from tipr_nb.search import (Column, ExactEngine, FaissEngine, Milvus, MilvusEngine, Selection, build_faiss, build_milvus, calibrate,
+    faiss_recipe, largest, milvus_expression, overlap, parse_filter, sort_hits, top_k)
 
 
 def unit(x): return (x/np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)

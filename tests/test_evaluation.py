@@ -8,8 +8,9 @@ from sklearn.metrics import average_precision_score
 
 from tipr_nb.core import TiprError
 from tipr_nb.data import Split
-from tipr_nb.evaluation import (HEADLINE, TIES, Metrics, SplitFeatures, bootstrap, compare, encode_split, encode_texts, evaluate, fingerprint, load_features, load_metrics,
-                                picture_features, rank_metrics, rank_similarity, save_metrics)
+from tipr_nb.evaluation import (HEADLINE, TIES, Metrics, SplitFeatures, bootstrap, compare, encode_split, encode_texts, evaluate, load_features,
+    load_metrics, picture_features, rank_metrics, rank_similarity, save_metrics)
+from tipr_nb.models import fingerprint
 
 
 def unit(x): return (x/np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
@@ -517,7 +518,7 @@ def test_wrong_shapes_from_an_encoder(split):
 
 def test_names_are_there_and_no_objective_is_imported():
     code = ("import sys; from tipr_nb.evaluation import *; assert Metrics and rank_metrics and compare and evaluate; "
-            "print([m for m in sys.modules if m in ('tipr_nb.tir', 'tipr_nb.cmt', 'tipr_nb.gif', 'tipr_nb.training', 'diffusers')])")
+            "print([m for m in sys.modules if m in ('tipr_nb.methods.tir', 'tipr_nb.methods.cmt', 'tipr_nb.methods.gif', 'tipr_nb.training', 'diffusers')])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 
-import tipr_nb.pictures as pictures_module
+import tipr_nb.generation.pictures as pictures_module
 from tipr_nb.core import TiprError, read_json, write_json
-from tipr_nb.clip import PersonCLIP
-from tipr_nb.generator import GeneratorRecipe, GeneratorRun, Pairs, colour_accuracy, colour_hits, diffusion_loss, noise_steps, region_colour, small_pipeline, states_of, train_generator, world_portraits
-from tipr_nb.pictures import PersonGenerator, Pictures, caption_seed, check_caption, generate_split, open_pictures, pictures_for, words_lost
-from tipr_nb.pipelines import PatchCodec, check_pipeline, fit_codec, hf_text_tower, load_pipeline, toy_pipeline
+from tipr_nb.models import PersonCLIP
+from tipr_nb.generation import (GeneratorRecipe, GeneratorRun, Pairs, colour_accuracy, colour_hits, diffusion_loss, noise_steps, region_colour,
+    small_pipeline, states_of, train_generator, world_portraits)
+from tipr_nb.generation import (PersonGenerator, Pictures, caption_seed, check_caption, generate_split, open_pictures, pictures_for, words_lost)
+from tipr_nb.generation import PatchCodec, check_pipeline, fit_codec, hf_text_tower, load_pipeline, toy_pipeline
 
 CAPTIONS = ["a woman in a red coat", "a man with a blue backpack", "somebody in white trousers", "a tall man", "a girl in green"]
 split = lambda captions: SimpleNamespace(captions=list(captions))

@@ -4,10 +4,11 @@ import pytest, torch
 from torch import nn
 
 from tipr_nb.core import TiprError
-from tipr_nb.clip import PersonCLIP, build_objective, tal_loss, write_safetensors
+from tipr_nb.methods import build_objective
+from tipr_nb.models import PersonCLIP, tal_loss, write_safetensors
 from tipr_nb.data import Batch, normalise
-from tipr_nb.backbones import CrossAttention
-from tipr_nb.gif import GIF, Fusion, fusion_of, reliance
+from tipr_nb.models import CrossAttention
+from tipr_nb.methods import GIF, Fusion, fusion_of, reliance
 
 
 @pytest.fixture()
@@ -111,18 +112,18 @@ def test_fusion_travels_if_asked(nano, tmp_path):
 def test_trains_and_evaluates_end_to_end(precision, tmp_path):
     from tipr_nb.data import load_dataset
     from tipr_nb.evaluation import evaluate
-    from tipr_nb.pictures import PersonGenerator, generate_split
-    from tipr_nb.pipelines import toy_pipeline
+    from tipr_nb.generation import PersonGenerator, generate_split
+    from tipr_nb.generation import toy_pipeline
     from tipr_nb.synth import make_synth_pedes
     from tipr_nb.training import RECIPES, train
     data = load_dataset("synth-pedes", make_synth_pedes(tmp_path/"data", n_ids=(10, 4, 5), workers=1))
     generator = PersonGenerator.from_pretrained(toy_pipeline(tmp_path/"toy"), device="cpu", steps=1, guidance=1., batch_size=16)
     for split in (data.train, data.val): pics = generate_split(generator, split, tmp_path/"pics", report=lambda _: None)
-    recipe = RECIPES["gea-tiny"].but(arch="tipr-nano", pretrained=None, precision=precision, batch_size=8, epochs=1, objectives=[("TGTE", dict(gate=True, share=.5)), ("GIF", dict(layers=1, weight=.5))])
+    recipe = RECIPES["gea-tiny"].replace(arch="tipr-nano", pretrained=None, precision=precision, batch_size=8, epochs=1, objectives=[("TGTE", dict(gate=True, share=.5)), ("GIF", dict(layers=1, weight=.5))])
     run = train(recipe, data, tmp_path/"run", extra={"generated": pics.field(data.train, recipe.image_size)}, device="cpu", verbose=False)
     assert {"loss/TGTE", "loss/GIF", "TGTE/w", "GIF/relies_on_photo"} <= set(run.history.columns) and run.history.loss.dropna().gt(0).all()
     back = PersonCLIP.from_pretrained(tmp_path/"run"/"best")
     plain, enriched = (evaluate(back, data.val, generator=pics, weight=w, n_boot=0) for w in (0., .3))
     assert plain.n_queries == enriched.n_queries > 0
-    from tipr_nb.tgte import Imagining
-    assert Imagining(back, pics).gate is not None and evaluate(Imagining(back, pics), data.val, n_boot=0).n_queries == plain.n_queries
+    from tipr_nb.methods import QueryEnricher
+    assert QueryEnricher(back, pics).gate is not None and evaluate(QueryEnricher(back, pics), data.val, n_boot=0).n_queries == plain.n_queries

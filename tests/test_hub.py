@@ -5,21 +5,21 @@ import numpy as np
 import pytest
 
 from tipr_nb.core import TiprError, write_json
-from tipr_nb.corpora import DatasetError, PersonDataset, Split, load_dataset, toy_people
-from tipr_nb.hub import export_dataset, import_dataset, model_card, pack_run, push_to_hub, read_run, upload, write_split
+from tipr_nb.data import DatasetError, PersonDataset, Split, load_dataset, toy_people
+from tipr_nb.interop import (export_dataset, import_dataset, model_card, pack_run, push_to_hub, read_run, upload, write_split)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A finished run's folder, without the minutes of training it."
     import torch
-    from tipr_nb.clip import PersonCLIP
-    from tipr_nb.metrics import rank_metrics, save_metrics
-    from tipr_nb.recipes import RECIPES
+    from tipr_nb.models import PersonCLIP
+    from tipr_nb.evaluation import rank_metrics, save_metrics
+    from tipr_nb.training import RECIPES
     folder = tmp_path_factory.mktemp("runs") / "nano"
     torch.manual_seed(0)
     PersonCLIP("tipr-nano").save_pretrained(folder / "best")
-    recipe = RECIPES["clip-tiny"].but(name="nano", arch="tipr-nano", pretrained=None, epochs=2)
+    recipe = RECIPES["clip-tiny"].replace(name="nano", arch="tipr-nano", pretrained=None, epochs=2)
     recipe.save(folder / "recipe.json")
     write_json(folder / "run.json", dict(status="done", best=dict(step=20, epoch=2., r1=41., mAP=40.), dataset="synth-pedes", data_hash="0123456789ab", train_seconds=90., notes=["val: 5 % held out"], environment=dict(tipr_nb="0.1.0")))
     rng = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def test_card_says_recipe_data_metrics_and_limits(run):
 
 
 def test_pack_and_load_again(run, tmp_path):
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.models import PersonCLIP
     out = pack_run(run, tmp_path / "nano-packed")
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "config.json", "model.safetensors", "recipe.json"] and "# nano-packed" in (out / "README.md").read_text()
     assert PersonCLIP.from_pretrained(out).arch == "tipr-nano"
@@ -152,8 +152,8 @@ def test_missing_picture_leaves_nothing(tmp_path):
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
-    import tipr_nb.hub
+    import tipr_nb.interop.hub
     def absent(module, extra, why): raise TiprError(f"{why} needs {module}; pip install 'tipr_nb[{extra}]'")
-    monkeypatch.setattr(tipr_nb.hub, "need", absent)
+    monkeypatch.setattr(tipr_nb.interop.hub, "need", absent)
     data = load_dataset("cuhk-pedes", toy_people(tmp_path / "toy", 6, 4))
     with pytest.raises(TiprError, match=r"tipr_nb\[hub\]"): export_dataset(data, tmp_path / "out")

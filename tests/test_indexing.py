@@ -8,8 +8,8 @@ from PIL import Image
 
 from gallery_pictures import archive, figure
 from tipr_nb.core import TiprError
-from tipr_nb.indexing import ColourModel, Generation, Journal, index_photos, indexing_lock, load_features, read_manifest, read_skipped
-from tipr_nb.photos import find_photos
+from tipr_nb.search import (ColourModel, Generation, Journal, index_photos, indexing_lock, load_features, read_manifest, read_skipped)
+from tipr_nb.search import find_photos
 
 PATTERN = r"(?P<camera>c\d)/"
 
@@ -254,7 +254,7 @@ def test_a_newer_format_is_left_alone(shelf, gallery):
 def test_a_full_disk_is_one_line(shelf, gallery, monkeypatch):
     index(gallery, shelf)
     figure("white", "white").save(shelf/"new.png")
-    import tipr_nb.indexing as module
+    import tipr_nb.search.indexing as module
     def full(*args, **kwargs): raise OSError(28, "No space left on device")
     monkeypatch.setattr(module, "_write_features", full)
     with pytest.raises(TiprError, match="no space left"): index(gallery, shelf)
@@ -266,8 +266,8 @@ def test_a_full_disk_is_one_line(shelf, gallery, monkeypatch):
 
 CHILD = textwrap.dedent("""
     import sys
-    from tipr_nb.indexing import ColourModel, index_photos
-    from tipr_nb.photos import find_photos
+    from tipr_nb.search import ColourModel, index_photos
+    from tipr_nb.search import find_photos
     photos = find_photos(sys.argv[1], pattern=r"(?P<camera>c\\d)/")
     print("ready", flush=True)
     index_photos(sys.argv[2], photos, ColourModel(delay=float(sys.argv[3])), batch_size=4, checkpoint=0., text_tower=False)
@@ -311,7 +311,7 @@ STEPS = ["_encode_new", "_assemble", "_write_skipped", "_sync", "build_engine", 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_interrupted_at_every_step(shelf, gallery, step, monkeypatch):
-    import tipr_nb.indexing as module
+    import tipr_nb.search.indexing as module
     index(gallery, shelf, engines={"ivf": {}})
     figure("white", "white").resize((40, 90)).save(shelf/"c1"/"new.png")
     real = getattr(module, step)
@@ -365,7 +365,7 @@ def test_journal_of_another_model_is_forgotten(tmp_path):
 
 def test_decoding_overlaps_with_encoding(tmp_path, monkeypatch):
     shelf = archive(tmp_path/"p")
-    import tipr_nb.photos as module
+    import tipr_nb.search.photos as module
     slow = module.decode_picture
     def sleepy(*args, **kwargs):
         time.sleep(.02)

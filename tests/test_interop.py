@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tipr_nb.checkpoints import read_checkpoint, read_pickle, read_script
-from tipr_nb.clip import CLIP_MEAN, CLIP_STD, PersonCLIP
+from tipr_nb.interop import read_checkpoint, read_pickle, read_script
+from tipr_nb.data import CLIP_MEAN, CLIP_STD
+from tipr_nb.models import PersonCLIP
 from tipr_nb.core import TiprError
 from tipr_nb.interop import convert_file, load_peer, save_hf, save_onnx, save_open_clip
-from tipr_nb.peers import IMAGENET, PEERS, from_hf, guess_grid, model_config, name_arch, recognise, to_hf
+from tipr_nb.interop import IMAGENET, PEERS, from_hf, guess_grid, model_config, name_arch, recognise, to_hf
 
 import open_clip
 from open_clip.model import CLIP
@@ -264,7 +265,7 @@ def test_export_hugging_face(irra, tmp_path):
 def test_export_onnx_runs_without_torch(irra, tmp_path):
     from PIL import Image
     from tipr_nb.interop import ImageTower
-    from tipr_nb.towers import TextTower
+    from tipr_nb.search import TextTower
     model = load_peer(irra, say=None)
     save_onnx(model, tmp_path)
     people = [Image.new("RGB", (40, 110), c) for c in ("red", "navy", "grey")] + [Image.effect_noise((30, 90), 60)]

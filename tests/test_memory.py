@@ -6,21 +6,23 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tipr_nb.clip import OBJECTIVES, Objective, PersonCLIP, build_objective, register_objective
+from tipr_nb.methods import OBJECTIVES, Objective, build_objective, register_objective
+from tipr_nb.models import PersonCLIP
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch
-from tipr_nb.memory import RandomState, add_lora, average_gradients, batch_rows, cached_backward, check_cacheable, chunks_of, lora_layers, merge_lora, merged, peak_bytes
-from tipr_nb.recipes import RECIPES, Recipe
-from tipr_nb.runs import Checkpoints
+from tipr_nb.training import (RandomState, add_lora, average_gradients, batch_rows, cached_backward, check_cacheable, chunks_of, lora_layers,
+    merge_lora, merged, peak_bytes)
+from tipr_nb.training import RECIPES, Recipe
+from tipr_nb.models import Checkpoints
 from test_training import NANO, Trip, free_port, go, launch, last_weights, same, wait
-import tipr_nb.cmt, tipr_nb.gif, tipr_nb.tgte, tipr_nb.tir  # noqa: F401, E401  (register their objectives)
+import tipr_nb.methods.cmt, tipr_nb.methods.gif, tipr_nb.methods.tgte, tipr_nb.methods.tir  # noqa: F401, E401  (register their objectives)
 
 WORDS = ["a man in red", "the same man with a bag", "a woman in blue jeans", "a woman", "a boy with a cap", "a boy", "someone tall", "someone in white with a scarf", "a girl", "a girl in green shoes"]
 SEN = ("SDM", "ID", "TIR", "CMT")
 
 
 @pytest.fixture(scope="module")
-def nano(): return RECIPES["clip-tiny"].but(name="nano", **NANO)
+def nano(): return RECIPES["clip-tiny"].replace(name="nano", **NANO)
 
 
 def make_batch(repeat=1):
@@ -124,25 +126,25 @@ class TestGradientCaching:
         assert "\n" not in str(e.value) and name in str(e.value)
 
     def test_in_a_recipe(self, people, nano, tmp_path):
-        r = nano.but(objectives=["GIF"], extra_fields=("generated", "other"), grad_cache=4)
+        r = nano.replace(objectives=["GIF"], extra_fields=("generated", "other"), grad_cache=4)
         with pytest.raises(TiprError, match="nano: grad_cache 4: GIF"): go(r, people, tmp_path/"a", extra={"generated": lambda i: torch.zeros(len(i), 3, 96, 32)})
         @register_objective("Odd")
         class Odd(Objective): chunked = "sometimes"
         try:
-            with pytest.raises(TiprError, match="Odd.chunked = 'sometimes'"): go(nano.but(objectives=["Odd"], grad_cache=4), people, tmp_path/"b")
+            with pytest.raises(TiprError, match="Odd.chunked = 'sometimes'"): go(nano.replace(objectives=["Odd"], grad_cache=4), people, tmp_path/"b")
         finally: OBJECTIVES.pop("Odd")
 
     @pytest.mark.parametrize("settings", [dict(), dict(patch_dropout=.25, clip_grad=.5, ema=.9), dict(accumulate=2, batch_size=8)])
     def test_training_is_the_same(self, people, nano, tmp_path, settings):
-        r = nano.but(objectives=[("SDM", {}), ("ID", {}), ("TIR", {"weight": 10.}), ("CMT", {"weight": 10.})], sampler="identity", eps=1e-3, epochs=1, log_every=1, **settings)
-        a, b = go(r, people, tmp_path/"a"), go(r.but(grad_cache=3), people, tmp_path/"b")
+        r = nano.replace(objectives=[("SDM", {}), ("ID", {}), ("TIR", {"weight": 10.}), ("CMT", {"weight": 10.})], sampler="identity", eps=1e-3, epochs=1, log_every=1, **settings)
+        a, b = go(r, people, tmp_path/"a"), go(r.replace(grad_cache=3), people, tmp_path/"b")
         for k in ("loss", "loss/SDM", "loss/TIR"): assert b.history[k].dropna().tolist() == pytest.approx(a.history[k].dropna().tolist(), rel=1e-4)
         x, y = last_weights(a.path), last_weights(b.path)
         assert max((x["model.safetensors"][k] - y["model.safetensors"][k]).abs().max() for k in x["model.safetensors"]) < 1e-5
         assert a.recipe.hash() == b.recipe.hash()
 
     def test_resume_is_exact(self, people, nano, tmp_path):
-        r = nano.but(grad_cache=3, objectives=["ITC", "TIR"], patch_dropout=.25)
+        r = nano.replace(grad_cache=3, objectives=["ITC", "TIR"], patch_dropout=.25)
         for at in (3, 5):
             with pytest.raises(InterruptedError): go(r, people, tmp_path/"a", save_steps=2, callbacks=[Trip(at)])
         same(last_weights(go(r, people, tmp_path/"a").path), last_weights(go(r, people, tmp_path/"b").path))
@@ -200,7 +202,7 @@ class TestLowRank:
         torch.manual_seed(0)
         encoder = PersonCLIP("tipr-nano")
         before = copy.deepcopy(encoder.state_dict())
-        run = go(nano.but(lora=4, objectives=["ITC", "ID"], lr=1e-2), people, tmp_path/"a", encoder=encoder)
+        run = go(nano.replace(lora=4, objectives=["ITC", "ID"], lr=1e-2), people, tmp_path/"a", encoder=encoder)
         after = run.model.state_dict()
         moved = {k for k in before if not torch.equal(before[k], after[k])}
         assert before.keys() == after.keys() and not lora_layers(run.model)
@@ -208,7 +210,7 @@ class TestLowRank:
         assert all(torch.linalg.matrix_rank(after[k] - before[k], rtol=1e-3) <= 4 for k in moved)
 
     def test_checkpoints_are_plain(self, people, nano, tmp_path):
-        run = go(nano.but(lora=2, lr=1e-2), people, tmp_path/"a")
+        run = go(nano.replace(lora=2, lr=1e-2), people, tmp_path/"a")
         for folder in (tmp_path/"a"/"best", Checkpoints(tmp_path/"a").newest()):
             model = PersonCLIP.from_pretrained(folder)
             assert not any("lora" in k for k in load_file(folder/"model.safetensors"))
@@ -218,7 +220,7 @@ class TestLowRank:
 
     @pytest.mark.parametrize("settings", [dict(), dict(ema=.9, grad_cache=4), dict(grad_checkpoint=True, precision="bf16")])
     def test_resume_is_exact(self, people, nano, tmp_path, settings):
-        r = nano.but(lora=2, lr=1e-2, objectives=["SDM", "ID"], **settings)
+        r = nano.replace(lora=2, lr=1e-2, objectives=["SDM", "ID"], **settings)
         for at in (3, 5):
             with pytest.raises(InterruptedError): go(r, people, tmp_path/"a", save_steps=2, callbacks=[Trip(at)])
         tripped, calm = go(r, people, tmp_path/"a"), go(r, people, tmp_path/"b")
@@ -226,7 +228,7 @@ class TestLowRank:
         assert calm.best == tripped.best
 
     def test_learns(self, people, nano, tmp_path):
-        run = go(nano.but(lora=8, lr=2e-2, epochs=6, augment=dict(erase=0., flip=0.)), people, tmp_path/"a")
+        run = go(nano.replace(lora=8, lr=2e-2, epochs=6, augment=dict(erase=0., flip=0.)), people, tmp_path/"a")
         loss = run.history["loss"].dropna()
         assert loss.iloc[-3:].mean() < loss.iloc[:3].mean()
 
@@ -265,12 +267,12 @@ class TestFrozen:
         torch.manual_seed(0)
         encoder = PersonCLIP("tipr-nano")
         before = copy.deepcopy(encoder.state_dict())
-        after = go(nano.but(freeze=["clip.visual"], lr=1e-2, weight_decay=.1), people, tmp_path/"a", encoder=encoder).model.state_dict()
+        after = go(nano.replace(freeze=["clip.visual"], lr=1e-2, weight_decay=.1), people, tmp_path/"a", encoder=encoder).model.state_dict()
         assert {k for k in before if not torch.equal(before[k], after[k])} == {k for k in before if "visual" not in k and k in dict(encoder.named_parameters())}
 
     @pytest.mark.parametrize("freeze, words", [(["clip.visaul"], "fits no weight"), (["("], "not a regular expression"), (["."], "nothing to learn")])
     def test_slips(self, people, nano, tmp_path, freeze, words):
-        with pytest.raises(TiprError, match=words) as e: go(nano.but(freeze=freeze), people, tmp_path/"a")
+        with pytest.raises(TiprError, match=words) as e: go(nano.replace(freeze=freeze), people, tmp_path/"a")
         assert "\n" not in str(e.value)
 
 

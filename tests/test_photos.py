@@ -7,7 +7,9 @@ from PIL import Image
 
 from gallery_pictures import figure
 from tipr_nb.core import TiprError
-from tipr_nb.photos import (MAX_PIXELS, PhotoError, column_name, decode_picture, find_photos, is_picture, looks_like_scene, need, open_ahead, open_photo, open_picture, read_table, scene_warning, tidy_table, walk_folder)
+from tipr_nb.core import need
+from tipr_nb.search import (MAX_PIXELS, PhotoError, column_name, decode_picture, find_photos, is_picture, looks_like_scene, open_ahead,
+    open_photo, open_picture, read_table, scene_warning, tidy_table, walk_folder)
 
 
 def png(picture) -> bytes:

@@ -4,7 +4,7 @@ import pickle, random, subprocess, sys, time
 import numpy as np, pytest
 
 from tipr_nb.core import TiprError
-from tipr_nb.pruning import CLOTHING, EXTRAS, KEEP, CaptionPruner, pattern_tagger, prune_caption, tag_words, tidy
+from tipr_nb.methods import CLOTHING, EXTRAS, KEEP, CaptionPruner, pattern_tagger, prune_caption, tag_words, tidy
 
 CAPTION = "A tall woman wearing a black hooded t-shirt and knee-length striped shorts walks without a hat; she has two bags in her left hand."
 

@@ -8,8 +8,9 @@ from PIL import Image
 
 from gallery_pictures import archive, figure
 from tipr_nb.core import TiprError, shipped_weights
-from tipr_nb.indexing import COLOURS, ColourModel
-from tipr_nb.search import DEFAULT_MODEL, Gallery, Hit, Hits, contact_sheet, expanded_query, load_generator, mix_query, model_for, printable, query_words, reranked, search_box, smoothed_scores, unit_rows
+from tipr_nb.search import COLOURS, ColourModel
+from tipr_nb.search import (DEFAULT_MODEL, Gallery, Hit, Hits, contact_sheet, expanded_query, load_generator, mix_query, model_for,
+    printable, query_words, reranked, search_box, smoothed_scores, unit_rows)
 
 PATTERN = r"(?P<camera>c\d)/"
 
@@ -197,7 +198,7 @@ def test_enhancement_by_a_generator(gallery):
 
 
 def test_generator_is_loaded_when_it_is_wanted(monkeypatch):
-    from tipr_nb import search
+    from tipr_nb.search import gallery as search
     class Drawer:
         made = []
         def generate(self, captions): return [f"drawn {c}" for c in captions]
@@ -280,7 +281,7 @@ def test_missing_extras_are_one_line(gallery, monkeypatch):
 def real(shelf, tmp_path_factory):
     "A gallery of a (random) CLIP model, with its text tower."
     import torch
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.models import PersonCLIP
     home = tmp_path_factory.mktemp("real")
     old = os.environ.get("TIPR_CACHE")
     os.environ["TIPR_CACHE"] = str(home/"cache")
@@ -322,7 +323,7 @@ def test_a_cold_gallery_loads_its_model_for_pictures(real):
 
 def test_a_gallery_of_a_changed_model_is_refused(real, shelf, tmp_path):
     import torch
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.models import PersonCLIP
     torch.manual_seed(1)
     PersonCLIP("tipr-nano").save_pretrained(tmp_path/"other")
     with pytest.raises(TiprError, match="made by another model"): Gallery(real.folder, tmp_path/"other").search(image=Image.new("RGB", (32, 96)))

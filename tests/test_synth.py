@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 import PIL
 
-from tipr_nb import synth, worlds
+from tipr_nb.synth import benchmark as synth
+from tipr_nb.synth import worlds
 from tipr_nb.core import TiprError
 
 SMALL = "bd8225119eb1030bf3eec225aa80ba0554a39054902654d678e5d87cb267f40a"      # content of n_ids=60

@@ -6,11 +6,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tipr_nb.core import TiprError
-from tipr_nb.clip import Features, PersonCLIP, build_objective, tal_loss, unit
+from tipr_nb.methods import build_objective
+from tipr_nb.models import Features, PersonCLIP, tal_loss, unit
 from tipr_nb.data import Batch, normalise
 from tipr_nb.evaluation import evaluate, SplitFeatures
-from tipr_nb.ranking import toy_features
-from tipr_nb.tgte import PersonGenerator, choose_weight, query_kinds, query_ms, with_pictures, Gate, Imagining, TGTE, attach_gate, attend, drawn_features, enhance, gate_of, generate_split, picture_feature
+from tipr_nb.evaluation import toy_features
+from tipr_nb.generation import PersonGenerator, generate_split
+from tipr_nb.methods import (Gate, QueryEnricher, TGTE, attach_gate, attend, drawn_features, enhance, gate_of, picture_feature)
+from tipr_nb.training import choose_weight, query_kinds, query_ms, with_pictures
 import tipr_nb
 
 CAPTIONS = ["a woman in red", "a man in blue", "a person with a hat"]
@@ -80,26 +83,26 @@ def test_gate_travels(nano, tmp_path):
 
 def test_queries_that_imagine(nano, tmp_path):
     draw = Colours()
-    query = Imagining(nano, draw, weight=.4, cache=tmp_path/"p.safetensors")
+    query = QueryEnricher(nano, draw, weight=.4, cache=tmp_path/"p.safetensors")
     got = query.encode_text(CAPTIONS + CAPTIONS[:1])
     want = enhance(nano.encode_text(CAPTIONS), nano.encode_image(draw.generate(CAPTIONS)), .4)
     assert draw.n == 6 and torch.allclose(got[:3], want, atol=1e-5) and torch.equal(got[3], got[0])
     query.encode_text(CAPTIONS)
     query.save()
-    again = Imagining(nano, Colours(), weight=.4, cache=tmp_path/"p.safetensors")
+    again = QueryEnricher(nano, Colours(), weight=.4, cache=tmp_path/"p.safetensors")
     assert torch.allclose(again.encode_text(CAPTIONS), want, atol=1e-5) and again.generator.n == 0 and draw.n == 6
-    for other in (lambda: Imagining(nano, Colours(salt=1), cache=query.path), lambda: Imagining(PersonCLIP("tipr-nano"), Colours(), cache=query.path), lambda: Imagining(nano, Colours(), share=.3, cache=query.path)):
+    for other in (lambda: QueryEnricher(nano, Colours(salt=1), cache=query.path), lambda: QueryEnricher(PersonCLIP("tipr-nano"), Colours(), cache=query.path), lambda: QueryEnricher(nano, Colours(), share=.3, cache=query.path)):
         with pytest.raises(TiprError, match="another model, generator or form"): other()
     query.path.write_bytes(query.path.read_bytes()[:100])
-    with pytest.raises(TiprError, match="not a complete safetensors"): Imagining(nano, Colours(), cache=query.path)
-    with pytest.raises(TiprError, match="weight"): Imagining(nano, draw, weight=2.)
-    plain = Imagining(nano, Colours(), weight=0.)
+    with pytest.raises(TiprError, match="not a complete safetensors"): QueryEnricher(nano, Colours(), cache=query.path)
+    with pytest.raises(TiprError, match="weight"): QueryEnricher(nano, draw, weight=2.)
+    plain = QueryEnricher(nano, Colours(), weight=0.)
     assert torch.equal(plain.encode_text(CAPTIONS), nano.encode_text(CAPTIONS)) and plain.generator.n == 0
 
 
 def test_gate_decides_at_query_time(nano):
     attach_gate(nano, start=.9)
-    query = Imagining(nano, draw := Colours())
+    query = QueryEnricher(nano, draw := Colours())
     assert query.gate is not None
     assert torch.allclose(query.encode_text(CAPTIONS), enhance(nano.encode_text(CAPTIONS), nano.encode_image(draw.generate(CAPTIONS)), .9), atol=1e-5)
 
@@ -125,7 +128,7 @@ def test_evaluate_with_pictures():
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    from tipr_nb.corpora import load_dataset
+    from tipr_nb.data import load_dataset
     from tipr_nb.synth import make_synth_pedes
     return load_dataset("synth-pedes", make_synth_pedes(tmp_path_factory.mktemp("data")/"few", n_ids=(12, 4, 5)))
 
@@ -162,7 +165,7 @@ def test_the_weight_is_chosen_on_the_split(nano, few):
 
 
 def test_hook_of_the_grid(few, tmp_path, monkeypatch):
-    from tipr_nb import tgte
+    from tipr_nb.methods import tgte
     from tipr_nb.training import run_grid
     asked = []
     class Drawn(Colours):
@@ -172,7 +175,7 @@ def test_hook_of_the_grid(few, tmp_path, monkeypatch):
     monkeypatch.setattr(tgte.PersonGenerator, "from_pretrained", lambda source=None: source)
     monkeypatch.setattr(tgte, "pictures_for", lambda dataset, splits, source, per_caption=1: asked.append(splits) or Drawn())
     nano = dict(arch="tipr-nano", pretrained=None, precision="no", epochs=1, batch_size=8, eval_every=1)
-    spec = dict(seeds=[0], splits=["test"], hook="tipr_nb.tgte:with_pictures", set=nano,
+    spec = dict(seeds=[0], splits=["test"], hook="tipr_nb.training.controls:with_pictures", set=nano,
                 rows=[dict(name="plain", recipe="tal-tiny"), dict(name="GEA", recipe="gea-tiny", hook_args=dict(shuffle=3)), dict(name="bad", recipe="tal-tiny", hook_args=dict(shufle=3))])
     t = run_grid(spec, tmp_path/"gea.csv", dataset=few, verbose=False)
     assert asked[0] == ["val", "test"] and asked[1] == ["train", "val", "test"] and ("field", "train", 3) in asked

@@ -6,9 +6,11 @@ import pytest, torch, torch.nn as nn
 
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch, TrainTransform, normalise
-from tipr_nb.clip import OBJECTIVES, Features, PersonCLIP, build_objective
-from tipr_nb.backbones import CrossAttention
-from tipr_nb.tir import TIR, Decoder, colour_error, grey, patch_targets, patchify, restoration_loss, restore, sincos_positions, split_patches, unpatchify
+from tipr_nb.methods import OBJECTIVES, build_objective
+from tipr_nb.models import Features, PersonCLIP
+from tipr_nb.models import CrossAttention
+from tipr_nb.methods import (TIR, Decoder, colour_error, grey, patch_targets, patchify, restoration_loss, restore, sincos_positions,
+    split_patches, unpatchify)
 
 CAPTIONS = ["a man in a blue coat", "a woman in a red dress with a white bag and long hair", "a boy", "a girl in green"]
 
@@ -290,7 +292,7 @@ def test_two_processes_drop_what_one_would(encoder):
 
 
 def test_inference_imports_no_objective():
-    code = "import sys, tipr_nb.clip, tipr_nb.evaluation, tipr_nb.data; print([m for m in ('tir', 'cmt', 'gif', 'tgte') if f'tipr_nb.{m}' in sys.modules])"
+    code = "import sys, tipr_nb.models.clip, tipr_nb.evaluation, tipr_nb.data; print([m for m in ('tir', 'cmt', 'gif', 'tgte') if f'tipr_nb.{m}' in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from tipr_nb.core import TiprError
-from tipr_nb.towers import TextTower, as_numpy, clean_text, export_text_tower, model_fingerprint, tokenizer_json
+from tipr_nb.search import TextTower, as_numpy, clean_text, export_text_tower, model_fingerprint, tokenizer_json
 
 
 @pytest.fixture(scope="module")
 def model():
     import torch
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.models import PersonCLIP
     torch.manual_seed(0)
     return PersonCLIP("tipr-nano").eval()
 
@@ -32,7 +32,7 @@ TEXTS = ["A man in a red coat and blue trousers, carrying a backpack.", "", "she
 
 def test_tokens_equal_open_clips_for_the_full_vocabulary(model):
     import open_clip
-    from tipr_nb.towers import TextTokens
+    from tipr_nb.search import TextTokens
     reference = open_clip.tokenizer.SimpleTokenizer()
     tokens = TextTokens(tokenizer_json(reference), reference.sot_token_id, reference.eot_token_id, full=True)
     for text in TEXTS: assert tokens([text]).tolist() == reference([text]).tolist(), text
@@ -53,7 +53,7 @@ def test_no_torch_in_the_process(tower):
 
 
 def test_fingerprint_knows_weights_size_and_nothing_else(model, tmp_path):
-    from tipr_nb.clip import PersonCLIP
+    from tipr_nb.models import PersonCLIP
     import torch
     model.save_pretrained(tmp_path)
     again = PersonCLIP.from_pretrained(tmp_path)
@@ -94,7 +94,7 @@ def test_training_mode_is_restored_and_threads_agree(model, tower, tmp_path, mon
 
 
 def test_other_encoders_have_no_tower(tmp_path):
-    from tipr_nb.indexing import ColourModel
+    from tipr_nb.search import ColourModel
     assert export_text_tower(ColourModel(), tmp_path/"t") is None and not (tmp_path/"t").exists()
 
 

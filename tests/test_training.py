@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tipr_nb.clip import OBJECTIVES, Objective, PersonCLIP, register_objective
+from tipr_nb.methods import OBJECTIVES, Objective, register_objective
+from tipr_nb.models import PersonCLIP
 from tipr_nb.core import TiprError, read_json, shipped_weights
-from tipr_nb.recipes import RECIPES, Recipe, get_recipe
-from tipr_nb.loop import Callback, NaNGuard, Retriever, Trainer, build_encoder, build_objectives, dataset_from_arrays, lr_factor, param_groups
-from tipr_nb.runs import Checkpoints, data_hash
+from tipr_nb.training import RECIPES, Recipe, get_recipe
+from tipr_nb.data import dataset_from_arrays
+from tipr_nb.training import (Callback, NaNGuard, Retriever, Trainer, build_encoder, build_objectives, lr_factor, param_groups)
+from tipr_nb.models import Checkpoints
+from tipr_nb.training import data_hash
 from tipr_nb.training import GridTable, grid_differences, grid_summary, read_grid, run_grid, share_of_ids, train
 
 HERE = Path(__file__).resolve().parent
@@ -20,7 +23,7 @@ NANO = dict(arch="tipr-nano", pretrained=None, precision="no", batch_size=16, ep
 
 
 @pytest.fixture(scope="module")
-def nano(): return RECIPES["clip-tiny"].but(name="nano", **NANO)
+def nano(): return RECIPES["clip-tiny"].replace(name="nano", **NANO)
 
 
 def go(recipe, people, path, **kw): return train(recipe, people, path, device="cpu", **{"verbose": False} | kw)
@@ -52,14 +55,14 @@ class TestRecipe:
 
     def test_hash_tells_settings_apart(self):
         r = Recipe()
-        changed = [r.but(lr=2e-5), r.but(objectives=["SDM"]), r.but(objectives=[("ITC", {"weight": 2.})]), r.but(image_size=(224, 224)), r.but(groups=[("bias$", {"lr_scale": 2.})]), r.but(augment={"erase": 0})]
+        changed = [r.replace(lr=2e-5), r.replace(objectives=["SDM"]), r.replace(objectives=[("ITC", {"weight": 2.})]), r.replace(image_size=(224, 224)), r.replace(groups=[("bias$", {"lr_scale": 2.})]), r.replace(augment={"erase": 0})]
         assert len({r.hash(), *(c.hash() for c in changed)}) == len(changed) + 1
-        assert r.hash() == r.but(name="x", seed=4, log_every=3, grad_checkpoint=True).hash()
+        assert r.hash() == r.replace(name="x", seed=4, log_every=3, grad_checkpoint=True).hash()
 
     @pytest.mark.parametrize("make, words", [
         (lambda: Recipe("x", ["SMD"]), "did you mean 'SDM'"), (lambda: Recipe("x", [("ITC", 3)]), "arguments"), (lambda: Recipe("x", []), "objectives"), (lambda: Recipe("x", batch_size=1), "batch_size"),
         (lambda: Recipe("x", precision="bf8"), "did you mean 'bf16'"), (lambda: Recipe("x", image_size=(0, 32)), "image_size"), (lambda: Recipe("x", lr=0), "lr"), (lambda: Recipe("x", ema=1.5), "ema"),
-        (lambda: Recipe("x", groups=[("bias", {"lr": 2})]), "lr_scale"), (lambda: Recipe().but(epoch=3), "did you mean 'epochs'"), (lambda: Recipe.from_dict({"sead": 1}), "did you mean 'seed'"),
+        (lambda: Recipe("x", groups=[("bias", {"lr": 2})]), "lr_scale"), (lambda: Recipe().replace(epoch=3), "did you mean 'epochs'"), (lambda: Recipe.from_dict({"sead": 1}), "did you mean 'seed'"),
         (lambda: get_recipe("sdmid"), "did you mean 'sdm-id'"), (lambda: get_recipe("nothing.json"), "no such file")])
     def test_slips(self, make, words):
         with pytest.raises(TiprError, match=words) as e: make()
@@ -84,7 +87,7 @@ class TestRecipe:
 
 class TestParts:
     def test_groups(self, people, nano):
-        r = nano.but(objectives=["ITC", "ID"], weight_decay=.1, freeze=["visual.transformer"])
+        r = nano.replace(objectives=["ITC", "ID"], weight_decay=.1, freeze=["visual.transformer"])
         model = Retriever(enc := build_encoder(r), build_objectives(r, enc, people.train.n_ids))
         groups = param_groups(model, r)
         names = [n for g in groups for n in g["names"]]
@@ -108,12 +111,12 @@ class TestParts:
         assert g.check() == (1, ["b"])
 
     def test_an_objective_twice(self, nano, people):
-        r = nano.but(objectives=["TAL", ("TAL", {"margin": .2, "weight": 3})])
+        r = nano.replace(objectives=["TAL", ("TAL", {"margin": .2, "weight": 3})])
         built = build_objectives(r, build_encoder(r), people.train.n_ids)
         assert list(built) == ["TAL", "TAL2"] and built["TAL2"][1] == 3 and built["TAL2"][0].margin == .2
 
     def test_objective_argument(self, nano, people):
-        with pytest.raises(TiprError, match="margn"): build_objectives(nano.but(objectives=[("TAL", {"margn": .2})]), build_encoder(nano), people.train.n_ids)
+        with pytest.raises(TiprError, match="margn"): build_objectives(nano.replace(objectives=[("TAL", {"margn": .2})]), build_encoder(nano), people.train.n_ids)
 
     def test_share_of_ids_nests(self, people):
         few, more = (share_of_ids(people, s, seed=2) for s in (.25, .5))
@@ -124,7 +127,7 @@ class TestParts:
 
 class TestTrain:
     def test_learns_and_leaves_what_it_says(self, people, nano, tmp_path):
-        run = go(nano.but(epochs=6, objectives=["ITC", "ID"], augment=dict(erase=0., flip=0.)), people, tmp_path/"r")
+        run = go(nano.replace(epochs=6, objectives=["ITC", "ID"], augment=dict(erase=0., flip=0.)), people, tmp_path/"r")
         losses = run.history["loss/ITC"].dropna()
         assert run.status == "done" and losses.iloc[-3:].mean() < losses.iloc[:3].mean()
         assert run.best["r1"] == run.history["val/r1"].max() and not run.model.training and run.train_seconds > 0
@@ -137,7 +140,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("settings", [dict(objectives=["SDM", "ID"], sampler="identity"), dict(ema=.9, accumulate=2, batch_size=8, clip_grad=.5, patch_dropout=.25), dict(precision="bf16", optimizer="adam")])
     def test_resume_is_exact(self, people, nano, tmp_path, settings):
-        r, rng = nano.but(epochs=3, **settings), random.Random(5)
+        r, rng = nano.replace(epochs=3, **settings), random.Random(5)
         calm = go(r, people, tmp_path/"calm")
         total = int(calm.history.step.max())
         for at in sorted(rng.sample(range(2, total), 3)):
@@ -148,14 +151,14 @@ class TestTrain:
         assert all(torch.equal(a, b) for a, b in zip(calm.model.state_dict().values(), tripped.model.state_dict().values()))
 
     def test_looking_at_val_changes_nothing(self, people, nano, tmp_path):
-        a, b = go(nano, people, tmp_path/"a"), go(nano.but(eval_every=2), people, tmp_path/"b")
+        a, b = go(nano, people, tmp_path/"a"), go(nano.replace(eval_every=2), people, tmp_path/"b")
         same(last_weights(a.path), last_weights(b.path))
 
     @pytest.mark.parametrize("native", [True, False])
     def test_bf16_only_where_it_is_native(self, people, nano, tmp_path, monkeypatch, capsys, native):
         import tipr_nb.core as core
         monkeypatch.setattr(core, "native_bf16", lambda device: native)
-        recipe, seen = nano.but(precision="bf16", epochs=1), []
+        recipe, seen = nano.replace(precision="bf16", epochs=1), []
         class Look(Callback):
             def on_step(self, trainer, losses): seen.append(trainer.accelerator.mixed_precision)
         run = go(recipe, people, tmp_path/"a", callbacks=[Look()], verbose=True)
@@ -164,14 +167,14 @@ class TestTrain:
         told = read_json(tmp_path/"a"/"run.json")
         assert told["precision"] == dict(asked="bf16", used=used, steps=[[0, used]]) and told["recipe_hash"] == recipe.hash()
         assert capsys.readouterr().out.count(f"nano: in {used}, ") == 1
-        if not native: same(last_weights(tmp_path/"a"), (go(nano.but(epochs=1), people, tmp_path/"b"), last_weights(tmp_path/"b"))[1])
+        if not native: same(last_weights(tmp_path/"a"), (go(nano.replace(epochs=1), people, tmp_path/"b"), last_weights(tmp_path/"b"))[1])
 
     def test_bf16_goes_on_where_it_is_not_native(self, people, nano, tmp_path, monkeypatch):
         "Half of a run on one machine, half on another: it ends, and run.json says which steps ran in what."
         import tipr_nb.core as core
         class Stop(Callback):
             def on_step(self, trainer, losses): trainer.stop = trainer.step == 3
-        recipe = nano.but(precision="bf16")
+        recipe = nano.replace(precision="bf16")
         monkeypatch.setattr(core, "native_bf16", lambda device: True)
         assert go(recipe, people, tmp_path/"a", callbacks=[Stop()]).status == "stopped"
         monkeypatch.setattr(core, "native_bf16", lambda device: False)
@@ -179,14 +182,14 @@ class TestTrain:
         assert read_json(tmp_path/"a"/"run.json")["precision"] == dict(asked="bf16", used="fp32", steps=[[0, "bf16"], [3, "fp32"]])
 
     def test_seed_matters(self, people, nano, tmp_path):
-        a, b = go(nano, people, tmp_path/"a"), go(nano.but(seed=1), people, tmp_path/"b")
+        a, b = go(nano, people, tmp_path/"a"), go(nano.replace(seed=1), people, tmp_path/"b")
         assert a.recipe.hash() == b.recipe.hash() and not a.history["loss"].equals(b.history["loss"])
 
     def test_callers_random_numbers_are_left_alone(self, people, nano, tmp_path):
         torch.manual_seed(3)
         want = torch.rand(2)
         torch.manual_seed(3)
-        go(nano.but(epochs=1), people, tmp_path/"a")
+        go(nano.replace(epochs=1), people, tmp_path/"a")
         assert torch.equal(torch.rand(2), want)
 
     def test_finished_run_is_taken_as_it_is(self, people, nano, tmp_path):
@@ -196,7 +199,7 @@ class TestTrain:
         assert b.best == a.best and b.history.equals(a.history) and b.train_seconds == a.train_seconds
 
     def test_cap_and_going_on(self, people, nano, tmp_path):
-        r = nano.but(epochs=4)
+        r = nano.replace(epochs=4)
         capped = go(r, people, tmp_path/"a", max_seconds=1e-3)
         assert capped.status == "capped" and capped.history.step.max() < 12 and (tmp_path/"a"/"best").is_dir()
         assert go(r, people, tmp_path/"a", max_seconds=1e-3, callbacks=[Trip(*range(100))]).status == "capped"
@@ -205,7 +208,7 @@ class TestTrain:
         same(last_weights(done.path), last_weights(go(r, people, tmp_path/"b").path))
 
     def test_schedule_by_time(self, people, nano, tmp_path):
-        r = nano.but(epochs=500, schedule="time", warmup_epochs=0)
+        r = nano.replace(epochs=500, schedule="time", warmup_epochs=0)
         run = go(r, people, tmp_path/"a", max_seconds=1.5)
         assert run.status == "done" and run.history.lr.dropna().iloc[-1] < .5*r.lr
         with pytest.raises(TiprError, match="max_seconds"): go(r, people, tmp_path/"b")
@@ -224,18 +227,18 @@ class TestTrain:
 
     def test_from_arrays(self, nano, tmp_path):
         pixels = np.random.default_rng(0).integers(0, 255, (20, 96, 32, 3), dtype=np.uint8)
-        run = go(nano.but(epochs=1), dataset_from_arrays(pixels, [["a man in red", "a woman in blue"]]*20, np.arange(20)//2), tmp_path/"a")
+        run = go(nano.replace(epochs=1), dataset_from_arrays(pixels, [["a man in red", "a woman in blue"]]*20, np.arange(20)//2), tmp_path/"a")
         assert run.status == "done" and run.history.step.max() == 2
 
     def test_given_encoder(self, people, nano, tmp_path):
         torch.manual_seed(1)
         encoder = PersonCLIP("tipr-nano")
         before = encoder.clip.ln_final.weight.detach().clone()
-        run = go(nano.but(epochs=1), people, tmp_path/"a", encoder=encoder)
+        run = go(nano.replace(epochs=1), people, tmp_path/"a", encoder=encoder)
         assert run.model is encoder and not torch.equal(before, encoder.clip.ln_final.weight)
 
     def test_tensorboard(self, people, nano, tmp_path):
-        go(nano.but(epochs=1), people, tmp_path/"a", trackers=["tensorboard"])
+        go(nano.replace(epochs=1), people, tmp_path/"a", trackers=["tensorboard"])
         assert list((tmp_path/"a").rglob("events.out.tfevents*"))
 
     def test_only_named_rooms_are_imported(self):
@@ -262,17 +265,17 @@ class TestBadInput:
     @pytest.mark.parametrize("gradient", [False, True])
     def test_nan_names_the_objective_and_keeps_the_last_good_checkpoint(self, people, nano, tmp_path, nan_at, gradient):
         with pytest.raises(TiprError, match="Broken not finite at step 3.*last-00000002") as e:
-            go(nano.but(objectives=["ITC", ("Broken", dict(at=3, gradient=gradient))]), people, tmp_path/"a", save_steps=2)
+            go(nano.replace(objectives=["ITC", ("Broken", dict(at=3, gradient=gradient))]), people, tmp_path/"a", save_steps=2)
         assert "ITC" not in str(e.value) and ("gradient" in str(e.value)) == gradient
         assert all(v.isfinite().all() for w in last_weights(tmp_path/"a").values() for v in w.values())
 
     def test_mixing(self, people, nano, tmp_path):
         go(nano, people, tmp_path/"a")
         fewer = dataclasses.replace(people, train=people.train.subset_ids(range(20)))
-        for change, words in [(dict(recipe=nano.but(lr=2e-3)), "different lr"), (dict(recipe=nano.but(seed=1)), "different seed"), (dict(people=fewer), "other data")]:
+        for change, words in [(dict(recipe=nano.replace(lr=2e-3)), "different lr"), (dict(recipe=nano.replace(seed=1)), "different seed"), (dict(people=fewer), "other data")]:
             with pytest.raises(TiprError, match=words) as e: go(**dict(recipe=nano, people=people, path=tmp_path/"a") | change)
             assert "resume='never'" in str(e.value) and "\n" not in str(e.value)
-        assert go(nano.but(lr=2e-3), people, tmp_path/"a", resume="never").status == "done"
+        assert go(nano.replace(lr=2e-3), people, tmp_path/"a", resume="never").status == "done"
 
     def test_resume_word(self, people, nano, tmp_path):
         with pytest.raises(TiprError, match="nothing to resume"): go(nano, people, tmp_path/"a", resume="must")
@@ -285,10 +288,10 @@ class TestBadInput:
 
     def test_wrong_architecture(self, people, nano, tmp_path):
         PersonCLIP("tipr-tiny").save_pretrained(tmp_path/"tiny")
-        with pytest.raises(TiprError, match="tipr-tiny"): go(nano.but(pretrained=str(tmp_path/"tiny")), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="tipr-tiny"): go(nano.replace(pretrained=str(tmp_path/"tiny")), people, tmp_path/"a")
         with pytest.raises(TiprError, match="wants arch"): go(nano, people, tmp_path/"b", encoder=PersonCLIP("tipr-tiny"))
         with pytest.raises(TiprError, match="wants image_size"): go(nano, people, tmp_path/"c", encoder=PersonCLIP("tipr-nano", (64, 32)))
-        with pytest.raises(TiprError): go(nano.but(arch="tipr-nanno"), people, tmp_path/"d")
+        with pytest.raises(TiprError): go(nano.replace(arch="tipr-nanno"), people, tmp_path/"d")
 
     def test_damaged_checkpoint(self, people, nano, tmp_path):
         with pytest.raises(InterruptedError): go(nano, people, tmp_path/"a", save_steps=2, callbacks=[Trip(3)])
@@ -303,10 +306,10 @@ class TestBadInput:
         gaps = dataclasses.replace(people, train=people.train.subset_ids(range(1, 24), relabel=False))
         for data, words in ((one, "one training identity"), (none, "no training captions"), (gaps, "renumber")):
             with pytest.raises(TiprError, match=words): go(nano, data, tmp_path/"a")
-        with pytest.raises(TiprError, match="larger than the"): go(nano.but(batch_size=4096), people, tmp_path/"a")
-        with pytest.raises(TiprError, match="accumulate"): go(nano.but(accumulate=1000), people, tmp_path/"a")
-        with pytest.raises(TiprError, match="generated"): go(nano.but(extra_fields=("generated",)), people, tmp_path/"a")
-        with pytest.raises(TiprError, match="fp16"): go(nano.but(precision="fp16"), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="larger than the"): go(nano.replace(batch_size=4096), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="accumulate"): go(nano.replace(accumulate=1000), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="generated"): go(nano.replace(extra_fields=("generated",)), people, tmp_path/"a")
+        with pytest.raises(TiprError, match="fp16"): go(nano.replace(precision="fp16"), people, tmp_path/"a")
 
     def test_output_below_a_file(self, people, nano, tmp_path):
         (tmp_path/"file").write_text("x")
@@ -503,7 +506,7 @@ def test_killed_while_a_checkpoint_is_written(home, people, nano, tmp_path, call
 import os, signal, sys
 sys.argv = ["parallel_run.py"]
 sys.path.insert(0, {str(HERE)!r})
-import tipr_nb.loop as loop, parallel_run
+import tipr_nb.training.loop as loop, parallel_run
 real, calls = loop.save_tensors, []
 def dies(path, tensors):
     calls.append(path)

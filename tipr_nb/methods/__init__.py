@@ -1,0 +1,4 @@
+"""Objectives and caption transforms: what the papers add to a dual encoder."""
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

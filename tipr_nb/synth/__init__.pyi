@@ -1,0 +1,22 @@
+# The names that this folder offers to others; they are imported when they are first asked for.
+from .benchmark import make_sealed_gallery as make_sealed_gallery
+from .benchmark import make_synth_pedes as make_synth_pedes
+from .benchmark import make_synth_world as make_synth_world
+from .benchmark import oracle_table as oracle_table
+from .bodies import contact_sheet as contact_sheet
+from .bodies import inline as inline
+from .drawing import draw_person as draw_person
+from .people import COLOURS as COLOURS
+from .people import Camera as Camera
+from .people import FIELDS as FIELDS
+from .people import Person as Person
+from .people import keyed_rng as keyed_rng
+from .people import nearest_colour as nearest_colour
+from .people import pick as pick
+from .people import sample_person as sample_person
+from .worlds import SYNTH_PEDES as SYNTH_PEDES
+from .worlds import SYNTH_WORLD as SYNTH_WORLD
+from .worlds import annotate as annotate
+from .worlds import draw_record as draw_record
+from .worlds import synth_pedes_records as synth_pedes_records
+from .worlds import world_records as world_records
