@@ -6,7 +6,7 @@
 __all__ = ['Records', 'make_synth_pedes', 'make_sealed_gallery', 'load_synth', 'load_sealed', 'make_synth_world', 'world_arrays',
            'mention_scores', 'bayes_scores', 'unbound_scores', 'rank1', 'oracle_table', 'cluster_se', 'COLOURS',
            'FIELDS', 'LOOKALIKES', 'N_GALLERIES', 'REGIONS', 'SYNTH_PEDES', 'SYNTH_SEALED', 'SYNTH_WORLD', 'V1_HASH',
-           'V1_IDS', 'WORLDS', 'Annotator', 'Camera', 'Person', 'World', 'annotate', 'contact_sheet', 'content_hash',
+           'V1_IDS', 'WORLDS', 'Annotator', 'Camera', 'Person', 'World', 'annotate', 'image_grid', 'content_hash',
            'describe', 'draw_person', 'draw_record', 'nearest_colour', 'observe', 'pixel_hash', 'sample_family',
            'sample_people', 'sample_person', 'split_sizes', 'synth_pedes_records', 'world_records']
 
@@ -27,14 +27,14 @@ from ..core import TiprError, atomic_path, locked, progress, read_json
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-004
 from .people import (COLOURS, FIELDS, LOOKALIKES, ROLES, SEASONS, Annotator, Camera, Person, World, describable, nearest_colour,
     observe, sample_family, sample_person)
-from .bodies import REGIONS, contact_sheet
+from .bodies import REGIONS, image_grid
 from .drawing import draw_person
 from .wording import _NEEDS, RATES, describe, mention_rate
 from .worlds import (N_GALLERIES, SYNTH_PEDES, SYNTH_SEALED, SYNTH_WORLD, V1_HASH, V1_IDS, WORLDS, annotate, content_hash,
     draw_record, pixel_hash, sample_people, split_sizes, synth_pedes_records, world_records)
 
 _all_ = ["COLOURS", "FIELDS", "LOOKALIKES", "N_GALLERIES", "REGIONS", "SYNTH_PEDES", "SYNTH_SEALED", "SYNTH_WORLD", "V1_HASH", "V1_IDS", "WORLDS", "Annotator", "Camera", "Person", "World", "annotate",
-         "contact_sheet", "content_hash", "describe", "draw_person", "draw_record", "nearest_colour", "observe", "pixel_hash", "sample_family", "sample_people", "sample_person", "split_sizes",
+         "image_grid", "content_hash", "describe", "draw_person", "draw_record", "nearest_colour", "observe", "pixel_hash", "sample_family", "sample_people", "sample_person", "split_sizes",
          "synth_pedes_records", "world_records"]      # re-exported: one import serves whoever uses the benchmark
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-009

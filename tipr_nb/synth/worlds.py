@@ -18,7 +18,7 @@ from ..core import TiprError
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-003
 from .people import (FIELDS, LOOKALIKES, OCCLUDERS, VIEWS, Annotator, Camera, Person, World, describable, keyed_rng, observe, one,
     pick, sample_family, sample_person, surprise)
-from .bodies import contact_sheet
+from .bodies import image_grid
 from .drawing import draw_person
 from .wording import choose, describe
 
