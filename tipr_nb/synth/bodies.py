@@ -15,57 +15,100 @@ from PIL import Image, ImageDraw
 from .people import COLOURS, FIELDS, HAIR_COLOURS, SKINS, Person, keyed_rng, one
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-005
-REGIONS = {"background": 0, "skin": 1, "hair": 2, "hat": 3, "upper": 4, "sleeves": 5, "inner": 6, "lower": 7, "shoes": 8, "bag": 9, "held": 10, "scarf": 11}
+REGIONS = {
+    "background": 0,
+    "skin": 1,
+    "hair": 2,
+    "hat": 3,
+    "upper": 4,
+    "sleeves": 5,
+    "inner": 6,
+    "lower": 7,
+    "shoes": 8,
+    "bag": 9,
+    "held": 10,
+    "scarf": 11,
+}
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-006
-def image_grid(images:Iterable[Image.Image|np.ndarray] # pictures of one size
-                 , cols:int=12 # per row
-                 , zoom:int=1 # enlargement
-                 , gap:int=4 # white pixels between
-                 ) -> Image.Image:
+def image_grid(
+    images: Iterable[Image.Image | np.ndarray],  # pictures of one size
+    cols: int = 12,  # per row
+    zoom: int = 1,  # enlargement
+    gap: int = 4,  # white pixels between
+) -> Image.Image:
     "Pictures side by side, row after row."
     shown = [im if isinstance(im, Image.Image) else Image.fromarray(im) for im in images]
-    w, h = shown[0].width * zoom, shown[0].height * zoom
-    sheet = Image.new("RGB", (min(cols, len(shown)) * (w + gap) - gap, -(-len(shown) // cols) * (h + gap) - gap), "white")
-    for i, im in enumerate(shown): sheet.paste(im.resize((w, h), Image.Resampling.BICUBIC), (i % cols * (w + gap), i // cols * (h + gap)))
+    w = shown[0].width * zoom
+    h = shown[0].height * zoom
+    sheet = Image.new(
+        "RGB",
+        (min(cols, len(shown)) * (w + gap) - gap, -(-len(shown) // cols) * (h + gap) - gap),
+        "white",
+    )
+    for i, im in enumerate(shown):
+        sheet.paste(
+            im.resize((w, h), Image.Resampling.BICUBIC),
+            (i % cols * (w + gap), i // cols * (h + gap)),
+        )
     return sheet
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-007
-def inline(image:Image.Image # a picture to show in a notebook
-          , quality:int=88
-          ) -> Any: # an IPython image
+def inline(
+    image: Image.Image,  # a picture to show in a notebook
+    quality: int = 88,
+) -> Any:  # an IPython image
     "The picture as JPEG: a notebook's output at a tenth of PNG's size."
     from IPython.display import Image as Shown
+
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=quality)
     return Shown(data=buffer.getvalue(), format="jpeg")
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-009
-def _mix(c:Sequence[float], k:float) -> tuple[int, int, int]:
+def _mix(c: Sequence[float], k: float) -> tuple[int, int, int]:
     "A colour made darker (k < 1) or lighter (k > 1, towards white)."
     r, g, b = (int(x * k) if k <= 1 else int(x + (255 - x) * (k - 1)) for x in c)
     return r, g, b
 
-def _contrast(c:Sequence[float], light:float=1.2, dark:float=.72) -> tuple[int, int, int]:
+
+def _contrast(c: Sequence[float], light: float = 1.2, dark: float = 0.72) -> tuple[int, int, int]:
     "A darker tone of the colour for seams and edges, or a lighter one where the colour is nearly black."
     return _mix(c, dark) if sum(c) > 150 else _mix(c, light)
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-012
 class _Pen:
     "Draws in body units on a picture and on a map of regions at once; `mirror=-1` exchanges left and right."
-    def __init__(self, img:Image.Image, labels:Image.Image, scale:float, ox:float, oy:float, mirror:int=1):
-        self.d, self.l, self.s, self.ox, self.oy, self.m = ImageDraw.Draw(img), ImageDraw.Draw(labels), scale, ox, oy, mirror
 
-    def xy(self, pts): return [(self.ox + self.m * x * self.s, self.oy + y * self.s) for x, y in pts]
+    def __init__(
+        self,
+        img: Image.Image,
+        labels: Image.Image,
+        scale: float,
+        ox: float,
+        oy: float,
+        mirror: int = 1,
+    ):
+        self.d = ImageDraw.Draw(img)
+        self.l = ImageDraw.Draw(labels)
+        self.s = scale
+        self.ox = ox
+        self.oy = oy
+        self.m = mirror
+
+    def xy(self, pts):
+        return [(self.ox + self.m * x * self.s, self.oy + y * self.s) for x, y in pts]
 
     def poly(self, pts, colour, region):
         p = self.xy(pts)
-        self.d.polygon(p, fill=colour); self.l.polygon(p, fill=REGIONS[region])
+        self.d.polygon(p, fill=colour)
+        self.l.polygon(p, fill=REGIONS[region])
 
     def oval(self, x, y, rx, ry, colour, region):
-        (cx, cy), = self.xy([(x, y)])
+        ((cx, cy),) = self.xy([(x, y)])
         box = (cx - rx * self.s, cy - ry * self.s, cx + rx * self.s, cy + ry * self.s)
-        self.d.ellipse(box, fill=colour); self.l.ellipse(box, fill=REGIONS[region])
+        self.d.ellipse(box, fill=colour)
+        self.l.ellipse(box, fill=REGIONS[region])
 
     def line(self, pts, width, colour):
         self.d.line(self.xy(pts), fill=colour, width=max(1, round(width * self.s)))
@@ -73,24 +116,33 @@ class _Pen:
     def limb(self, pts, widths, colour, region):
         "A tapering tube through `pts`, with a shaded strip on the side away from the light."
         for draw, fill in ((self.d, colour), (self.l, REGIONS[region])):
-            self._tube(draw, pts, widths, fill, -1.)
+            self._tube(draw, pts, widths, fill, -1.0)
             for (x, y), w in zip(self.xy(pts), widths):
                 r = w * self.s / 2
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        self._tube(self.d, pts, widths, _mix(colour, .86), .35)
+        self._tube(self.d, pts, widths, _mix(colour, 0.86), 0.35)
 
-    def _tube(self, draw, pts, widths, fill, inner:float):
+    def _tube(self, draw, pts, widths, fill, inner: float):
         p = self.xy(pts)
         for (x0, y0), (x1, y1), w0, w1 in zip(p, p[1:], widths, widths[1:]):
-            n = math.hypot(x1 - x0, y1 - y0) or 1.
-            nx, ny = (y1 - y0) / n * self.s / 2, -(x1 - x0) / n * self.s / 2
-            draw.polygon([(x0 + nx * w0 * inner, y0 + ny * w0 * inner), (x1 + nx * w1 * inner, y1 + ny * w1 * inner),
-                          (x1 + nx * w1, y1 + ny * w1), (x0 + nx * w0, y0 + ny * w0)], fill=fill)
+            n = math.hypot(x1 - x0, y1 - y0) or 1.0
+            nx = (y1 - y0) / n * self.s / 2
+            ny = -(x1 - x0) / n * self.s / 2
+            draw.polygon(
+                [
+                    (x0 + nx * w0 * inner, y0 + ny * w0 * inner),
+                    (x1 + nx * w1 * inner, y1 + ny * w1 * inner),
+                    (x1 + nx * w1, y1 + ny * w1),
+                    (x0 + nx * w0, y0 + ny * w0),
+                ],
+                fill=fill,
+            )
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-016
 @dataclass(frozen=True)
 class _Look:
     "A person as painted: attributes, this identity's shades of their colours, skin, height, half width of the shoulders, build."
+
     a: dict[str, str]
     c: dict[str, tuple]
     skin: tuple
@@ -98,402 +150,1015 @@ class _Look:
     sw: float
     wide: float
 
-def _look(person:Person, shade:float=.12) -> _Look:
+
+def _look(person: Person, shade: float = 0.12) -> _Look:
     "Shades, skin and proportions from the person's own seed."
-    a, rng = person.attributes, keyed_rng(person.seed, 7)
+    a = person.attributes
+    rng = keyed_rng(person.seed, 7)
+
     def tone(name, palette=COLOURS):
-        k, j = 1 + shade * (2 * rng.random() - 1), [7 * (2 * rng.random() - 1) for _ in range(3)]
+        k = 1 + shade * (2 * rng.random() - 1)
+        j = [7 * (2 * rng.random() - 1) for _ in range(3)]
         base = palette.get(a[name])
-        return tuple(int(min(255, max(0, x * k + d))) for x, d in zip(base, j)) if base else (0, 0, 0)
-    c = {n: tone(n) for n in FIELDS if n.endswith("_colour") and n != "hair_colour" or n in ("inner", "scarf")}
+        return (
+            tuple(int(min(255, max(0, x * k + d))) for x, d in zip(base, j)) if base else (0, 0, 0)
+        )
+
+    c = {
+        n: tone(n)
+        for n in FIELDS
+        if n.endswith("_colour") and n != "hair_colour" or n in ("inner", "scarf")
+    }
     c["hair_colour"] = tone("hair_colour", HAIR_COLOURS)
-    if a["sleeve_colour"] == "same": c["sleeve_colour"] = c["upper_colour"]
-    skin, grow = _mix(one(rng, SKINS), .95 + .1 * rng.random()), rng.random()
-    wide, woman = {"slim": .88, "average": 1., "heavy": 1.17}[a["build"]], a["gender"] == "woman"
-    return _Look(a, c, skin, (.93 if woman else .98) + .05 * grow, (.108 if woman else .122) * (.5 + .5 * wide), wide)
+    if a["sleeve_colour"] == "same":
+        c["sleeve_colour"] = c["upper_colour"]
+    skin = _mix(one(rng, SKINS), 0.95 + 0.1 * rng.random())
+    grow = rng.random()
+    wide = {"slim": 0.88, "average": 1.0, "heavy": 1.17}[a["build"]]
+    woman = a["gender"] == "woman"
+    return _Look(
+        a,
+        c,
+        skin,
+        (0.93 if woman else 0.98) + 0.05 * grow,
+        (0.108 if woman else 0.122) * (0.5 + 0.5 * wide),
+        wide,
+    )
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-019
-_LEG = {"jeans": (.088, .068, .052), "trousers": (.094, .076, .066), "shorts": (.098, .098, .05), "skirt": (.07, .055, .04),
-        "leggings": (.08, .058, .04), "none": (.07, .055, .04)}                                   # widths at hip, knee, ankle
+_LEG = {
+    "jeans": (0.088, 0.068, 0.052),
+    "trousers": (0.094, 0.076, 0.066),
+    "shorts": (0.098, 0.098, 0.05),
+    "skirt": (0.07, 0.055, 0.04),
+    "leggings": (0.08, 0.058, 0.04),
+    "none": (0.07, 0.055, 0.04),
+}  # widths at hip, knee, ankle
 _WHITE_SOLE = (240, 240, 236)
 
-def _draw_leg(pen:_Pen, k:_Look, hip, knee, ankle, toe:float, dim:float=1.):
+
+def _draw_leg(pen: _Pen, k: _Look, hip, knee, ankle, toe: float, dim: float = 1.0):
     "One leg with its garment and shoe; `toe` is how far the foot points forward (0: towards us)."
-    lower, w = k.a["lower"], [x * (.6 + .4 * k.wide) for x in _LEG[k.a["lower"]]]
+    lower = k.a["lower"]
+    w = [x * (0.6 + 0.4 * k.wide) for x in _LEG[k.a["lower"]]]
     skin, cloth, shoe = (_mix(c, dim) for c in (k.skin, k.c["lower_colour"], k.c["shoe_colour"]))
     bare = lower in ("shorts", "skirt", "none")
-    if bare: pen.limb([hip, knee, ankle], [w[0] * .8, .052, .036], skin, "skin")
-    if lower == "shorts": pen.limb([hip, (knee[0] * .92 + hip[0] * .08, knee[1] * .93 + hip[1] * .07)], [w[0], w[1]], cloth, "lower")
+    if bare:
+        pen.limb([hip, knee, ankle], [w[0] * 0.8, 0.052, 0.036], skin, "skin")
+    if lower == "shorts":
+        pen.limb(
+            [hip, (knee[0] * 0.92 + hip[0] * 0.08, knee[1] * 0.93 + hip[1] * 0.07)],
+            [w[0], w[1]],
+            cloth,
+            "lower",
+        )
     elif not bare:
         pen.limb([hip, knee, ankle], w, cloth, "lower")
-        mid = (hip[0] * .45 + knee[0] * .55, hip[1] * .45 + knee[1] * .55)
-        if lower == "jeans": pen.oval(mid[0] - .004, mid[1] - .02, w[1] * .2, .07, _mix(cloth, 1.08), "lower")
-        elif lower == "trousers": pen.line([mid, knee, ankle], .006, _mix(cloth, .78))
+        mid = (hip[0] * 0.45 + knee[0] * 0.55, hip[1] * 0.45 + knee[1] * 0.55)
+        if lower == "jeans":
+            pen.oval(mid[0] - 0.004, mid[1] - 0.02, w[1] * 0.2, 0.07, _mix(cloth, 1.08), "lower")
+        elif lower == "trousers":
+            pen.line([mid, knee, ankle], 0.006, _mix(cloth, 0.78))
     _draw_shoe(pen, k.a["shoes"], shoe, k.skin, ankle, toe, dim)
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-020
-def _draw_shoe(pen:_Pen, kind:str, colour, skin, ankle, toe:float, dim:float):
+def _draw_shoe(pen: _Pen, kind: str, colour, skin, ankle, toe: float, dim: float):
     "A shoe at the end of a leg: a boot has a shaft, a sneaker a white sole, a sandal shows skin."
     x, y = ankle
-    sandal, sneaker = kind == "sandals", kind == "sneakers"
+    sandal = kind == "sandals"
+    sneaker = kind == "sneakers"
     main = (skin, "skin") if sandal else (colour, "shoes")
-    if kind == "boots": pen.limb([(x, y - .085), (x, y)], [.06, .058], colour, "shoes")
-    if abs(toe) < .3:                                                                             # towards us or away
-        pen.oval(x, y + .022, .034, .03, *main)
-        if sandal: pen.poly([(x - .03, y + .01), (x + .03, y + .01), (x + .034, y + .032), (x - .034, y + .032)], colour, "shoes")
-        sole = [(x - .034, y + .037), (x + .034, y + .037), (x + .03, y + .052), (x - .03, y + .052)]
-        if sneaker or sandal: pen.poly(sole, _mix(_WHITE_SOLE, dim) if sneaker else colour, "shoes")
+    if kind == "boots":
+        pen.limb([(x, y - 0.085), (x, y)], [0.06, 0.058], colour, "shoes")
+    if abs(toe) < 0.3:  # towards us or away
+        pen.oval(x, y + 0.022, 0.034, 0.03, *main)
+        if sandal:
+            pen.poly(
+                [
+                    (x - 0.03, y + 0.01),
+                    (x + 0.03, y + 0.01),
+                    (x + 0.034, y + 0.032),
+                    (x - 0.034, y + 0.032),
+                ],
+                colour,
+                "shoes",
+            )
+        sole = [
+            (x - 0.034, y + 0.037),
+            (x + 0.034, y + 0.037),
+            (x + 0.03, y + 0.052),
+            (x - 0.03, y + 0.052),
+        ]
+        if sneaker or sandal:
+            pen.poly(sole, _mix(_WHITE_SOLE, dim) if sneaker else colour, "shoes")
         return
-    pen.poly([(x - .03 * toe, y - .012), (x + .025 * toe, y - .012), (x + .085 * toe, y + .022), (x + .092 * toe, y + .048), (x - .036 * toe, y + .048)], *main)
-    if sandal: pen.poly([(x + .02 * toe, y), (x + .05 * toe, y + .008), (x + .06 * toe, y + .045), (x + .02 * toe, y + .045)], colour, "shoes")
-    sole = [(x - .036 * toe, y + .038), (x + .094 * toe, y + .038), (x + .09 * toe, y + .052), (x - .036 * toe, y + .052)]
-    pen.poly(sole, _mix(_WHITE_SOLE, dim) if sneaker else _mix(colour, .7), "shoes")
+    pen.poly(
+        [
+            (x - 0.03 * toe, y - 0.012),
+            (x + 0.025 * toe, y - 0.012),
+            (x + 0.085 * toe, y + 0.022),
+            (x + 0.092 * toe, y + 0.048),
+            (x - 0.036 * toe, y + 0.048),
+        ],
+        *main,
+    )
+    if sandal:
+        pen.poly(
+            [
+                (x + 0.02 * toe, y),
+                (x + 0.05 * toe, y + 0.008),
+                (x + 0.06 * toe, y + 0.045),
+                (x + 0.02 * toe, y + 0.045),
+            ],
+            colour,
+            "shoes",
+        )
+    sole = [
+        (x - 0.036 * toe, y + 0.038),
+        (x + 0.094 * toe, y + 0.038),
+        (x + 0.09 * toe, y + 0.052),
+        (x - 0.036 * toe, y + 0.052),
+    ]
+    pen.poly(sole, _mix(_WHITE_SOLE, dim) if sneaker else _mix(colour, 0.7), "shoes")
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-022
-_LOOSE = {"t-shirt": 1., "shirt": 1., "hoodie": 1.1, "sweater": 1.06, "jacket": 1.1, "coat": 1.12, "vest": 1.12, "dress": .95}
+_LOOSE = {
+    "t-shirt": 1.0,
+    "shirt": 1.0,
+    "hoodie": 1.1,
+    "sweater": 1.06,
+    "jacket": 1.1,
+    "coat": 1.12,
+    "vest": 1.12,
+    "dress": 0.95,
+}
 
-def _draw_arm(pen:_Pen, k:_Look, shoulder, elbow, hand, dim:float=1.):
+
+def _draw_arm(pen: _Pen, k: _Look, shoulder, elbow, hand, dim: float = 1.0):
     "One arm: sleeve of its length and colour, skin below it, and a hand."
-    w = [x * (.62 + .38 * k.wide) * (_LOOSE[k.a["upper"]] if k.a["sleeves"] == "long" else .95) for x in (.058, .05, .04)]
-    skin, cloth = _mix(k.skin, dim), _mix(k.c["sleeve_colour"], dim * (1. if k.a["sleeve_colour"] != "same" else .95))
-    pen.oval(hand[0], hand[1] + .012, .02, .026, skin, "skin")
-    if k.a["sleeves"] == "long": pen.limb([shoulder, elbow, hand], w, cloth, "sleeves")
+    w = [
+        x * (0.62 + 0.38 * k.wide) * (_LOOSE[k.a["upper"]] if k.a["sleeves"] == "long" else 0.95)
+        for x in (0.058, 0.05, 0.04)
+    ]
+    skin = _mix(k.skin, dim)
+    cloth = _mix(k.c["sleeve_colour"], dim * (1.0 if k.a["sleeve_colour"] != "same" else 0.95))
+    pen.oval(hand[0], hand[1] + 0.012, 0.02, 0.026, skin, "skin")
+    if k.a["sleeves"] == "long":
+        pen.limb([shoulder, elbow, hand], w, cloth, "sleeves")
     else:
-        pen.limb([shoulder, elbow, hand], [.046, .04, .03], skin, "skin")
+        pen.limb([shoulder, elbow, hand], [0.046, 0.04, 0.03], skin, "skin")
         if k.a["sleeves"] == "short":
-            end = (shoulder[0] * .3 + elbow[0] * .7, shoulder[1] * .3 + elbow[1] * .7)
-            pen.limb([shoulder, end], [.056, .062], cloth, "sleeves")
+            end = (shoulder[0] * 0.3 + elbow[0] * 0.7, shoulder[1] * 0.3 + elbow[1] * 0.7)
+            pen.limb([shoulder, end], [0.056, 0.062], cloth, "sleeves")
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-025
-_HEM = {"t-shirt": .53, "shirt": .545, "hoodie": .545, "sweater": .53, "jacket": .525, "coat": .70, "vest": .525, "dress": .69}
+_HEM = {
+    "t-shirt": 0.53,
+    "shirt": 0.545,
+    "hoodie": 0.545,
+    "sweater": 0.53,
+    "jacket": 0.525,
+    "coat": 0.70,
+    "vest": 0.525,
+    "dress": 0.69,
+}
 
-def _torso(k:_Look, side:bool) -> list[tuple[float, float]]:
+
+def _torso(k: _Look, side: bool) -> list[tuple[float, float]]:
     "Outline of the upper garment, from the neck down to its hem and back up."
-    a, loose, hem = k.a, _LOOSE[k.a["upper"]], _HEM[k.a["upper"]]
+    a = k.a
+    loose = _LOOSE[k.a["upper"]]
+    hem = _HEM[k.a["upper"]]
     if side:
-        d, flare = .072 * (.45 + .55 * k.wide) * loose, {"dress": .035, "coat": .018}.get(a["upper"], 0.)
-        return [(-.03, .148), (.035, .155), (d * .95, .23), (d * (1. if k.wide < 1.1 else 1.3), .38), (d + flare, hem),
-                (-d - flare, hem), (-d * .9, .40), (-d * 1.08, .23), (-.05, .165)]
-    sw, waist, hip = k.sw, (.094 if a["gender"] == "man" else .082) * k.wide * loose, .094 * (.5 + .5 * k.wide) * loose
-    flare = {"dress": .05, "coat": .022}.get(a["upper"], 0.)
-    left = [(-.038, .15), (-sw * .8, .172), (-sw, .20), (-sw * .93, .27), (-waist, .39), (-hip, .49), (-hip - flare, hem)]
+        d = 0.072 * (0.45 + 0.55 * k.wide) * loose
+        flare = {"dress": 0.035, "coat": 0.018}.get(a["upper"], 0.0)
+        return [
+            (-0.03, 0.148),
+            (0.035, 0.155),
+            (d * 0.95, 0.23),
+            (d * (1.0 if k.wide < 1.1 else 1.3), 0.38),
+            (d + flare, hem),
+            (-d - flare, hem),
+            (-d * 0.9, 0.40),
+            (-d * 1.08, 0.23),
+            (-0.05, 0.165),
+        ]
+    sw = k.sw
+    waist = (0.094 if a["gender"] == "man" else 0.082) * k.wide * loose
+    hip = 0.094 * (0.5 + 0.5 * k.wide) * loose
+    flare = {"dress": 0.05, "coat": 0.022}.get(a["upper"], 0.0)
+    left = [
+        (-0.038, 0.15),
+        (-sw * 0.8, 0.172),
+        (-sw, 0.20),
+        (-sw * 0.93, 0.27),
+        (-waist, 0.39),
+        (-hip, 0.49),
+        (-hip - flare, hem),
+    ]
     return left + [(-x, y) for x, y in reversed(left)]
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-028
-def _stamp(kind:str, size:tuple[int, int], cx:float, top:float, u:float) -> Image.Image:
+def _stamp(kind: str, size: tuple[int, int], cx: float, top: float, u: float) -> Image.Image:
     "The pattern as a mask of that size: `u` pixels to a body unit, the middle line at `cx`."
     img = Image.new("L", size, 0)
-    d, (w, h) = ImageDraw.Draw(img), size
+    d = ImageDraw.Draw(img)
+    (w, h) = size
     if kind == "striped":
-        for i in range(14): d.rectangle((0, top + (.03 + i * .05) * u, w, top + (.053 + i * .05) * u), fill=255)
+        for i in range(14):
+            d.rectangle((0, top + (0.03 + i * 0.05) * u, w, top + (0.053 + i * 0.05) * u), fill=255)
     elif kind == "checked":
-        for i in range(14): d.rectangle((0, top + (.02 + i * .06) * u, w, top + (.036 + i * .06) * u), fill=200)
-        for i in range(-6, 7): d.rectangle((cx + (i * .055 - .007) * u, 0, cx + (i * .055 + .007) * u, h), fill=200)
+        for i in range(14):
+            d.rectangle((0, top + (0.02 + i * 0.06) * u, w, top + (0.036 + i * 0.06) * u), fill=200)
+        for i in range(-6, 7):
+            d.rectangle(
+                (cx + (i * 0.055 - 0.007) * u, 0, cx + (i * 0.055 + 0.007) * u, h), fill=200
+            )
     elif kind == "dotted":
         for i, j in ((i, j) for i in range(15) for j in range(-6, 7)):
-            x, y, r = cx + (j + .5 * (i % 2)) * .048 * u, top + (.03 + i * .04) * u, .011 * u
+            x = cx + (j + 0.5 * (i % 2)) * 0.048 * u
+            y = top + (0.03 + i * 0.04) * u
+            r = 0.011 * u
             d.ellipse((x - r, y - r, x + r, y + r), fill=255)
-    else: d.polygon([(cx + dx * u, top + dy * u) for dx, dy in ((-.05, .115), (.05, .115), (.05, .165), (.012, .205), (-.05, .18))], fill=255)
+    else:
+        d.polygon(
+            [
+                (cx + dx * u, top + dy * u)
+                for dx, dy in (
+                    (-0.05, 0.115),
+                    (0.05, 0.115),
+                    (0.05, 0.165),
+                    (0.012, 0.205),
+                    (-0.05, 0.18),
+                )
+            ],
+            fill=255,
+        )
     return img
 
-def _draw_pattern(img:Image.Image, labels:Image.Image, pen:_Pen, k:_Look, view:str):
+
+def _draw_pattern(img: Image.Image, labels: Image.Image, pen: _Pen, k: _Look, view: str):
     "Lay the pattern over the upper garment, and over sleeves of the same colour."
     kind = k.a["pattern"]
-    if kind == "plain" or kind == "logo" and view != "front": return
-    x0, x1 = int(max(0, pen.ox - .24 * pen.s)), int(min(img.width, pen.ox + .24 * pen.s))
-    y0, y1 = int(max(0, pen.oy + .13 * pen.s)), int(min(img.height, pen.oy + .74 * pen.s))
-    if x1 <= x0 or y1 <= y0: return
-    stamp, crop = _stamp(kind, (x1 - x0, y1 - y0), pen.ox - x0, pen.oy + .13 * pen.s - y0, pen.s), np.asarray(labels.crop((x0, y0, x1, y1)))
+    if kind == "plain" or kind == "logo" and view != "front":
+        return
+    x0 = int(max(0, pen.ox - 0.24 * pen.s))
+    x1 = int(min(img.width, pen.ox + 0.24 * pen.s))
+    y0 = int(max(0, pen.oy + 0.13 * pen.s))
+    y1 = int(min(img.height, pen.oy + 0.74 * pen.s))
+    if x1 <= x0 or y1 <= y0:
+        return
+    stamp = _stamp(kind, (x1 - x0, y1 - y0), pen.ox - x0, pen.oy + 0.13 * pen.s - y0, pen.s)
+    crop = np.asarray(labels.crop((x0, y0, x1, y1)))
     on = crop == REGIONS["upper"]
-    if k.a["sleeve_colour"] == "same" and kind != "logo": on |= crop == REGIONS["sleeves"]
-    img.paste(k.c["pattern_colour"], (x0, y0, x1, y1), Image.fromarray(np.where(on, np.asarray(stamp), 0).astype(np.uint8)))
+    if k.a["sleeve_colour"] == "same" and kind != "logo":
+        on |= crop == REGIONS["sleeves"]
+    img.paste(
+        k.c["pattern_colour"],
+        (x0, y0, x1, y1),
+        Image.fromarray(np.where(on, np.asarray(stamp), 0).astype(np.uint8)),
+    )
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-031
-def _draw_front(pen:_Pen, k:_Look, dark:tuple):
+def _draw_front(pen: _Pen, k: _Look, dark: tuple):
     "Collar, zip, buttons, neckline or pocket of an upper garment seen from the front."
-    a, c, up, hem = k.a, k.c["upper_colour"], k.a["upper"], _HEM[k.a["upper"]]
+    a = k.a
+    c = k.c["upper_colour"]
+    up = k.a["upper"]
+    hem = _HEM[k.a["upper"]]
+
     def both(pts, colour, region="upper"):
-        for m in (1, -1): pen.poly([(m * x, y) for x, y in pts], colour, region)
+        for m in (1, -1):
+            pen.poly([(m * x, y) for x, y in pts], colour, region)
+
     if a["inner"] != "none" and up in ("jacket", "coat"):
-        pen.poly([(-.034, .15), (.034, .15), (.036, hem * .99), (-.036, hem * .99)], k.c["inner"], "inner")
-        pen.poly([(-.034, .15), (.034, .15), (0, .20)], _mix(k.skin, .93), "skin")
-        both([(-.05, .15), (-.03, .15), (-.022, .32), (-.055, .24)], dark)
+        pen.poly(
+            [(-0.034, 0.15), (0.034, 0.15), (0.036, hem * 0.99), (-0.036, hem * 0.99)],
+            k.c["inner"],
+            "inner",
+        )
+        pen.poly([(-0.034, 0.15), (0.034, 0.15), (0, 0.20)], _mix(k.skin, 0.93), "skin")
+        both([(-0.05, 0.15), (-0.03, 0.15), (-0.022, 0.32), (-0.055, 0.24)], dark)
     elif up in ("jacket", "coat", "vest"):
-        pen.line([(0, .17), (0, hem)], .008, dark)
+        pen.line([(0, 0.17), (0, hem)], 0.008, dark)
         if up == "coat":
-            for y in (.28, .36, .44, .52): pen.oval(.022, y, .008, .008, dark, "upper")
-            both([(-.055, .155), (-.005, .165), (-.03, .27)], dark)
-        else: pen.poly([(-.045, .142), (.045, .142), (.04, .172), (-.04, .172)], dark, "upper")
+            for y in (0.28, 0.36, 0.44, 0.52):
+                pen.oval(0.022, y, 0.008, 0.008, dark, "upper")
+            both([(-0.055, 0.155), (-0.005, 0.165), (-0.03, 0.27)], dark)
+        else:
+            pen.poly(
+                [(-0.045, 0.142), (0.045, 0.142), (0.04, 0.172), (-0.04, 0.172)], dark, "upper"
+            )
     elif up == "shirt":
-        pen.line([(0, .17), (0, hem)], .006, dark)
-        both([(-.045, .148), (0, .165), (-.032, .195)], _mix(c, 1.25))
-    elif up in ("t-shirt", "dress"): pen.poly([(-.04, .149), (.04, .149), (.022, .178), (-.022, .178)], k.skin, "skin")
+        pen.line([(0, 0.17), (0, hem)], 0.006, dark)
+        both([(-0.045, 0.148), (0, 0.165), (-0.032, 0.195)], _mix(c, 1.25))
+    elif up in ("t-shirt", "dress"):
+        pen.poly([(-0.04, 0.149), (0.04, 0.149), (0.022, 0.178), (-0.022, 0.178)], k.skin, "skin")
     elif up == "hoodie":
-        pen.poly([(-.06, .445), (.06, .445), (.075, .52), (-.075, .52)], _mix(c, .84), "upper")
-        for m in (-1, 1): pen.line([(m * .018, .18), (m * .02, .27)], .007, _mix(c, 1.5))
+        pen.poly(
+            [(-0.06, 0.445), (0.06, 0.445), (0.075, 0.52), (-0.075, 0.52)], _mix(c, 0.84), "upper"
+        )
+        for m in (-1, 1):
+            pen.line([(m * 0.018, 0.18), (m * 0.02, 0.27)], 0.007, _mix(c, 1.5))
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-032
-def _draw_garment(pen:_Pen, k:_Look, view:str):
+def _draw_garment(pen: _Pen, k: _Look, view: str):
     "What tells the kinds of upper garment apart, from any side: fronts, hoods, hems, quilting, belts."
-    a, c, up, hem, side = k.a, k.c["upper_colour"], k.a["upper"], _HEM[k.a["upper"]], view in ("left", "right")
-    dark = _mix(c, 1.2) if sum(c) < 150 else _mix(c, .72)
-    if view == "front": _draw_front(pen, k, dark)
+    a = k.a
+    c = k.c["upper_colour"]
+    up = k.a["upper"]
+    hem = _HEM[k.a["upper"]]
+    side = view in ("left", "right")
+    dark = _mix(c, 1.2) if sum(c) < 150 else _mix(c, 0.72)
+    if view == "front":
+        _draw_front(pen, k, dark)
     if up == "hoodie" and a["hat"] != "hood":
-        if view == "back": pen.poly([(-.07, .15), (.07, .15), (.055, .225), (0, .25), (-.055, .225)], _mix(c, .82), "upper")
-        elif side: pen.oval(-.055, .175, .035, .04, _mix(c, .82), "upper")
-        else: pen.poly([(-.062, .158), (-.035, .138), (.035, .138), (.062, .158), (.03, .175), (-.03, .175)], _mix(c, .82), "upper")
-    if up == "sweater": pen.line([(-.04, .155), (0, .165), (.04, .155)], .014, dark)
+        if view == "back":
+            pen.poly(
+                [(-0.07, 0.15), (0.07, 0.15), (0.055, 0.225), (0, 0.25), (-0.055, 0.225)],
+                _mix(c, 0.82),
+                "upper",
+            )
+        elif side:
+            pen.oval(-0.055, 0.175, 0.035, 0.04, _mix(c, 0.82), "upper")
+        else:
+            pen.poly(
+                [
+                    (-0.062, 0.158),
+                    (-0.035, 0.138),
+                    (0.035, 0.138),
+                    (0.062, 0.158),
+                    (0.03, 0.175),
+                    (-0.03, 0.175),
+                ],
+                _mix(c, 0.82),
+                "upper",
+            )
+    if up == "sweater":
+        pen.line([(-0.04, 0.155), (0, 0.165), (0.04, 0.155)], 0.014, dark)
     if up in ("sweater", "jacket", "hoodie"):
-        w = .07 if side else .094 * (.5 + .5 * k.wide)
-        pen.line([(-w, hem - .01), (w, hem - .01)], .014, dark)
+        w = 0.07 if side else 0.094 * (0.5 + 0.5 * k.wide)
+        pen.line([(-w, hem - 0.01), (w, hem - 0.01)], 0.014, dark)
     if up == "vest":
-        for y in (.22, .28, .34, .40, .46): pen.line([(-(.06 if side else .085), y), (.06 if side else .085, y)], .008, dark)
-    if up == "coat" and view == "back": pen.line([(0, .52), (0, hem)], .007, dark); pen.line([(-.08, .42), (.08, .42)], .01, dark)
-    if up == "dress": pen.line([(-.07, .385), (.07, .385)], .014, dark)
+        for y in (0.22, 0.28, 0.34, 0.40, 0.46):
+            pen.line([(-(0.06 if side else 0.085), y), (0.06 if side else 0.085, y)], 0.008, dark)
+    if up == "coat" and view == "back":
+        pen.line([(0, 0.52), (0, hem)], 0.007, dark)
+        pen.line([(-0.08, 0.42), (0.08, 0.42)], 0.01, dark)
+    if up == "dress":
+        pen.line([(-0.07, 0.385), (0.07, 0.385)], 0.014, dark)
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-035
-_LIPS, _FRAMES = (170, 70, 74), (24, 24, 28)
+_LIPS = (170, 70, 74)
+_FRAMES = (24, 24, 28)
 
-def _draw_face(pen:_Pen, k:_Look):
+
+def _draw_face(pen: _Pen, k: _Look):
     "A face from the front: hair line, eyes, brows, nose, mouth, wrinkles, glasses."
-    a, hair, skin = k.a, k.c["hair_colour"], k.skin
-    bald, hood, woman = a["hair"] == "bald", a["hat"] == "hood", a["gender"] == "woman"
-    if not bald and not hood: pen.oval(0, .064, .055, .062, hair, "hair")
-    pen.oval(0, .08, .046, .06, skin, "skin")
+    a = k.a
+    hair = k.c["hair_colour"]
+    skin = k.skin
+    bald = a["hair"] == "bald"
+    hood = a["hat"] == "hood"
+    woman = a["gender"] == "woman"
+    if not bald and not hood:
+        pen.oval(0, 0.064, 0.055, 0.062, hair, "hair")
+    pen.oval(0, 0.08, 0.046, 0.06, skin, "skin")
     if not bald:
-        pen.poly([(-.05, .07), (-.046, .03), (-.02, .012), (.02, .012), (.046, .03), (.05, .07), (.036, .047), (0, .036 if woman else .04), (-.036, .05)], hair, "hair")
+        pen.poly(
+            [
+                (-0.05, 0.07),
+                (-0.046, 0.03),
+                (-0.02, 0.012),
+                (0.02, 0.012),
+                (0.046, 0.03),
+                (0.05, 0.07),
+                (0.036, 0.047),
+                (0, 0.036 if woman else 0.04),
+                (-0.036, 0.05),
+            ],
+            hair,
+            "hair",
+        )
         if not hood and a["hair"] in ("long", "shoulder-length"):
-            low = .24 if a["hair"] == "long" else .165
-            for m in (-1, 1): pen.poly([(m * .052, .04), (m * .038, .06), (m * .042, .13), (m * .036, low), (m * .066, low), (m * .062, .1)], hair, "hair")
-    eye, brow = _mix(skin, .3), _mix(skin if bald else hair, .6)
-    for m in (-1, 1): pen.oval(m * .019, .079, .0062, .0055, eye, "skin"); pen.line([(m * .011, .068), (m * .028, .067)], .005, brow)
-    pen.line([(0, .082), (.003, .096)], .006, _mix(skin, .8))
-    pen.line([(-.013, .113), (.013, .113)], .007, _LIPS if woman else _mix(skin, .62))
+            low = 0.24 if a["hair"] == "long" else 0.165
+            for m in (-1, 1):
+                pen.poly(
+                    [
+                        (m * 0.052, 0.04),
+                        (m * 0.038, 0.06),
+                        (m * 0.042, 0.13),
+                        (m * 0.036, low),
+                        (m * 0.066, low),
+                        (m * 0.062, 0.1),
+                    ],
+                    hair,
+                    "hair",
+                )
+    eye = _mix(skin, 0.3)
+    brow = _mix(skin if bald else hair, 0.6)
+    for m in (-1, 1):
+        pen.oval(m * 0.019, 0.079, 0.0062, 0.0055, eye, "skin")
+        pen.line([(m * 0.011, 0.068), (m * 0.028, 0.067)], 0.005, brow)
+    pen.line([(0, 0.082), (0.003, 0.096)], 0.006, _mix(skin, 0.8))
+    pen.line([(-0.013, 0.113), (0.013, 0.113)], 0.007, _LIPS if woman else _mix(skin, 0.62))
     if a["age"] == "older":
-        for m in (-1, 1): pen.line([(m * .028, .098), (m * .024, .108)], .004, _mix(skin, .75))
+        for m in (-1, 1):
+            pen.line([(m * 0.028, 0.098), (m * 0.024, 0.108)], 0.004, _mix(skin, 0.75))
     if a["glasses"] != "none":
         for m in (-1, 1):
-            pen.oval(m * .02, .079, .0165, .013, _FRAMES, "skin")
-            if a["glasses"] == "glasses": pen.oval(m * .02, .079, .0115, .0085, _mix(skin, 1.2), "skin"); pen.oval(m * .02, .079, .006, .005, eye, "skin")
-        pen.line([(-.006, .077), (.006, .077)], .006, _FRAMES)
+            pen.oval(m * 0.02, 0.079, 0.0165, 0.013, _FRAMES, "skin")
+            if a["glasses"] == "glasses":
+                pen.oval(m * 0.02, 0.079, 0.0115, 0.0085, _mix(skin, 1.2), "skin")
+                pen.oval(m * 0.02, 0.079, 0.006, 0.005, eye, "skin")
+        pen.line([(-0.006, 0.077), (0.006, 0.077)], 0.006, _FRAMES)
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-036
-def _draw_profile(pen:_Pen, k:_Look):
+def _draw_profile(pen: _Pen, k: _Look):
     "A head from the side, looking towards +x."
-    a, hair, skin = k.a, k.c["hair_colour"], k.skin
+    a = k.a
+    hair = k.c["hair_colour"]
+    skin = k.skin
     hood = a["hat"] == "hood"
-    pen.oval(.004, .074, .052, .064, skin, "skin")
-    pen.poly([(.045, .07), (.068, .094), (.05, .10), (.054, .115), (.044, .132), (.012, .136), (0, .10)], skin, "skin")
+    pen.oval(0.004, 0.074, 0.052, 0.064, skin, "skin")
+    pen.poly(
+        [
+            (0.045, 0.07),
+            (0.068, 0.094),
+            (0.05, 0.10),
+            (0.054, 0.115),
+            (0.044, 0.132),
+            (0.012, 0.136),
+            (0, 0.10),
+        ],
+        skin,
+        "skin",
+    )
     if a["hair"] != "bald" and not hood:
-        pen.poly([(.05, .045), (.04, .02), (.012, .004), (-.02, .004), (-.05, .03), (-.058, .07), (-.048, .118), (-.026, .128), (-.012, .10), (.002, .062), (.034, .042)], hair, "hair")
-    pen.oval(-.008, .084, .009, .013, _mix(skin, .8), "skin")
-    pen.oval(.038, .076, .0055, .0055, _mix(skin, .3), "skin")
-    pen.line([(.044, .114), (.056, .113)], .006, _LIPS if a["gender"] == "woman" else _mix(skin, .62))
-    if hood: pen.poly([(.03, .0), (.045, .03), (.012, .06), (.004, .135), (-.03, .17), (-.075, .15), (-.085, .07), (-.05, .0)], _mix(k.c["upper_colour"], .9), "hat")
+        pen.poly(
+            [
+                (0.05, 0.045),
+                (0.04, 0.02),
+                (0.012, 0.004),
+                (-0.02, 0.004),
+                (-0.05, 0.03),
+                (-0.058, 0.07),
+                (-0.048, 0.118),
+                (-0.026, 0.128),
+                (-0.012, 0.10),
+                (0.002, 0.062),
+                (0.034, 0.042),
+            ],
+            hair,
+            "hair",
+        )
+    pen.oval(-0.008, 0.084, 0.009, 0.013, _mix(skin, 0.8), "skin")
+    pen.oval(0.038, 0.076, 0.0055, 0.0055, _mix(skin, 0.3), "skin")
+    pen.line(
+        [(0.044, 0.114), (0.056, 0.113)],
+        0.006,
+        _LIPS if a["gender"] == "woman" else _mix(skin, 0.62),
+    )
+    if hood:
+        pen.poly(
+            [
+                (0.03, 0.0),
+                (0.045, 0.03),
+                (0.012, 0.06),
+                (0.004, 0.135),
+                (-0.03, 0.17),
+                (-0.075, 0.15),
+                (-0.085, 0.07),
+                (-0.05, 0.0),
+            ],
+            _mix(k.c["upper_colour"], 0.9),
+            "hat",
+        )
     if a["glasses"] != "none":
-        pen.line([(-.006, .074), (.036, .075)], .006, _FRAMES); pen.oval(.04, .077, .013, .013, _FRAMES, "skin")
-        if a["glasses"] == "glasses": pen.oval(.04, .077, .008, .008, _mix(skin, 1.2), "skin")
+        pen.line([(-0.006, 0.074), (0.036, 0.075)], 0.006, _FRAMES)
+        pen.oval(0.04, 0.077, 0.013, 0.013, _FRAMES, "skin")
+        if a["glasses"] == "glasses":
+            pen.oval(0.04, 0.077, 0.008, 0.008, _mix(skin, 1.2), "skin")
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-037
-def _draw_hat(pen:_Pen, k:_Look, view:str):
+def _draw_hat(pen: _Pen, k: _Look, view: str):
     "Cap, beanie or brimmed hat on the head."
-    hat, c, x = k.a["hat"], k.c["hat_colour"], -.002
+    hat = k.a["hat"]
+    c = k.c["hat_colour"]
+    x = -0.002
     dark = _contrast(c)
-    def dome(w, low): return [(x - w, low), (x - w, .03), (x - w * .72, .0), (x - w * .3, -.016), (x + w * .3, -.016), (x + w * .72, 0), (x + w, .03), (x + w, low)]
-    if hat == "cap":
-        pen.poly(dome(.058, .045), c, "hat")
-        if view == "front": pen.poly([(-.056, .04), (.056, .04), (.05, .058), (-.05, .058)], dark, "hat")
-        elif view == "back": pen.oval(0, .044, .016, .012, k.c["hair_colour"], "hat")
-        else: pen.poly([(.03, .03), (.108, .048), (.106, .06), (.03, .052)], dark, "hat")
-    elif hat == "beanie":
-        pen.poly(dome(.06, .042), c, "hat"); pen.poly([(-.063, .03), (.06, .03), (.06, .058), (-.063, .058)], dark, "hat"); pen.oval(0, -.024, .02, .018, dark, "hat")
-    elif hat == "hat":
-        pen.poly(dome(.054, .045), c, "hat"); pen.poly([(-.057, .028), (.054, .028), (.054, .042), (-.057, .042)], dark, "hat")
-        pen.poly([(-.115, .048), (-.06, .036), (.06, .036), (.115, .048), (.06, .06), (-.06, .06)], c, "hat")
 
-def _draw_scarf(pen:_Pen, k:_Look, view:str):
+    def dome(w, low):
+        return [
+            (x - w, low),
+            (x - w, 0.03),
+            (x - w * 0.72, 0.0),
+            (x - w * 0.3, -0.016),
+            (x + w * 0.3, -0.016),
+            (x + w * 0.72, 0),
+            (x + w, 0.03),
+            (x + w, low),
+        ]
+
+    if hat == "cap":
+        pen.poly(dome(0.058, 0.045), c, "hat")
+        if view == "front":
+            pen.poly([(-0.056, 0.04), (0.056, 0.04), (0.05, 0.058), (-0.05, 0.058)], dark, "hat")
+        elif view == "back":
+            pen.oval(0, 0.044, 0.016, 0.012, k.c["hair_colour"], "hat")
+        else:
+            pen.poly([(0.03, 0.03), (0.108, 0.048), (0.106, 0.06), (0.03, 0.052)], dark, "hat")
+    elif hat == "beanie":
+        pen.poly(dome(0.06, 0.042), c, "hat")
+        pen.poly([(-0.063, 0.03), (0.06, 0.03), (0.06, 0.058), (-0.063, 0.058)], dark, "hat")
+        pen.oval(0, -0.024, 0.02, 0.018, dark, "hat")
+    elif hat == "hat":
+        pen.poly(dome(0.054, 0.045), c, "hat")
+        pen.poly([(-0.057, 0.028), (0.054, 0.028), (0.054, 0.042), (-0.057, 0.042)], dark, "hat")
+        pen.poly(
+            [
+                (-0.115, 0.048),
+                (-0.06, 0.036),
+                (0.06, 0.036),
+                (0.115, 0.048),
+                (0.06, 0.06),
+                (-0.06, 0.06),
+            ],
+            c,
+            "hat",
+        )
+
+
+def _draw_scarf(pen: _Pen, k: _Look, view: str):
     "A scarf round the neck, its end hanging down in front."
     s = k.c["scarf"]
     if view in ("left", "right"):
-        pen.poly([(-.055, .14), (.05, .128), (.058, .165), (-.055, .178)], s, "scarf"); pen.poly([(.01, .16), (.05, .16), (.06, .30), (.025, .30)], _mix(s, .85), "scarf")
+        pen.poly([(-0.055, 0.14), (0.05, 0.128), (0.058, 0.165), (-0.055, 0.178)], s, "scarf")
+        pen.poly([(0.01, 0.16), (0.05, 0.16), (0.06, 0.30), (0.025, 0.30)], _mix(s, 0.85), "scarf")
         return
-    pen.poly([(-.055, .135), (.055, .135), (.064, .17), (0, .188), (-.064, .17)], s, "scarf")
-    if view == "front": pen.poly([(.005, .17), (.045, .17), (.05, .31), (.012, .31)], _mix(s, .85), "scarf")
+    pen.poly(
+        [(-0.055, 0.135), (0.055, 0.135), (0.064, 0.17), (0, 0.188), (-0.064, 0.17)], s, "scarf"
+    )
+    if view == "front":
+        pen.poly(
+            [(0.005, 0.17), (0.045, 0.17), (0.05, 0.31), (0.012, 0.31)], _mix(s, 0.85), "scarf"
+        )
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-038
-def _draw_neck(pen:_Pen, k:_Look, view:str):
-    if view == "front" or k.a["hair"] == "bald" and view == "back": pen.poly([(-.024, .11), (.024, .11), (.03, .165), (-.03, .165)], _mix(k.skin, .82), "skin")
-    elif view == "back": pen.poly([(-.024, .11), (.024, .11), (.028, .158), (-.028, .158)], _mix(k.skin, .88), "skin")
-    else: pen.poly([(-.03, .10), (.015, .11), (.022, .165), (-.035, .165)], _mix(k.skin, .82), "skin")
+def _draw_neck(pen: _Pen, k: _Look, view: str):
+    if view == "front" or k.a["hair"] == "bald" and view == "back":
+        pen.poly(
+            [(-0.024, 0.11), (0.024, 0.11), (0.03, 0.165), (-0.03, 0.165)],
+            _mix(k.skin, 0.82),
+            "skin",
+        )
+    elif view == "back":
+        pen.poly(
+            [(-0.024, 0.11), (0.024, 0.11), (0.028, 0.158), (-0.028, 0.158)],
+            _mix(k.skin, 0.88),
+            "skin",
+        )
+    else:
+        pen.poly(
+            [(-0.03, 0.10), (0.015, 0.11), (0.022, 0.165), (-0.035, 0.165)],
+            _mix(k.skin, 0.82),
+            "skin",
+        )
 
-def _draw_long_hair(pen:_Pen, k:_Look, view:str):
+
+def _draw_long_hair(pen: _Pen, k: _Look, view: str):
     "Hair that falls below the head, seen from the back or a side."
-    hair, style, side, back = k.c["hair_colour"], k.a["hair"], view in ("left", "right"), view == "back"
-    x = 0 if back else -.022
-    if style == "long": pen.poly([(x - .052, .06), (x + .052 - .03 * side, .06), (x + .058 - .05 * side, .26), (x - .058, .26)], hair, "hair")
-    elif style == "shoulder-length": pen.poly([(x - .053, .06), (x + .053 - .03 * side, .06), (x + .06 - .045 * side, .17), (x - .06, .17)], hair, "hair")
-    elif style == "tied" and back: pen.limb([(0, .085), (.006, .21)], [.03, .026], _mix(hair, .75), "hair")
-    elif style == "tied": pen.limb([(-.052, .06), (-.082, .10), (-.075, .185)], [.03, .032, .018], hair, "hair")
-    elif back: pen.poly([(-.035, .128), (.035, .128), (.024, .142), (-.024, .142)], hair, "hair")
+    hair = k.c["hair_colour"]
+    style = k.a["hair"]
+    side = view in ("left", "right")
+    back = view == "back"
+    x = 0 if back else -0.022
+    if style == "long":
+        pen.poly(
+            [
+                (x - 0.052, 0.06),
+                (x + 0.052 - 0.03 * side, 0.06),
+                (x + 0.058 - 0.05 * side, 0.26),
+                (x - 0.058, 0.26),
+            ],
+            hair,
+            "hair",
+        )
+    elif style == "shoulder-length":
+        pen.poly(
+            [
+                (x - 0.053, 0.06),
+                (x + 0.053 - 0.03 * side, 0.06),
+                (x + 0.06 - 0.045 * side, 0.17),
+                (x - 0.06, 0.17),
+            ],
+            hair,
+            "hair",
+        )
+    elif style == "tied" and back:
+        pen.limb([(0, 0.085), (0.006, 0.21)], [0.03, 0.026], _mix(hair, 0.75), "hair")
+    elif style == "tied":
+        pen.limb(
+            [(-0.052, 0.06), (-0.082, 0.10), (-0.075, 0.185)], [0.03, 0.032, 0.018], hair, "hair"
+        )
+    elif back:
+        pen.poly([(-0.035, 0.128), (0.035, 0.128), (0.024, 0.142), (-0.024, 0.142)], hair, "hair")
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-039
-def _draw_head(pen:_Pen, k:_Look, view:str):
+def _draw_head(pen: _Pen, k: _Look, view: str):
     "Neck, face or back of the head, hair and what is worn on the head."
-    a, hair, cloth, side = k.a, k.c["hair_colour"], _mix(k.c["upper_colour"], .9), view in ("left", "right")
-    bald, style, hood = a["hair"] == "bald", a["hair"], a["hat"] == "hood"
-    if hood: pen.oval(-.012 if side else 0, .078, .072 if side else .07, .086, cloth, "hat")
+    a = k.a
+    hair = k.c["hair_colour"]
+    cloth = _mix(k.c["upper_colour"], 0.9)
+    side = view in ("left", "right")
+    bald = a["hair"] == "bald"
+    style = a["hair"]
+    hood = a["hat"] == "hood"
+    if hood:
+        pen.oval(-0.012 if side else 0, 0.078, 0.072 if side else 0.07, 0.086, cloth, "hat")
     if view == "front" and not hood and style in ("long", "shoulder-length"):
-        low = .15                                                # behind the neck; the strands in front fall to the sides
-        pen.poly([(-.06, .06), (.06, .06), (.068, low), (.035, low + .01), (-.035, low + .01), (-.068, low)], _mix(hair, .85), "hair")
+        low = 0.15  # behind the neck; the strands in front fall to the sides
+        pen.poly(
+            [
+                (-0.06, 0.06),
+                (0.06, 0.06),
+                (0.068, low),
+                (0.035, low + 0.01),
+                (-0.035, low + 0.01),
+                (-0.068, low),
+            ],
+            _mix(hair, 0.85),
+            "hair",
+        )
     _draw_neck(pen, k, view)
-    if hood and view == "back": pen.poly([(-.07, .08), (.07, .08), (.075, .18), (-.075, .18)], cloth, "hat")
-    elif view == "back": pen.oval(0, .074, .051, .068, *((k.skin, "skin") if bald else (hair, "hair")))
-    elif view == "front": _draw_face(pen, k)
-    else: _draw_profile(pen, k)
-    if not hood and not bald and view != "front": _draw_long_hair(pen, k, view)
-    if view == "front" and style == "tied" and not hood: pen.oval(.0, .008, .024, .02, _mix(hair, .85), "hair")
+    if hood and view == "back":
+        pen.poly([(-0.07, 0.08), (0.07, 0.08), (0.075, 0.18), (-0.075, 0.18)], cloth, "hat")
+    elif view == "back":
+        pen.oval(0, 0.074, 0.051, 0.068, *((k.skin, "skin") if bald else (hair, "hair")))
+    elif view == "front":
+        _draw_face(pen, k)
+    else:
+        _draw_profile(pen, k)
+    if not hood and not bald and view != "front":
+        _draw_long_hair(pen, k, view)
+    if view == "front" and style == "tied" and not hood:
+        pen.oval(0.0, 0.008, 0.024, 0.02, _mix(hair, 0.85), "hair")
     _draw_hat(pen, k, view)
-    if a["scarf"] != "none": _draw_scarf(pen, k, view)
+    if a["scarf"] != "none":
+        _draw_scarf(pen, k, view)
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-042
-def _draw_bag(pen:_Pen, k:_Look, view:str, layer:str):
+def _draw_bag(pen: _Pen, k: _Look, view: str, layer: str):
     "A backpack (whole from behind, straps from the front) or a shoulder bag on its side; `layer` is under or over the body."
-    kind, c, dark = k.a["bag"], k.c["bag_colour"], _contrast(k.c["bag_colour"])
+    kind = k.a["bag"]
+    c = k.c["bag_colour"]
+    dark = _contrast(k.c["bag_colour"])
     side = view in ("left", "right")
-    if kind == "backpack" and view == "front" and layer == "under": pen.poly([(-.115, .19), (.115, .19), (.132, .40), (-.132, .40)], dark, "bag")
+    if kind == "backpack" and view == "front" and layer == "under":
+        pen.poly([(-0.115, 0.19), (0.115, 0.19), (0.132, 0.40), (-0.132, 0.40)], dark, "bag")
     elif kind == "backpack" and view == "front":
-        for m in (-1, 1): pen.poly([(m * .05, .158), (m * .078, .162), (m * .088, .36), (m * .066, .37)], c, "bag")
+        for m in (-1, 1):
+            pen.poly(
+                [(m * 0.05, 0.158), (m * 0.078, 0.162), (m * 0.088, 0.36), (m * 0.066, 0.37)],
+                c,
+                "bag",
+            )
     elif kind == "backpack" and view == "back" and layer == "over":
-        pen.poly([(-.06, .165), (.06, .165), (.092, .21), (.095, .40), (.07, .425), (-.07, .425), (-.095, .40), (-.092, .21)], c, "bag")
-        pen.poly([(-.068, .30), (.068, .30), (.068, .405), (-.068, .405)], dark, "bag"); pen.line([(-.05, .20), (0, .185), (.05, .20)], .008, dark)
+        pen.poly(
+            [
+                (-0.06, 0.165),
+                (0.06, 0.165),
+                (0.092, 0.21),
+                (0.095, 0.40),
+                (0.07, 0.425),
+                (-0.07, 0.425),
+                (-0.095, 0.40),
+                (-0.092, 0.21),
+            ],
+            c,
+            "bag",
+        )
+        pen.poly([(-0.068, 0.30), (0.068, 0.30), (0.068, 0.405), (-0.068, 0.405)], dark, "bag")
+        pen.line([(-0.05, 0.20), (0, 0.185), (0.05, 0.20)], 0.008, dark)
     elif kind == "backpack" and side and layer == "over":
-        pen.poly([(-.065, .18), (-.11, .19), (-.155, .24), (-.16, .39), (-.135, .425), (-.068, .42)], c, "bag")
-        pen.poly([(-.145, .30), (-.172, .31), (-.172, .405), (-.14, .41)], dark, "bag"); pen.line([(-.05, .17), (.02, .21), (.01, .32), (-.07, .36)], .016, dark)
+        pen.poly(
+            [
+                (-0.065, 0.18),
+                (-0.11, 0.19),
+                (-0.155, 0.24),
+                (-0.16, 0.39),
+                (-0.135, 0.425),
+                (-0.068, 0.42),
+            ],
+            c,
+            "bag",
+        )
+        pen.poly([(-0.145, 0.30), (-0.172, 0.31), (-0.172, 0.405), (-0.14, 0.41)], dark, "bag")
+        pen.line([(-0.05, 0.17), (0.02, 0.21), (0.01, 0.32), (-0.07, 0.36)], 0.016, dark)
     elif kind == "shoulder bag" and side and layer == "over" and view == k.a["bag_side"]:
-        pen.line([(0, .165), (-.015, .46)], .014, dark)
-        pen.poly([(-.075, .44), (.05, .44), (.06, .57), (-.085, .57)], c, "bag"); pen.poly([(-.075, .44), (.05, .44), (.04, .50), (-.065, .50)], dark, "bag")
+        pen.line([(0, 0.165), (-0.015, 0.46)], 0.014, dark)
+        pen.poly([(-0.075, 0.44), (0.05, 0.44), (0.06, 0.57), (-0.085, 0.57)], c, "bag")
+        pen.poly([(-0.075, 0.44), (0.05, 0.44), (0.04, 0.50), (-0.065, 0.50)], dark, "bag")
     elif kind == "shoulder bag" and not side and layer == "over":
         m = (1 if k.a["bag_side"] == "left" else -1) * (1 if view == "front" else -1)
-        pen.line([(-m * .075, .165), (m * .1, .46)], .016, dark)
-        pen.poly([(m * .062, .445), (m * .158, .445), (m * .165, .575), (m * .058, .575)], c, "bag")
-        pen.poly([(m * .062, .445), (m * .158, .445), (m * .15, .505), (m * .07, .505)], dark, "bag")
+        pen.line([(-m * 0.075, 0.165), (m * 0.1, 0.46)], 0.016, dark)
+        pen.poly(
+            [(m * 0.062, 0.445), (m * 0.158, 0.445), (m * 0.165, 0.575), (m * 0.058, 0.575)],
+            c,
+            "bag",
+        )
+        pen.poly(
+            [(m * 0.062, 0.445), (m * 0.158, 0.445), (m * 0.15, 0.505), (m * 0.07, 0.505)],
+            dark,
+            "bag",
+        )
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-044
-def _box(pen, x, y, w, top, low, colour, taper:float=0.):
-    pen.poly([(x - w, y + top), (x + w, y + top), (x + w + taper, y + low), (x - w - taper, y + low)], colour, "held")
+def _box(pen, x, y, w, top, low, colour, taper: float = 0.0):
+    pen.poly(
+        [(x - w, y + top), (x + w, y + top), (x + w + taper, y + low), (x - w - taper, y + low)],
+        colour,
+        "held",
+    )
+
 
 def _held_bag(pen, x, y, m, c, dark):
-    pen.line([(x - .03, y + .075), (x - .018, y + .02), (x + .018, y + .02), (x + .03, y + .075)], .009, dark)
-    _box(pen, x, y, .042, .07, .15, c, .012); pen.line([(x - .045, y + .095), (x + .045, y + .095)], .008, dark)
+    pen.line(
+        [
+            (x - 0.03, y + 0.075),
+            (x - 0.018, y + 0.02),
+            (x + 0.018, y + 0.02),
+            (x + 0.03, y + 0.075),
+        ],
+        0.009,
+        dark,
+    )
+    _box(pen, x, y, 0.042, 0.07, 0.15, c, 0.012)
+    pen.line([(x - 0.045, y + 0.095), (x + 0.045, y + 0.095)], 0.008, dark)
+
 
 def _held_shopping(pen, x, y, m, c, dark):
-    pen.line([(x - .025, y + .075), (x, y + .015), (x + .025, y + .075)], .007, dark)
-    _box(pen, x, y, .048, .07, .215, c, -.002); pen.poly([(x + .02, y + .07), (x + .048, y + .07), (x + .046, y + .215), (x + .02, y + .215)], dark, "held")
+    pen.line([(x - 0.025, y + 0.075), (x, y + 0.015), (x + 0.025, y + 0.075)], 0.007, dark)
+    _box(pen, x, y, 0.048, 0.07, 0.215, c, -0.002)
+    pen.poly(
+        [
+            (x + 0.02, y + 0.07),
+            (x + 0.048, y + 0.07),
+            (x + 0.046, y + 0.215),
+            (x + 0.02, y + 0.215),
+        ],
+        dark,
+        "held",
+    )
+
 
 def _held_suitcase(pen, x, y, m, c, dark):
-    x2, rod = x + m * .03, (70, 70, 74)
-    pen.line([(x, y + .02), (x2 - .012, .70)], .009, rod); pen.line([(x + .015, y + .02), (x2 + .016, .70)], .009, rod)
-    pen.poly([(x2 - .06, .69), (x2 + .06, .69), (x2 + .064, .96), (x2 - .064, .96)], c, "held")
-    for d in (-.03, 0, .03): pen.line([(x2 + d, .71), (x2 + d, .94)], .008, dark)
-    for d in (-.045, .045): pen.oval(x2 + d, .98, .014, .016, (30, 30, 30), "held")
+    x2 = x + m * 0.03
+    rod = (70, 70, 74)
+    pen.line([(x, y + 0.02), (x2 - 0.012, 0.70)], 0.009, rod)
+    pen.line([(x + 0.015, y + 0.02), (x2 + 0.016, 0.70)], 0.009, rod)
+    pen.poly(
+        [(x2 - 0.06, 0.69), (x2 + 0.06, 0.69), (x2 + 0.064, 0.96), (x2 - 0.064, 0.96)], c, "held"
+    )
+    for d in (-0.03, 0, 0.03):
+        pen.line([(x2 + d, 0.71), (x2 + d, 0.94)], 0.008, dark)
+    for d in (-0.045, 0.045):
+        pen.oval(x2 + d, 0.98, 0.014, 0.016, (30, 30, 30), "held")
+
 
 def _held_umbrella(pen, x, y, m, c, dark):
-    pen.line([(x, y), (x - m * .015, -.06)], .009, (60, 60, 62))
-    cx, arc = x - m * .05, [i * math.pi / 14 for i in range(15)]
-    pen.poly([(cx + .19 * math.cos(t), -.055 - .125 * math.sin(t)) for t in arc] + [(cx - .095, -.075), (cx, -.052), (cx + .095, -.075)], c, "held")
-    for d in (-.095, 0, .095): pen.line([(cx, -.175), (cx + d, -.06)], .006, dark)
+    pen.line([(x, y), (x - m * 0.015, -0.06)], 0.009, (60, 60, 62))
+    cx = x - m * 0.05
+    arc = [i * math.pi / 14 for i in range(15)]
+    pen.poly(
+        [(cx + 0.19 * math.cos(t), -0.055 - 0.125 * math.sin(t)) for t in arc]
+        + [(cx - 0.095, -0.075), (cx, -0.052), (cx + 0.095, -0.075)],
+        c,
+        "held",
+    )
+    for d in (-0.095, 0, 0.095):
+        pen.line([(cx, -0.175), (cx + d, -0.06)], 0.006, dark)
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-045
-def _held_phone(pen, x, y, m, c, dark): _box(pen, x, y, .014, -.035, .02, (24, 24, 30)); _box(pen, x, y, .009, -.029, .012, (120, 170, 220))
+def _held_phone(pen, x, y, m, c, dark):
+    _box(pen, x, y, 0.014, -0.035, 0.02, (24, 24, 30))
+    _box(pen, x, y, 0.009, -0.029, 0.012, (120, 170, 220))
+
 
 def _held_cup(pen, x, y, m, c, dark):
-    pen.poly([(x - .024, y - .05), (x + .024, y - .05), (x + .017, y + .022), (x - .017, y + .022)], c, "held"); _box(pen, x, y, .026, -.058, -.045, (70, 50, 40))
+    pen.poly(
+        [
+            (x - 0.024, y - 0.05),
+            (x + 0.024, y - 0.05),
+            (x + 0.017, y + 0.022),
+            (x - 0.017, y + 0.022),
+        ],
+        c,
+        "held",
+    )
+    _box(pen, x, y, 0.026, -0.058, -0.045, (70, 50, 40))
+
 
 def _held_book(pen, x, y, m, c, dark):
-    _box(pen, x, y, .042, -.055, .05, c); pen.poly([(x + .03, y - .05), (x + .042, y - .05), (x + .042, y + .048), (x + .03, y + .048)], (236, 232, 220), "held")
+    _box(pen, x, y, 0.042, -0.055, 0.05, c)
+    pen.poly(
+        [
+            (x + 0.03, y - 0.05),
+            (x + 0.042, y - 0.05),
+            (x + 0.042, y + 0.048),
+            (x + 0.03, y + 0.048),
+        ],
+        (236, 232, 220),
+        "held",
+    )
+
 
 def _held_dog(pen, x, y, m, c, dark):
-    bx, by = (x + m * .035 if abs(x) < .1 else x - m * .035), .90
-    pen.line([(x, y), (bx + .05 * m, by - .06)], .006, (60, 50, 46))
-    pen.oval(bx, by - .005, .062, .036, c, "held"); pen.oval(bx + .058 * m, by - .045, .032, .03, c, "held")
-    pen.poly([(bx + .05 * m, by - .07), (bx + .03 * m, by - .025), (bx + .045 * m, by - .03)], dark, "held"); pen.oval(bx + .088 * m, by - .04, .014, .012, dark, "held")
-    for d in (-.045, -.02, .025, .048): pen.limb([(bx + d, by), (bx + d, .985)], [.02, .016], c, "held")
-    pen.limb([(bx - .055 * m, by - .01), (bx - .085 * m, by - .06)], [.018, .01], c, "held")
+    bx = x + m * 0.035 if abs(x) < 0.1 else x - m * 0.035
+    by = 0.90
+    pen.line([(x, y), (bx + 0.05 * m, by - 0.06)], 0.006, (60, 50, 46))
+    pen.oval(bx, by - 0.005, 0.062, 0.036, c, "held")
+    pen.oval(bx + 0.058 * m, by - 0.045, 0.032, 0.03, c, "held")
+    pen.poly(
+        [(bx + 0.05 * m, by - 0.07), (bx + 0.03 * m, by - 0.025), (bx + 0.045 * m, by - 0.03)],
+        dark,
+        "held",
+    )
+    pen.oval(bx + 0.088 * m, by - 0.04, 0.014, 0.012, dark, "held")
+    for d in (-0.045, -0.02, 0.025, 0.048):
+        pen.limb([(bx + d, by), (bx + d, 0.985)], [0.02, 0.016], c, "held")
+    pen.limb([(bx - 0.055 * m, by - 0.01), (bx - 0.085 * m, by - 0.06)], [0.018, 0.01], c, "held")
 
-_HELD = {"handbag": _held_bag, "shopping bag": _held_shopping, "two shopping bags": _held_shopping, "suitcase": _held_suitcase, "umbrella": _held_umbrella,
-         "phone": _held_phone, "cup": _held_cup, "book": _held_book, "dog": _held_dog}
 
-def _draw_held(pen:_Pen, k:_Look, hand:tuple[float, float], m:float, dim:float=1.):
+_HELD = {
+    "handbag": _held_bag,
+    "shopping bag": _held_shopping,
+    "two shopping bags": _held_shopping,
+    "suitcase": _held_suitcase,
+    "umbrella": _held_umbrella,
+    "phone": _held_phone,
+    "cup": _held_cup,
+    "book": _held_book,
+    "dog": _held_dog,
+}
+
+
+def _draw_held(pen: _Pen, k: _Look, hand: tuple[float, float], m: float, dim: float = 1.0):
     "The thing in a hand at `hand`; `m` is the outward (front, back) or forward (side) direction."
     c = _mix(k.c["held_colour"], dim)
-    if k.a["held"] != "none": _HELD[k.a["held"]](pen, *hand, m, c, _contrast(c, 1.25))
+    if k.a["held"] != "none":
+        _HELD[k.a["held"]](pen, *hand, m, c, _contrast(c, 1.25))
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-048
-def _draw_hips(pen:_Pen, k:_Look, side:bool, step:float=0.):
+def _draw_hips(pen: _Pen, k: _Look, side: bool, step: float = 0.0):
     "A skirt over both legs, or the seat of the trousers."
-    c, w = k.c["lower_colour"], .5 + .5 * k.wide
+    c = k.c["lower_colour"]
+    w = 0.5 + 0.5 * k.wide
     if k.a["lower"] == "skirt":
-        out = [(-.07, .42), (.07, .42), (.105 + step * .3, .70), (-.105 - step * .3, .70)] if side else [(-.1 * w * .85, .42), (.1 * w * .85, .42), (.1 * w * 1.3, .70), (-.1 * w * 1.3, .70)]
+        out = (
+            [(-0.07, 0.42), (0.07, 0.42), (0.105 + step * 0.3, 0.70), (-0.105 - step * 0.3, 0.70)]
+            if side
+            else [
+                (-0.1 * w * 0.85, 0.42),
+                (0.1 * w * 0.85, 0.42),
+                (0.1 * w * 1.3, 0.70),
+                (-0.1 * w * 1.3, 0.70),
+            ]
+        )
         pen.poly(out, c, "lower")
-        for d in (-.05, .0, .05) if side else (-.06, 0, .06): pen.line([(d * .7, .5), (d * (1.4 if side else 1.25), .695)], .007, _mix(c, .82))
-    elif k.a["lower"] != "none" and side: pen.poly([(-.068, .45), (.062, .45), (.056, .54), (-.06, .55)], c, "lower")
-    elif k.a["lower"] != "none": pen.poly([(-.09 * w, .45), (.09 * w, .45), (.088 * w, .545), (0, .57), (-.088 * w, .545)], c, "lower")
+        for d in (-0.05, 0.0, 0.05) if side else (-0.06, 0, 0.06):
+            pen.line([(d * 0.7, 0.5), (d * (1.4 if side else 1.25), 0.695)], 0.007, _mix(c, 0.82))
+    elif k.a["lower"] != "none" and side:
+        pen.poly([(-0.068, 0.45), (0.062, 0.45), (0.056, 0.54), (-0.06, 0.55)], c, "lower")
+    elif k.a["lower"] != "none":
+        pen.poly(
+            [
+                (-0.09 * w, 0.45),
+                (0.09 * w, 0.45),
+                (0.088 * w, 0.545),
+                (0, 0.57),
+                (-0.088 * w, 0.545),
+            ],
+            c,
+            "lower",
+        )
 
-def _arm_pose(k:_Look, m:int, sway:float, holds:bool, back:bool):
+
+def _arm_pose(k: _Look, m: int, sway: float, holds: bool, back: bool):
     "Shoulder, elbow and hand of the arm on side `m` of the picture: hanging and swinging, or raised with something in the hand."
-    shoulder, elbow, hand = (m * k.sw * .9, .197), (m * (k.sw + .03 * k.wide), .345), (m * (k.sw + .035 * k.wide), .485 - sway)
-    if holds and k.a["held"] in ("phone", "cup", "book") and not back: hand = (m * (k.sw - .005), .30)
-    if holds and k.a["held"] == "umbrella": elbow, hand = (m * (k.sw + .045), .33), (m * (k.sw + .01), .24)
+    shoulder = (m * k.sw * 0.9, 0.197)
+    elbow = (m * (k.sw + 0.03 * k.wide), 0.345)
+    hand = (m * (k.sw + 0.035 * k.wide), 0.485 - sway)
+    if holds and k.a["held"] in ("phone", "cup", "book") and not back:
+        hand = (m * (k.sw - 0.005), 0.30)
+    if holds and k.a["held"] == "umbrella":
+        elbow = (m * (k.sw + 0.045), 0.33)
+        hand = (m * (k.sw + 0.01), 0.24)
     return shoulder, elbow, hand
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-049
-def _draw_body(pen:_Pen, k:_Look, view:str, pose:str, rng:np.random.Generator, img:Image.Image, labels:Image.Image):
+def _draw_body(
+    pen: _Pen,
+    k: _Look,
+    view: str,
+    pose: str,
+    rng: np.random.Generator,
+    img: Image.Image,
+    labels: Image.Image,
+):
     "A person from the front or the back."
-    a, back, step = k.a, view == "back", (.014 + .014 * rng.random()) * (pose == "walking")
-    lead = 1 if rng.random() < .5 else -1
-    hold = {"left": 1, "right": -1}.get(a["held_side"], 0) * (-1 if back else 1)      # the side of the picture that the hand is on
-    shift = .01 * (2 * rng.random() - 1)
+    a = k.a
+    back = view == "back"
+    step = (0.014 + 0.014 * rng.random()) * (pose == "walking")
+    lead = 1 if rng.random() < 0.5 else -1
+    hold = {"left": 1, "right": -1}.get(a["held_side"], 0) * (
+        -1 if back else 1
+    )  # the side of the picture that the hand is on
+    shift = 0.01 * (2 * rng.random() - 1)
     _draw_bag(pen, k, view, "under")
     for m in (-1, 1):
-        lift = step * 1.1 if m == lead else 0.
-        hip, knee, ankle = (m * .047 * (.6 + .4 * k.wide), .49), (m * (.055 - .3 * step) + shift, .725 - lift * .5), (m * (.052 - .7 * step) + shift, .945 - lift)
-        _draw_leg(pen, k, hip, knee, ankle, 0., .88 if m == lead and back else 1.)
+        lift = step * 1.1 if m == lead else 0.0
+        hip = (m * 0.047 * (0.6 + 0.4 * k.wide), 0.49)
+        knee = (m * (0.055 - 0.3 * step) + shift, 0.725 - lift * 0.5)
+        ankle = (m * (0.052 - 0.7 * step) + shift, 0.945 - lift)
+        _draw_leg(pen, k, hip, knee, ankle, 0.0, 0.88 if m == lead and back else 1.0)
     _draw_hips(pen, k, False)
-    arms = {m: _arm_pose(k, m, step * .9 * (1 if m != lead else -.4), m == hold, back) for m in (-1, 1)}
-    raised = {m: m == hold and arms[m][2][1] < .4 and not back for m in (-1, 1)}
+    arms = {
+        m: _arm_pose(k, m, step * 0.9 * (1 if m != lead else -0.4), m == hold, back)
+        for m in (-1, 1)
+    }
+    raised = {m: m == hold and arms[m][2][1] < 0.4 and not back for m in (-1, 1)}
     for m in (-1, 1):
-        if not raised[m]: _draw_arm(pen, k, *arms[m])
+        if not raised[m]:
+            _draw_arm(pen, k, *arms[m])
     pen.poly(_torso(k, False), k.c["upper_colour"], "upper")
     for m in (-1, 1):
-        if raised[m]: _draw_arm(pen, k, *arms[m])
-    _draw_pattern(img, labels, pen, k, view); _draw_garment(pen, k, view); _draw_bag(pen, k, view, "over"); _draw_head(pen, k, view)
+        if raised[m]:
+            _draw_arm(pen, k, *arms[m])
+    _draw_pattern(img, labels, pen, k, view)
+    _draw_garment(pen, k, view)
+    _draw_bag(pen, k, view, "over")
+    _draw_head(pen, k, view)
     for m in (-1, 1):
-        if m == hold or a["held"] == "two shopping bags": _draw_held(pen, k, arms[m][2], m)
+        if m == hold or a["held"] == "two shopping bags":
+            _draw_held(pen, k, arms[m][2], m)
 
 # %% ../../nbs/02_synth/02_bodies.ipynb #cell-050
-def _side_leg(pen:_Pen, k:_Look, x:float, walking:bool, dim:float):
-    bend = .02 if x < 0 and walking else .006
-    _draw_leg(pen, k, (x * .12, .49), (x * .62 + bend, .725), (x * 1.15 - bend * .8 * (x < 0), .945 - (.03 if x < -.03 else 0)), 1., dim)
+def _side_leg(pen: _Pen, k: _Look, x: float, walking: bool, dim: float):
+    bend = 0.02 if x < 0 and walking else 0.006
+    _draw_leg(
+        pen,
+        k,
+        (x * 0.12, 0.49),
+        (x * 0.62 + bend, 0.725),
+        (x * 1.15 - bend * 0.8 * (x < 0), 0.945 - (0.03 if x < -0.03 else 0)),
+        1.0,
+        dim,
+    )
 
-def _draw_side(pen:_Pen, k:_Look, view:str, pose:str, rng:np.random.Generator, img:Image.Image, labels:Image.Image):
+
+def _draw_side(
+    pen: _Pen,
+    k: _Look,
+    view: str,
+    pose: str,
+    rng: np.random.Generator,
+    img: Image.Image,
+    labels: Image.Image,
+):
     "A person from the side, looking towards +x (the pen mirrors it for the left side)."
-    a, walking = k.a, pose == "walking"
-    s = (.06 + .05 * rng.random()) * walking + .006
-    lead = 1 if rng.random() < .5 else -1
-    near, far = lead * s, -lead * s
+    a = k.a
+    walking = pose == "walking"
+    s = (0.06 + 0.05 * rng.random()) * walking + 0.006
+    lead = 1 if rng.random() < 0.5 else -1
+    near = lead * s
+    far = -lead * s
     _draw_bag(pen, k, view, "under")
-    elbow, hand = (-far * .55 - .012, .35), (-far * 1.0 + .02, .485)
-    if a["held"] == "two shopping bags": _draw_held(pen, k, (hand[0] + .03, hand[1]), 1, .8)
-    _draw_arm(pen, k, (0, .2), elbow, hand, .72)
-    _side_leg(pen, k, far, walking, .74); _side_leg(pen, k, near, walking, 1.)
+    elbow = (-far * 0.55 - 0.012, 0.35)
+    hand = (-far * 1.0 + 0.02, 0.485)
+    if a["held"] == "two shopping bags":
+        _draw_held(pen, k, (hand[0] + 0.03, hand[1]), 1, 0.8)
+    _draw_arm(pen, k, (0, 0.2), elbow, hand, 0.72)
+    _side_leg(pen, k, far, walking, 0.74)
+    _side_leg(pen, k, near, walking, 1.0)
     _draw_hips(pen, k, True, s)
     pen.poly(_torso(k, True), k.c["upper_colour"], "upper")
-    _draw_garment(pen, k, view); _draw_bag(pen, k, view, "over"); _draw_head(pen, k, view)
-    elbow, hand = (-near * .55 - .012, .35), (-near * 1.0 + .025, .485)
+    _draw_garment(pen, k, view)
+    _draw_bag(pen, k, view, "over")
+    _draw_head(pen, k, view)
+    elbow = (-near * 0.55 - 0.012, 0.35)
+    hand = (-near * 1.0 + 0.025, 0.485)
     held = a["held"] == "two shopping bags" or a["held_side"] == view
-    if held and a["held"] in ("phone", "cup", "book"): elbow, hand = (.01, .355), (.11, .30)
-    elif held and a["held"] == "umbrella": elbow, hand = (.01, .355), (.07, .25)
-    elif held and a["held"] == "suitcase": elbow, hand = (-.04, .34), (-.085, .465)
-    _draw_arm(pen, k, (0, .2), elbow, hand)
+    if held and a["held"] in ("phone", "cup", "book"):
+        elbow = (0.01, 0.355)
+        hand = (0.11, 0.30)
+    elif held and a["held"] == "umbrella":
+        elbow = (0.01, 0.355)
+        hand = (0.07, 0.25)
+    elif held and a["held"] == "suitcase":
+        elbow = (-0.04, 0.34)
+        hand = (-0.085, 0.465)
+    _draw_arm(pen, k, (0, 0.2), elbow, hand)
     _draw_pattern(img, labels, pen, k, view)
-    if held: _draw_held(pen, k, hand, -1. if a["held"] == "suitcase" else 1.)
+    if held:
+        _draw_held(pen, k, hand, -1.0 if a["held"] == "suitcase" else 1.0)

@@ -11,161 +11,336 @@ from typing import Any, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from ..core import TiprError
-from .people import COLOURS, OCCLUDERS, POSES, SKINS, VIEWS, Camera, Person, keyed_rng, one
-from .bodies import REGIONS, _draw_body, _draw_side, _look, _mix, _Pen, image_grid, inline
+from tipr_nb.synth.people import (
+    COLOURS,
+    OCCLUDERS,
+    POSES,
+    SKINS,
+    VIEWS,
+    Camera,
+    Person,
+    keyed_rng,
+    one,
+)
+from tipr_nb.synth.bodies import (
+    REGIONS,
+    _draw_body,
+    _draw_side,
+    _look,
+    _mix,
+    _Pen,
+    image_grid,
+    inline,
+)
 
-_all_ = ["REGIONS", "image_grid", "inline"]      # re-exported: one import serves whoever draws
+_all_ = ["REGIONS", "image_grid", "inline"]  # re-exported: one import serves whoever draws
 
 # %% ../../nbs/02_synth/03_drawing.ipynb #cell-007
-SCENES = {"street": ((176, 172, 166), (128, 126, 124)), "park": ((168, 196, 150), (106, 140, 78)), "station": ((150, 156, 164), (186, 182, 172)),
-          "shop": ((214, 204, 186), (160, 150, 140)), "corridor": ((206, 200, 186), (150, 138, 120)), "crossing": ((158, 164, 170), (92, 94, 98)),
-          "brick": ((156, 100, 80), (140, 134, 126)), "plaza": ((190, 198, 206), (190, 184, 172)), "snow": ((196, 206, 216), (228, 230, 234)),
-          "night": ((52, 54, 70), (66, 66, 74)), "market": ((190, 150, 110), (150, 140, 128)), "carpark": ((120, 122, 124), (104, 104, 106))}
+SCENES = {
+    "street": ((176, 172, 166), (128, 126, 124)),
+    "park": ((168, 196, 150), (106, 140, 78)),
+    "station": ((150, 156, 164), (186, 182, 172)),
+    "shop": ((214, 204, 186), (160, 150, 140)),
+    "corridor": ((206, 200, 186), (150, 138, 120)),
+    "crossing": ((158, 164, 170), (92, 94, 98)),
+    "brick": ((156, 100, 80), (140, 134, 126)),
+    "plaza": ((190, 198, 206), (190, 184, 172)),
+    "snow": ((196, 206, 216), (228, 230, 234)),
+    "night": ((52, 54, 70), (66, 66, 74)),
+    "market": ((190, 150, 110), (150, 140, 128)),
+    "carpark": ((120, 122, 124), (104, 104, 106)),
+}
 _ANY_COLOUR = tuple(COLOURS.values())
+
 
 def _houses(d, w, h, hz, wall, u, scene):
     for i in range(4):
-        x, y = w * (i / 3 - .2 + .25 * u[2]), h * .05 * u[3 + i]
-        tone = (.62, .8, 1.35)[int(u[8 + i] * 3)] if scene != "night" else 1.3 + .5 * u[8 + i]
-        d.rectangle((x, y + h * .04, x + w * .22, y + h * .22), fill=_mix(wall, tone))
+        x = w * (i / 3 - 0.2 + 0.25 * u[2])
+        y = h * 0.05 * u[3 + i]
+        tone = (0.62, 0.8, 1.35)[int(u[8 + i] * 3)] if scene != "night" else 1.3 + 0.5 * u[8 + i]
+        d.rectangle((x, y + h * 0.04, x + w * 0.22, y + h * 0.22), fill=_mix(wall, tone))
+
 
 def _trees(d, w, h, hz, u, scene):
     for i in range(3):
-        x, r = w * u[2 + i], w * (.22 + .25 * u[5 + i])
-        d.rectangle((x - w * .03, hz - h * .25, x + w * .03, hz + h * .02), fill=(88, 70, 54))
-        d.ellipse((x - r, hz - h * .3 - r, x + r, hz - h * .3 + r), fill=_mix((76, 112, 62) if scene != "snow" else (170, 184, 190), .8 + .4 * u[8 + i]))
+        x = w * u[2 + i]
+        r = w * (0.22 + 0.25 * u[5 + i])
+        d.rectangle((x - w * 0.03, hz - h * 0.25, x + w * 0.03, hz + h * 0.02), fill=(88, 70, 54))
+        d.ellipse(
+            (x - r, hz - h * 0.3 - r, x + r, hz - h * 0.3 + r),
+            fill=_mix((76, 112, 62) if scene != "snow" else (170, 184, 190), 0.8 + 0.4 * u[8 + i]),
+        )
+
 
 def _bricks(d, w, h, hz, wall, u):
-    line = dict(fill=_mix(wall, .84), width=max(1, h // 200))
-    for i in range(12): d.line((0, hz * i / 12, w, hz * i / 12), **line)
+    line = dict(fill=_mix(wall, 0.84), width=max(1, h // 200))
+    for i in range(12):
+        d.line((0, hz * i / 12, w, hz * i / 12), **line)
     for i in range(24):
-        x = w * ((i * .37 + u[2]) % 1)
+        x = w * ((i * 0.37 + u[2]) % 1)
         d.line((x, hz * (i // 2) / 12, x, hz * (i // 2 + 1) / 12), **line)
 
 # %% ../../nbs/02_synth/03_drawing.ipynb #cell-008
 def _pillars(d, w, h, hz, wall, ground, u, scene):
-    for i in range(3): d.rectangle((w * (i / 2.2 + .2 * u[2] - .2), hz * .15, w * (i / 2.2 + .2 * u[2] + .04), hz), fill=_mix(wall, .74 + .1 * u[3 + i]))
-    d.line((0, hz + h * .1, w, hz + h * .1), fill=(210, 186, 70) if scene == "station" else _mix(ground, .8), width=max(1, h // 60))
+    for i in range(3):
+        d.rectangle(
+            (w * (i / 2.2 + 0.2 * u[2] - 0.2), hz * 0.15, w * (i / 2.2 + 0.2 * u[2] + 0.04), hz),
+            fill=_mix(wall, 0.74 + 0.1 * u[3 + i]),
+        )
+    d.line(
+        (0, hz + h * 0.1, w, hz + h * 0.1),
+        fill=(210, 186, 70) if scene == "station" else _mix(ground, 0.8),
+        width=max(1, h // 60),
+    )
+
 
 def _stripes(d, w, h, hz, u):
     for i in range(5):
-        x = i * .3 - .2 + .2 * u[2]
-        d.polygon([(w * x, hz + h * .16), (w * (i * .3 - .07 + .2 * u[2]), hz + h * .16), (w * (i * .34 - .12 + .2 * u[2]), h), (w * (i * .34 - .34 + .2 * u[2]), h)], fill=(204, 204, 200))
+        x = i * 0.3 - 0.2 + 0.2 * u[2]
+        d.polygon(
+            [
+                (w * x, hz + h * 0.16),
+                (w * (i * 0.3 - 0.07 + 0.2 * u[2]), hz + h * 0.16),
+                (w * (i * 0.34 - 0.12 + 0.2 * u[2]), h),
+                (w * (i * 0.34 - 0.34 + 0.2 * u[2]), h),
+            ],
+            fill=(204, 204, 200),
+        )
 
-def _draw_scene(img:Image.Image, scene:str, rng:np.random.Generator):
+
+def _draw_scene(img: Image.Image, scene: str, rng: np.random.Generator):
     "A wall or distance above the horizon, ground below, and what such a place has: windows, trees, pillars, stripes, passers-by."
-    d, (w, h), (wall, ground) = ImageDraw.Draw(img), img.size, SCENES[scene]
-    u, hz = rng.random(24), h * (.36 + .2 * rng.random())
-    tone = .88 + .24 * u[0]
-    wall, ground = _mix(wall, tone), _mix(ground, .9 + .2 * u[1])
-    d.rectangle((0, 0, w, hz), fill=wall); d.rectangle((0, hz, w, h), fill=ground)
-    for i in range(4): d.rectangle((0, hz + (h - hz) * i / 4, w, h), fill=_mix(ground, 1.0 + .035 * i))
-    if scene in ("street", "shop", "market", "night"): _houses(d, w, h, hz, wall, u, scene)
-    elif scene in ("park", "plaza", "snow"): _trees(d, w, h, hz, u, scene)
-    elif scene == "brick": _bricks(d, w, h, hz, wall, u)
-    elif scene in ("station", "corridor", "carpark"): _pillars(d, w, h, hz, wall, ground, u, scene)
-    if scene == "crossing": _stripes(d, w, h, hz, u)
+    d = ImageDraw.Draw(img)
+    (w, h) = img.size
+    (wall, ground) = SCENES[scene]
+    u = rng.random(24)
+    hz = h * (0.36 + 0.2 * rng.random())
+    tone = 0.88 + 0.24 * u[0]
+    wall = _mix(wall, tone)
+    ground = _mix(ground, 0.9 + 0.2 * u[1])
+    d.rectangle((0, 0, w, hz), fill=wall)
+    d.rectangle((0, hz, w, h), fill=ground)
+    for i in range(4):
+        d.rectangle((0, hz + (h - hz) * i / 4, w, h), fill=_mix(ground, 1.0 + 0.035 * i))
+    if scene in ("street", "shop", "market", "night"):
+        _houses(d, w, h, hz, wall, u, scene)
+    elif scene in ("park", "plaza", "snow"):
+        _trees(d, w, h, hz, u, scene)
+    elif scene == "brick":
+        _bricks(d, w, h, hz, wall, u)
+    elif scene in ("station", "corridor", "carpark"):
+        _pillars(d, w, h, hz, wall, ground, u, scene)
+    if scene == "crossing":
+        _stripes(d, w, h, hz, u)
     _clutter(d, w, h, hz, rng)
 
 # %% ../../nbs/02_synth/03_drawing.ipynb #cell-009
-def _clutter(d:ImageDraw.ImageDraw, w:int, h:int, hz:float, rng:np.random.Generator):
+def _clutter(d: ImageDraw.ImageDraw, w: int, h: int, hz: float, rng: np.random.Generator):
     "Passers-by in the distance, posters and boxes, in colours that may be those of the query."
     for _ in range(int(rng.random() * 3)):
-        x, s, u = w * rng.random(), h * (.14 + .2 * rng.random()), rng.random(2)
-        y, up, low = hz + h * .04 - s * .35, _mix(one(rng, _ANY_COLOUR), .85), _mix(one(rng, _ANY_COLOUR), .7)
-        d.rectangle((x - s * .09, y + s * .5, x + s * .09, y + s), fill=low); d.rectangle((x - s * .13, y + s * .16, x + s * .13, y + s * .56), fill=up)
-        d.ellipse((x - s * .07, y, x + s * .07, y + s * .15), fill=SKINS[int(u[0] * 5)])
-    if rng.random() < .45:
-        x, y, u = w * rng.random(), hz * rng.random() * .8, rng.random(2)
-        d.rectangle((x, y, x + w * (.1 + .2 * u[0]), y + h * (.05 + .1 * u[1])), fill=_mix(one(rng, _ANY_COLOUR), .9))
-    if rng.random() < .35:
-        x, tall = (w * .78 if rng.random() < .5 else -w * .06), rng.random()
-        d.rectangle((x, hz - h * .04, x + w * .28, hz + h * (.1 + .1 * tall)), fill=_mix(one(rng, _ANY_COLOUR), .6))
+        x = w * rng.random()
+        s = h * (0.14 + 0.2 * rng.random())
+        u = rng.random(2)
+        y = hz + h * 0.04 - s * 0.35
+        up = _mix(one(rng, _ANY_COLOUR), 0.85)
+        low = _mix(one(rng, _ANY_COLOUR), 0.7)
+        d.rectangle((x - s * 0.09, y + s * 0.5, x + s * 0.09, y + s), fill=low)
+        d.rectangle((x - s * 0.13, y + s * 0.16, x + s * 0.13, y + s * 0.56), fill=up)
+        d.ellipse((x - s * 0.07, y, x + s * 0.07, y + s * 0.15), fill=SKINS[int(u[0] * 5)])
+    if rng.random() < 0.45:
+        x = w * rng.random()
+        y = hz * rng.random() * 0.8
+        u = rng.random(2)
+        d.rectangle(
+            (x, y, x + w * (0.1 + 0.2 * u[0]), y + h * (0.05 + 0.1 * u[1])),
+            fill=_mix(one(rng, _ANY_COLOUR), 0.9),
+        )
+    if rng.random() < 0.35:
+        x = w * 0.78 if rng.random() < 0.5 else -w * 0.06
+        tall = rng.random()
+        d.rectangle(
+            (x, hz - h * 0.04, x + w * 0.28, hz + h * (0.1 + 0.1 * tall)),
+            fill=_mix(one(rng, _ANY_COLOUR), 0.6),
+        )
 
 # %% ../../nbs/02_synth/03_drawing.ipynb #cell-011
 def _edge_person(w, h, m, u, c, rng):
     "Shapes of another person at the picture's edge, on side `m`."
-    x = w * (.5 + m * (.51 + .03 * u[0]))
-    return [("rectangle", (x - w * .2, h * .60, x + w * .2, h), _mix(one(rng, _ANY_COLOUR), .6)), ("ellipse", (x - w * .27, h * .2, x + w * .27, h * .42), _mix(c, .85)),
-            ("rectangle", (x - w * .27, h * .3, x + w * .27, h * .66), _mix(c, .85)), ("ellipse", (x - w * .14, h * .07, x + w * .14, h * .225), SKINS[int(u[1] * 5)])]
+    x = w * (0.5 + m * (0.51 + 0.03 * u[0]))
+    return [
+        ("rectangle", (x - w * 0.2, h * 0.60, x + w * 0.2, h), _mix(one(rng, _ANY_COLOUR), 0.6)),
+        ("ellipse", (x - w * 0.27, h * 0.2, x + w * 0.27, h * 0.42), _mix(c, 0.85)),
+        ("rectangle", (x - w * 0.27, h * 0.3, x + w * 0.27, h * 0.66), _mix(c, 0.85)),
+        ("ellipse", (x - w * 0.14, h * 0.07, x + w * 0.14, h * 0.225), SKINS[int(u[1] * 5)]),
+    ]
+
 
 def _bench(w, h, top):
-    return [("rectangle", (-2, top, w + 2, top + h * .045), (134, 92, 54)), ("rectangle", (-2, top + h * .055, w + 2, top + h * .10), (118, 80, 46)), ("rectangle", (-2, top + h * .10, w + 2, h), (92, 90, 88)),
-            ("rectangle", (w * .12, top + h * .1, w * .2, h), (50, 50, 52)), ("rectangle", (w * .8, top + h * .1, w * .88, h), (50, 50, 52))]
+    return [
+        ("rectangle", (-2, top, w + 2, top + h * 0.045), (134, 92, 54)),
+        ("rectangle", (-2, top + h * 0.055, w + 2, top + h * 0.10), (118, 80, 46)),
+        ("rectangle", (-2, top + h * 0.10, w + 2, h), (92, 90, 88)),
+        ("rectangle", (w * 0.12, top + h * 0.1, w * 0.2, h), (50, 50, 52)),
+        ("rectangle", (w * 0.8, top + h * 0.1, w * 0.88, h), (50, 50, 52)),
+    ]
 
-def _draw_occluder(img:Image.Image, labels:Image.Image, kind:str, feet:float, rng:np.random.Generator):
+
+def _draw_occluder(
+    img: Image.Image, labels: Image.Image, kind: str, feet: float, rng: np.random.Generator
+):
     "What stands between camera and person: a pole, a bench, a car, another person's edge. `feet` is where the soles are (pixels)."
-    if kind in ("none", "cut"): return
-    (w, h), u, c = img.size, rng.random(4), one(rng, _ANY_COLOUR)
-    top = feet - h * .17
-    shapes:list[tuple[str, tuple, tuple]]
+    if kind in ("none", "cut"):
+        return
+    (w, h) = img.size
+    u = rng.random(4)
+    c = one(rng, _ANY_COLOUR)
+    top = feet - h * 0.17
+    shapes: list[tuple[str, tuple, tuple]]
     if kind == "pole":
-        x, r = w * (.3 if u[0] < .5 else .62) + w * .1 * u[1], w * .026
-        shapes = [("rectangle", (x - r, 0, x + r, h), (84, 88, 92)), ("rectangle", (x + r * .3, 0, x + r, h), (60, 62, 66))]
-    elif kind == "bench": shapes = _bench(w, h, top)
+        x = w * (0.3 if u[0] < 0.5 else 0.62) + w * 0.1 * u[1]
+        r = w * 0.026
+        shapes = [
+            ("rectangle", (x - r, 0, x + r, h), (84, 88, 92)),
+            ("rectangle", (x + r * 0.3, 0, x + r, h), (60, 62, 66)),
+        ]
+    elif kind == "bench":
+        shapes = _bench(w, h, top)
     elif kind == "car":
-        shapes = [("rectangle", (-2, top, w + 2, h), _mix(c, .9)), ("rectangle", (-2, top, w + 2, top + h * .02), _mix(c, 1.3)),
-                  ("ellipse", (w * (.1 + .4 * u[0]), h * .955, w * (.5 + .4 * u[0]), h * 1.07), (26, 26, 28))]
-    else: shapes = _edge_person(w, h, 1 if kind == "person right" else -1, u, c, rng)
-    d, l = ImageDraw.Draw(img), ImageDraw.Draw(labels)
-    for shape, box, fill in shapes: getattr(d, shape)(box, fill=fill); getattr(l, shape)(box, fill=0)
+        shapes = [
+            ("rectangle", (-2, top, w + 2, h), _mix(c, 0.9)),
+            ("rectangle", (-2, top, w + 2, top + h * 0.02), _mix(c, 1.3)),
+            (
+                "ellipse",
+                (w * (0.1 + 0.4 * u[0]), h * 0.955, w * (0.5 + 0.4 * u[0]), h * 1.07),
+                (26, 26, 28),
+            ),
+        ]
+    else:
+        shapes = _edge_person(w, h, 1 if kind == "person right" else -1, u, c, rng)
+    d = ImageDraw.Draw(img)
+    l = ImageDraw.Draw(labels)
+    for shape, box, fill in shapes:
+        getattr(d, shape)(box, fill=fill)
+        getattr(l, shape)(box, fill=0)
 
 # %% ../../nbs/02_synth/03_drawing.ipynb #cell-013
-def _light(pixels:np.ndarray, mask:np.ndarray, rng:np.random.Generator) -> np.ndarray:
+def _light(pixels: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Round the flat colours: light from one side, darker rims, folds in the cloth. (h, w, 3) uint8 and (h, w) bool -> float32."
     h, w = mask.shape
-    soft = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(max(1, h // 64))), dtype=np.float32) / 255
-    folds = np.asarray(Image.fromarray((rng.random((9, 5)) * 255).astype(np.uint8)).resize((w, h), Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    side = np.linspace(1.06, .94, w, dtype=np.float32) if rng.random() < .7 else np.linspace(.94, 1.06, w, dtype=np.float32)
-    shade = np.where(mask, (.74 + .26 * soft) * (.90 + .2 * folds) * side[None], 1.).astype(np.float32)
+    soft = (
+        np.asarray(
+            Image.fromarray(mask.astype(np.uint8) * 255).filter(
+                ImageFilter.BoxBlur(max(1, h // 64))
+            ),
+            dtype=np.float32,
+        )
+        / 255
+    )
+    folds = (
+        np.asarray(
+            Image.fromarray((rng.random((9, 5)) * 255).astype(np.uint8)).resize(
+                (w, h), Image.Resampling.BILINEAR
+            ),
+            dtype=np.float32,
+        )
+        / 255
+    )
+    side = (
+        np.linspace(1.06, 0.94, w, dtype=np.float32)
+        if rng.random() < 0.7
+        else np.linspace(0.94, 1.06, w, dtype=np.float32)
+    )
+    shade = np.where(mask, (0.74 + 0.26 * soft) * (0.90 + 0.2 * folds) * side[None], 1.0).astype(
+        np.float32
+    )
     return pixels.astype(np.float32) * shade[..., None]
 
 # %% ../../nbs/02_synth/03_drawing.ipynb #cell-015
-def _shoot(pixels:np.ndarray, cam:Camera, rng:np.random.Generator) -> Image.Image:
+def _shoot(pixels: np.ndarray, cam: Camera, rng: np.random.Generator) -> Image.Image:
     "What the camera makes of it: tint, exposure, contrast (each jittered), blur, sensor noise. Float (h, w, 3) in 0..255 -> picture."
     h, w, _ = pixels.shape
     u = rng.random(4)
-    gain = np.array(cam.tint, dtype=np.float32) * cam.exposure * (.93 + .14 * u[0])
-    x = (pixels * gain - 118.) * (cam.contrast * (.95 + .1 * u[1])) + 118.
+    gain = np.array(cam.tint, dtype=np.float32) * cam.exposure * (0.93 + 0.14 * u[0])
+    x = (pixels * gain - 118.0) * (cam.contrast * (0.95 + 0.1 * u[1])) + 118.0
     img = Image.fromarray(np.clip(x, 0, 255).astype(np.uint8))
-    if (blur := cam.blur * (.5 + u[2]) * h / 96) > .15: img = img.filter(ImageFilter.GaussianBlur(float(blur)))
-    if not cam.noise: return img
-    n = rng.integers(0, 256, size=(h, w, 1), dtype=np.uint8).astype(np.float32) + rng.integers(0, 256, size=(h, w, 3), dtype=np.uint8) - 255.
-    return Image.fromarray(np.clip(np.asarray(img, dtype=np.float32) + n * (cam.noise / 147.), 0, 255).astype(np.uint8))
+    if (blur := cam.blur * (0.5 + u[2]) * h / 96) > 0.15:
+        img = img.filter(ImageFilter.GaussianBlur(float(blur)))
+    if not cam.noise:
+        return img
+    n = (
+        rng.integers(0, 256, size=(h, w, 1), dtype=np.uint8).astype(np.float32)
+        + rng.integers(0, 256, size=(h, w, 3), dtype=np.uint8)
+        - 255.0
+    )
+    return Image.fromarray(
+        np.clip(np.asarray(img, dtype=np.float32) + n * (cam.noise / 147.0), 0, 255).astype(
+            np.uint8
+        )
+    )
 
 # %% ../../nbs/02_synth/03_drawing.ipynb #cell-017
-def draw_person(person:Person # who
-               , view:str="front" # front, back, left, right: the side that faces the camera
-               , camera:Camera|None=None # how it is seen; a plain camera on a plaza by default
-               , size:tuple[int, int]=(96, 32) # (height, width) in pixels
-               , seed:int|Sequence[int]=0 # of all that is not said about this photo: place in the frame, step, light, clutter
-               , pose:str="walking" # walking or standing
-               , occluder:str="none" # one of `OCCLUDERS`
-               , return_regions:bool=False # also give boolean masks (h, w) of the body's regions
-               ) -> Any: # the photo, or (photo, {region: mask})
+def draw_person(
+    person: Person,  # who
+    view: str = "front",  # front, back, left, right: the side that faces the camera
+    camera: Camera | None = None,  # how it is seen; a plain camera on a plaza by default
+    size: tuple[int, int] = (96, 32),  # (height, width) in pixels
+    seed: int
+    | Sequence[
+        int
+    ] = 0,  # of all that is not said about this photo: place in the frame, step, light, clutter
+    pose: str = "walking",  # walking or standing
+    occluder: str = "none",  # one of `OCCLUDERS`
+    return_regions: bool = False,  # also give boolean masks (h, w) of the body's regions
+) -> Any:  # the photo, or (photo, {region: mask})
     "Draw one photo of a person."
-    for value, known, what in ((view, VIEWS, "view"), (pose, POSES, "pose"), (occluder, OCCLUDERS, "occluder")):
-        if value not in known: raise TiprError(f"{what}={value!r} is not known; choose from {', '.join(known)}")
-    (h, w), camera, rng = size, camera or Camera("plain", "plaza", blur=0., noise=0.), keyed_rng(*np.atleast_1d(seed), 11)
+    for value, known, what in (
+        (view, VIEWS, "view"),
+        (pose, POSES, "pose"),
+        (occluder, OCCLUDERS, "occluder"),
+    ):
+        if value not in known:
+            raise TiprError(f"{what}={value!r} is not known; choose from {', '.join(known)}")
+    (h, w) = size
+    camera = camera or Camera("plain", "plaza", blur=0.0, noise=0.0)
+    rng = keyed_rng(*np.atleast_1d(seed), 11)
     up = 3 if h <= 160 else 2
-    img, labels = Image.new("RGB", (w * up, h * up)), Image.new("L", (w * up, h * up))
+    img = Image.new("RGB", (w * up, h * up))
+    labels = Image.new("L", (w * up, h * up))
     _draw_scene(img, camera.scene, rng)
     feet = _place(person, view, pose, occluder, rng, img, labels)
     _draw_occluder(img, labels, occluder, feet, rng)
-    small = np.asarray(labels)[up // 2::up, up // 2::up]
+    small = np.asarray(labels)[up // 2 :: up, up // 2 :: up]
     photo = _shoot(_light(np.asarray(img.reduce(up)), small > 0, rng), camera, rng)
     return (photo, {name: small == i for name, i in REGIONS.items()}) if return_regions else photo
 
 # %% ../../nbs/02_synth/03_drawing.ipynb #cell-018
-def _place(person:Person, view:str, pose:str, occluder:str, rng:np.random.Generator, img:Image.Image, labels:Image.Image) -> float:
+def _place(
+    person: Person,
+    view: str,
+    pose: str,
+    occluder: str,
+    rng: np.random.Generator,
+    img: Image.Image,
+    labels: Image.Image,
+) -> float:
     "Draw the person into the scene at a jittered place and scale; gives where the soles are (pixels)."
-    k, (W, H), u = _look(person), img.size, rng.random(3)
-    open_umbrella = k.a["held"] == "umbrella" and k.a["held_side"] != {"left": "right", "right": "left"}.get(view)
-    scale = H * (.80 + .1 * u[0]) * k.height * (.87 if open_umbrella else 1.)
-    oy = H * (.975 - .025 * u[1]) - scale + (H * .17 if occluder == "cut" else 0)
-    pen = _Pen(img, labels, scale, W * (.5 + .06 * (u[2] - .5)), oy, -1 if view == "left" else 1)
-    x, y = W * .5, oy + scale
-    ground:Any = img.getpixel((int(x), min(H - 1, int(y))))
-    if occluder != "cut": pen.d.ellipse((x - scale * .12, y - scale * .02, x + scale * .14, y + scale * .02), fill=_mix(ground, .72))      # their shadow
+    k = _look(person)
+    (W, H) = img.size
+    u = rng.random(3)
+    open_umbrella = k.a["held"] == "umbrella" and k.a["held_side"] != {
+        "left": "right",
+        "right": "left",
+    }.get(view)
+    scale = H * (0.80 + 0.1 * u[0]) * k.height * (0.87 if open_umbrella else 1.0)
+    oy = H * (0.975 - 0.025 * u[1]) - scale + (H * 0.17 if occluder == "cut" else 0)
+    pen = _Pen(img, labels, scale, W * (0.5 + 0.06 * (u[2] - 0.5)), oy, -1 if view == "left" else 1)
+    x = W * 0.5
+    y = oy + scale
+    ground: Any = img.getpixel((int(x), min(H - 1, int(y))))
+    if occluder != "cut":
+        pen.d.ellipse(
+            (x - scale * 0.12, y - scale * 0.02, x + scale * 0.14, y + scale * 0.02),
+            fill=_mix(ground, 0.72),
+        )  # their shadow
     (_draw_side if view in ("left", "right") else _draw_body)(pen, k, view, pose, rng, img, labels)
     return y
