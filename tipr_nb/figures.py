@@ -23,65 +23,147 @@ from PIL import Image, ImageOps
 from .core import TiprError
 
 # %% ../nbs/10_figures.ipynb #cell-005
-INK, MUTED, LINE, PAPER = "#1b1f24", "#667085", "#e4e7ec", "#ffffff"   # text, second text, grid lines, background
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B4B4B"]   # Okabe and Ito's palette, in order of use
-HIT, MISS = "#008a63", "#d1372a"   # frames around a picture
-HEAT = "inferno"                   # colour map of every heatmap, its middle part
+INK, MUTED, LINE, PAPER = (
+    "#1b1f24",
+    "#667085",
+    "#e4e7ec",
+    "#ffffff",
+)  # text, second text, grid lines, background
+COLORS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#4B4B4B",
+]  # Okabe and Ito's palette, in order of use
+HIT = "#008a63"
+MISS = "#d1372a"  # frames around a picture
+HEAT = "inferno"  # colour map of every heatmap, its middle part
 
 # %% ../nbs/10_figures.ipynb #cell-009
-_RC = {"axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titlepad": 10, "axes.labelsize": 9.5, "axes.labelcolor": MUTED,
-       "axes.edgecolor": "#b8bec8", "axes.linewidth": .8, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-       "text.color": INK, "axes.titlecolor": INK, "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelsize": 9, "ytick.labelsize": 9, "xtick.major.size": 3,
-       "ytick.major.size": 3, "grid.color": LINE, "grid.linewidth": .8, "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "lines.markersize": 4.5,
-       "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "figure.dpi": 110, "savefig.dpi": 160, "svg.fonttype": "none",
-       "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5}
+_RC = {
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titlepad": 10,
+    "axes.labelsize": 9.5,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": "#b8bec8",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+}
+
 
 @contextlib.contextmanager
 def style():
     "The package's look, for the plots made inside the block."
     import seaborn as sns
-    rc = {**sns.axes_style("ticks"), **sns.plotting_context("notebook"), **_RC, "axes.prop_cycle": matplotlib.cycler(color=COLORS)}
-    with matplotlib.rc_context(rc): yield
+
+    rc = {
+        **sns.axes_style("ticks"),
+        **sns.plotting_context("notebook"),
+        **_RC,
+        "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    }
+    with matplotlib.rc_context(rc):
+        yield
 
 # %% ../nbs/10_figures.ipynb #cell-012
 class Plot(Figure):
     "A matplotlib figure that shows itself once in a notebook, and can be put into a page."
-    def png(self, dpi:int=110 # dots per inch
-           ) -> bytes:
+
+    def png(
+        self,
+        dpi: int = 110,  # dots per inch
+    ) -> bytes:
         "The figure as a PNG."
         return self._saved(format="png", dpi=dpi)
 
-    def svg(self, name:str="plot" # sets the ids apart when one page holds several
-           , label:str="" # what a screen reader says
-           ) -> str:
+    def svg(
+        self,
+        name: str = "plot",  # sets the ids apart when one page holds several
+        label: str = "",  # what a screen reader says
+    ) -> str:
         "The figure as an SVG whose colours are the page's CSS variables (`--ink`, `--muted`, `--line`, `--axis`, `--c0` ...); text stays text."
-        with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}): text = self._saved(format="svg", transparent=True, metadata={"Date": None}).decode()
-        text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text[text.index("<svg"):], flags=re.S)
-        for color, variable in _CSS.items(): text = re.sub(color, f"var({variable})", text, flags=re.I)
-        text = re.sub(r"font(-family)?: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font\1: \2system-ui, sans-serif", text).replace('<g id="', '<g data-part="')
+        with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+            text = self._saved(format="svg", transparent=True, metadata={"Date": None}).decode()
+        text = re.sub(
+            r"<metadata>.*?</metadata>|<style.*?</style>",
+            "",
+            text[text.index("<svg") :],
+            flags=re.S,
+        )
+        for color, variable in _CSS.items():
+            text = re.sub(color, f"var({variable})", text, flags=re.I)
+        text = re.sub(
+            r"font(-family)?: ([^;\"]*?)'DejaVu Sans'[^;\"]*",
+            r"font\1: \2system-ui, sans-serif",
+            text,
+        ).replace('<g id="', '<g data-part="')
         box = re.findall(r'viewBox="[^"]*"', text)[0]
-        return re.sub(r"<svg [^>]*>", f'<svg {box} role="img" aria-label="{html.escape(label or name)}" style="max-width: 100%; height: auto">', text, count=1)
+        return re.sub(
+            r"<svg [^>]*>",
+            f'<svg {box} role="img" aria-label="{html.escape(label or name)}" style="max-width: 100%; height: auto">',
+            text,
+            count=1,
+        )
 
     def _saved(self, **kwargs) -> bytes:
         buffer = io.BytesIO()
-        self.savefig(buffer, bbox_inches="tight", pad_inches=.06, **kwargs)
+        self.savefig(buffer, bbox_inches="tight", pad_inches=0.06, **kwargs)
         return buffer.getvalue()
 
-    def _repr_png_(self) -> bytes: return self.png()
+    def _repr_png_(self) -> bytes:
+        return self.png()
 
-_CSS = {INK: "--ink", MUTED: "--muted", LINE: "--line", "#b8bec8": "--axis"} | {c: f"--c{i}" for i, c in enumerate(COLORS)}
 
-def canvas(width:float=6.4 # inches
-          , height:float=3.2 # inches
-          , nrows:int=1, ncols:int=1, **kwargs) -> tuple[Plot, Any]:
+_CSS = {INK: "--ink", MUTED: "--muted", LINE: "--line", "#b8bec8": "--axis"} | {
+    c: f"--c{i}" for i, c in enumerate(COLORS)
+}
+
+
+def canvas(
+    width: float = 6.4,  # inches
+    height: float = 3.2,  # inches
+    nrows: int = 1,
+    ncols: int = 1,
+    **kwargs,
+) -> tuple[Plot, Any]:
     "A `Plot` with axes in it, as `plt.subplots` gives; to be called inside `style()`."
     fig = Plot(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(nrows, ncols, **kwargs)
 
 # %% ../nbs/10_figures.ipynb #cell-015
-def sheet(width:float # inches
-         , height:float # inches
-         ) -> tuple[Plot, Any]:
+def sheet(
+    width: float,  # inches
+    height: float,  # inches
+) -> tuple[Plot, Any]:
     "An empty page with coordinates in inches from the top left."
     fig = Plot(figsize=(width, height))
     ax = fig.add_axes((0, 0, 1, 1))
@@ -90,260 +172,556 @@ def sheet(width:float # inches
     return fig, ax
 
 # %% ../nbs/10_figures.ipynb #cell-016
-def as_picture(x # path, PIL image, (h, w, 3) uint8 array, or (3, h, w) tensor or array in [0, 1] or uint8
-              ) -> np.ndarray: # (h, w, 3) uint8
+def as_picture(
+    x,  # path, PIL image, (h, w, 3) uint8 array, or (3, h, w) tensor or array in [0, 1] or uint8
+) -> np.ndarray:  # (h, w, 3) uint8
     "Any of the usual forms of a picture as an RGB array."
     if isinstance(x, (str, Path)):
         try:
-            with Image.open(x) as im: x = ImageOps.exif_transpose(im).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as e: raise TiprError(f"{x}: not a readable picture ({type(e).__name__}); remove it or save it again") from None
-    if isinstance(x, Image.Image): return np.asarray(x.convert("RGB"))
-    a = x.detach().cpu().float().numpy() if hasattr(x, "detach") and x.is_floating_point() else np.asarray(x)
-    if a.ndim == 2: a = a[..., None].repeat(3, -1)
-    if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3: a = a.transpose(1, 2, 0)
-    if a.ndim != 3 or a.shape[-1] != 3: raise TiprError(f"a picture has shape (h, w, 3) or (3, h, w), not {tuple(np.shape(x))}")
-    return a.astype(np.uint8) if a.dtype.kind in "iu" else (np.nan_to_num(a).clip(0, 1) * 255 + .5).astype(np.uint8)
+            with Image.open(x) as im:
+                x = ImageOps.exif_transpose(im).convert("RGB")
+        except (OSError, Image.DecompressionBombError) as e:
+            raise TiprError(
+                f"{x}: not a readable picture ({type(e).__name__}); remove it or save it again"
+            ) from None
+    if isinstance(x, Image.Image):
+        return np.asarray(x.convert("RGB"))
+    a = (
+        x.detach().cpu().float().numpy()
+        if hasattr(x, "detach") and x.is_floating_point()
+        else np.asarray(x)
+    )
+    if a.ndim == 2:
+        a = a[..., None].repeat(3, -1)
+    if a.ndim == 3 and a.shape[0] == 3 and a.shape[-1] != 3:
+        a = a.transpose(1, 2, 0)
+    if a.ndim != 3 or a.shape[-1] != 3:
+        raise TiprError(f"a picture has shape (h, w, 3) or (3, h, w), not {tuple(np.shape(x))}")
+    return (
+        a.astype(np.uint8)
+        if a.dtype.kind in "iu"
+        else (np.nan_to_num(a).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    )
 
-def data_uri(picture # anything `as_picture` takes
-            , height:int|None=None # rows to scale to; as it is when None
-            , quality:int=85) -> str:
+
+def data_uri(
+    picture,  # anything `as_picture` takes
+    height: int | None = None,  # rows to scale to; as it is when None
+    quality: int = 85,
+) -> str:
     "A picture as a JPEG inside a URI, for a page without other files."
     im = Image.fromarray(as_picture(picture))
-    if height and height != im.height: im = im.resize((max(1, round(im.width*height/im.height)), height), Image.Resampling.LANCZOS)
+    if height and height != im.height:
+        im = im.resize(
+            (max(1, round(im.width * height / im.height)), height), Image.Resampling.LANCZOS
+        )
     buffer = io.BytesIO()
     im.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/10_figures.ipynb #cell-020
-def text_width(text:str, points:float, bold:bool=False) -> float: # inches
+def text_width(text: str, points: float, bold: bool = False) -> float:  # inches
     "Width of one line of text."
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
+
     font = FontProperties(family="DejaVu Sans", size=points, weight="bold" if bold else "normal")
     return TextToPath().get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
-def wrap(text:str # one sentence or several
-        , width:float # inches
-        , points:float=9 # size of the type
-        , max_lines:int=100 # the last line ends in an ellipsis when there are more
-        ) -> list[str]: # lines
+
+def wrap(
+    text: str,  # one sentence or several
+    width: float,  # inches
+    points: float = 9,  # size of the type
+    max_lines: int = 100,  # the last line ends in an ellipsis when there are more
+) -> list[str]:  # lines
     "Break `text` into lines no wider than `width`, as measured in the font that draws them; a word longer than a line is broken."
-    lines, line = [], ""
+    lines = []
+    line = ""
     for word in str(text).split():
         for piece in _fitting(word, width, points):
             longer = f"{line} {piece}".strip()
-            if line and text_width(longer, points) > width: lines, line = lines + [line], piece
-            else: line = longer
+            if line and text_width(longer, points) > width:
+                lines = lines + [line]
+                line = piece
+            else:
+                line = longer
     lines = lines + [line] if line else lines
-    return lines if len(lines) <= max_lines else lines[:max_lines-1] + [_cut(lines[max_lines-1], width, points)]
+    return (
+        lines
+        if len(lines) <= max_lines
+        else lines[: max_lines - 1] + [_cut(lines[max_lines - 1], width, points)]
+    )
 
-def _fitting(word:str, width:float, points:float) -> list[str]:
+
+def _fitting(word: str, width: float, points: float) -> list[str]:
     "The word, or the pieces of it that fit a line."
-    if text_width(word, points) <= width or len(word) < 2: return [word]
-    half = len(word)//2
+    if text_width(word, points) <= width or len(word) < 2:
+        return [word]
+    half = len(word) // 2
     return _fitting(word[:half], width, points) + _fitting(word[half:], width, points)
 
-def _cut(line:str, width:float, points:float) -> str:
-    while line and text_width(line + "…", points) > width: line = line[:-1]
+
+def _cut(line: str, width: float, points: float) -> str:
+    while line and text_width(line + "…", points) > width:
+        line = line[:-1]
     return line.rstrip(" ,.") + "…"
 
-def _say(ax, text:str, x:float, y:float, points:float=9, color:str=INK, **kwargs):
+
+def _say(ax, text: str, x: float, y: float, points: float = 9, color: str = INK, **kwargs):
     "Draw a string as it stands: a dollar sign is no formula."
-    return ax.text(x, y, str(text), fontsize=points, color=color, va=kwargs.pop("va", "top"), parse_math=False, **kwargs)
+    return ax.text(
+        x,
+        y,
+        str(text),
+        fontsize=points,
+        color=color,
+        va=kwargs.pop("va", "top"),
+        parse_math=False,
+        **kwargs,
+    )
 
 # %% ../nbs/10_figures.ipynb #cell-023
-def place(ax, picture, x:float, y:float # top left corner, inches
-         , width:float, height:float # inches; the picture is fitted inside, its shape kept
-         , frame:str|None=None # colour of a frame
-         , mark:str|None=None # 'hit' or 'miss': a badge in the corner
-         ):
+def place(
+    ax,
+    picture,
+    x: float,
+    y: float,  # top left corner, inches
+    width: float,
+    height: float,  # inches; the picture is fitted inside, its shape kept
+    frame: str | None = None,  # colour of a frame
+    mark: str | None = None,  # 'hit' or 'miss': a badge in the corner
+):
     "Put a picture on a sheet."
     a = as_picture(picture)
-    scale = min(width/a.shape[1], height/a.shape[0])
-    w, h = a.shape[1]*scale, a.shape[0]*scale
-    x, y = x + (width - w)/2, y + (height - h)/2
+    scale = min(width / a.shape[1], height / a.shape[0])
+    w = a.shape[1] * scale
+    h = a.shape[0] * scale
+    x = x + (width - w) / 2
+    y = y + (height - h) / 2
     ax.imshow(a, extent=(x, x + w, y + h, y), interpolation="bicubic", aspect="auto", zorder=1)
-    ax.add_patch(Rectangle((x, y), w, h, fill=False, lw=2.6 if frame else .6, ec=frame or "#c9ced6", zorder=2, joinstyle="round"))
-    if mark: _badge(ax, x + w, y + h, mark)
+    ax.add_patch(
+        Rectangle(
+            (x, y),
+            w,
+            h,
+            fill=False,
+            lw=2.6 if frame else 0.6,
+            ec=frame or "#c9ced6",
+            zorder=2,
+            joinstyle="round",
+        )
+    )
+    if mark:
+        _badge(ax, x + w, y + h, mark)
 
-def _badge(ax, x:float, y:float, mark:str, r:float=.085):
+
+def _badge(ax, x: float, y: float, mark: str, r: float = 0.085):
     "A tick on green or a cross on red, at a picture's lower right corner."
-    ax.add_patch(matplotlib.patches.Circle((x, y), r, fc=HIT if mark == "hit" else MISS, ec=PAPER, lw=1.2, zorder=4))
-    stroke = np.array([(-.5, .05), (-.12, .42), (.5, -.38)] if mark == "hit" else [(-.36, -.36), (.36, .36), (np.nan, np.nan), (-.36, .36), (.36, -.36)])
-    ax.plot(x + stroke[:, 0]*r, y + stroke[:, 1]*r, color=PAPER, lw=1.6, solid_capstyle="round", zorder=5)
+    ax.add_patch(
+        matplotlib.patches.Circle(
+            (x, y), r, fc=HIT if mark == "hit" else MISS, ec=PAPER, lw=1.2, zorder=4
+        )
+    )
+    stroke = np.array(
+        [(-0.5, 0.05), (-0.12, 0.42), (0.5, -0.38)]
+        if mark == "hit"
+        else [(-0.36, -0.36), (0.36, 0.36), (np.nan, np.nan), (-0.36, 0.36), (0.36, -0.36)]
+    )
+    ax.plot(
+        x + stroke[:, 0] * r,
+        y + stroke[:, 1] * r,
+        color=PAPER,
+        lw=1.6,
+        solid_capstyle="round",
+        zorder=5,
+    )
 
 # %% ../nbs/10_figures.ipynb #cell-024
-def contact_sheet(pictures:Sequence # paths, PIL images, arrays or tensors
-                 , labels:Sequence[str]|None=None # a few words under each
-                 , ncols:int=10, cell:tuple[float, float]=(.54, 1.55) # width and height of a picture, inches
-                 , title:str="", points:float=7.5, max_lines:int=4) -> Plot:
+def contact_sheet(
+    pictures: Sequence,  # paths, PIL images, arrays or tensors
+    labels: Sequence[str] | None = None,  # a few words under each
+    ncols: int = 10,
+    cell: tuple[float, float] = (0.54, 1.55),  # width and height of a picture, inches
+    title: str = "",
+    points: float = 7.5,
+    max_lines: int = 4,
+) -> Plot:
     "Many pictures at a glance, in rows."
     pictures = list(pictures)
-    if not pictures: raise TiprError("contact_sheet: no pictures were given")
-    ncols, gap, line = min(ncols, len(pictures)), .1, points*1.35/72
-    words = [wrap(l, cell[0], points, max_lines) for l in labels] if labels is not None else [[]]*len(pictures)
+    if not pictures:
+        raise TiprError("contact_sheet: no pictures were given")
+    ncols = min(ncols, len(pictures))
+    gap = 0.1
+    line = points * 1.35 / 72
+    words = (
+        [wrap(l, cell[0], points, max_lines) for l in labels]
+        if labels is not None
+        else [[]] * len(pictures)
+    )
     rows = [range(i, min(i + ncols, len(pictures))) for i in range(0, len(pictures), ncols)]
-    heights = [cell[1] + gap*1.4 + line*max(len(words[i]) for i in row) for row in rows]
+    heights = [cell[1] + gap * 1.4 + line * max(len(words[i]) for i in row) for row in rows]
     with style():
-        fig, ax = sheet(ncols*(cell[0] + gap) + gap, sum(heights) + gap + (.32 if title else 0))
-        if title: _say(ax, title, gap, gap, 11, weight="bold")
-        y = gap + (.32 if title else 0)
+        fig, ax = sheet(ncols * (cell[0] + gap) + gap, sum(heights) + gap + (0.32 if title else 0))
+        if title:
+            _say(ax, title, gap, gap, 11, weight="bold")
+        y = gap + (0.32 if title else 0)
         for row, h in zip(rows, heights):
             for c, i in enumerate(row):
-                x = gap + c*(cell[0] + gap)
+                x = gap + c * (cell[0] + gap)
                 place(ax, pictures[i], x, y, *cell)
-                for k, text in enumerate(words[i]): _say(ax, text, x, y + cell[1] + gap*.5 + k*line, points, MUTED)
+                for k, text in enumerate(words[i]):
+                    _say(ax, text, x, y + cell[1] + gap * 0.5 + k * line, points, MUTED)
             y += h
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-027
-def retrieval_grid(queries:Sequence[str] # the sentences
-                  , ranked:Sequence[Sequence] # for each sentence its pictures, best first
-                  , hits:Sequence[Sequence[bool]] # for each of them, whether it shows the person described
-                  , extras:Mapping[str, Sequence]|None=None # columns left of the ranking: title -> one picture per sentence
-                  , notes:Sequence[str]|None=None # a few grey words under each sentence
-                  , scores:Sequence[Sequence[float]]|None=None # written under the pictures
-                  , cell:tuple[float, float]=(.5, 1.3) # width and height of a picture, inches
-                  , text_width:float=2.6, title:str="") -> Plot:
+def retrieval_grid(
+    queries: Sequence[str],  # the sentences
+    ranked: Sequence[Sequence],  # for each sentence its pictures, best first
+    hits: Sequence[Sequence[bool]],  # for each of them, whether it shows the person described
+    extras: Mapping[str, Sequence]
+    | None = None,  # columns left of the ranking: title -> one picture per sentence
+    notes: Sequence[str] | None = None,  # a few grey words under each sentence
+    scores: Sequence[Sequence[float]] | None = None,  # written under the pictures
+    cell: tuple[float, float] = (0.5, 1.3),  # width and height of a picture, inches
+    text_width: float = 2.6,
+    title: str = "",
+) -> Plot:
     "Sentences beside the pictures ranked for them; hits are framed green with a tick, misses red with a cross."
-    if not len(queries) or len({len(queries), len(ranked), len(hits)}) != 1: raise TiprError(f"retrieval_grid: {len(queries)} sentences, {len(ranked)} rankings and {len(hits)} rows of hits; give one ranking and one row of hits per sentence")
-    if any(len(p) != len(h) for p, h in zip(ranked, hits)): raise TiprError("retrieval_grid: each picture needs one entry in hits")
-    extras, gap, line, deep = dict(extras or {}), .13, .16, max(map(len, ranked))
-    top, foot = .34 + (.3 if title else 0), .16 if scores is not None else 0
-    texts = [(wrap(q, text_width, 9), wrap(notes[i], text_width, 7.5) if notes else []) for i, q in enumerate(queries)]
-    heights = [max(cell[1] + foot, line*len(q) + .14*len(n) + .05) + .22 for q, n in texts]
-    left, step = text_width + 2.2*gap, cell[0] + gap
-    start = left + len(extras)*(step + gap*.4) + (gap if extras else 0)
+    if not len(queries) or len({len(queries), len(ranked), len(hits)}) != 1:
+        raise TiprError(
+            f"retrieval_grid: {len(queries)} sentences, {len(ranked)} rankings and {len(hits)} rows of hits; give one ranking and one row of hits per sentence"
+        )
+    if any(len(p) != len(h) for p, h in zip(ranked, hits)):
+        raise TiprError("retrieval_grid: each picture needs one entry in hits")
+    extras = dict(extras or {})
+    gap = 0.13
+    line = 0.16
+    deep = max(map(len, ranked))
+    top = 0.34 + (0.3 if title else 0)
+    foot = 0.16 if scores is not None else 0
+    texts = [
+        (wrap(q, text_width, 9), wrap(notes[i], text_width, 7.5) if notes else [])
+        for i, q in enumerate(queries)
+    ]
+    heights = [max(cell[1] + foot, line * len(q) + 0.14 * len(n) + 0.05) + 0.22 for q, n in texts]
+    left = text_width + 2.2 * gap
+    step = cell[0] + gap
+    start = left + len(extras) * (step + gap * 0.4) + (gap if extras else 0)
     with style():
-        fig, ax = sheet(start + deep*step + gap*.4, top + sum(heights))
-        if title: _say(ax, title, gap, .12, 11, weight="bold")
-        for c, name in enumerate(extras): _say(ax, name, left + c*(step + gap*.4) + cell[0]/2, top - .1, 7.5, MUTED, ha="center", va="bottom")
-        _say(ax, "ranked first to last", start, top - .1, 7.5, MUTED, va="bottom")
+        fig, ax = sheet(start + deep * step + gap * 0.4, top + sum(heights))
+        if title:
+            _say(ax, title, gap, 0.12, 11, weight="bold")
+        for c, name in enumerate(extras):
+            _say(
+                ax,
+                name,
+                left + c * (step + gap * 0.4) + cell[0] / 2,
+                top - 0.1,
+                7.5,
+                MUTED,
+                ha="center",
+                va="bottom",
+            )
+        _say(ax, "ranked first to last", start, top - 0.1, 7.5, MUTED, va="bottom")
         for i, y in enumerate(top + np.cumsum([0, *heights[:-1]])):
             _paragraph(ax, texts[i], gap, y, line)
-            for c, column in enumerate(extras.values()): place(ax, column[i], left + c*(step + gap*.4), y, *cell)
-            for c, (picture, hit) in enumerate(zip(ranked[i], hits[i])): place(ax, picture, start + c*step, y, *cell, frame=HIT if hit else MISS, mark="hit" if hit else "miss")
-            for c, v in enumerate(scores[i] if scores is not None else []): _say(ax, f"{v:.2f}", start + c*step + cell[0]/2, y + cell[1] + .07, 7, MUTED, ha="center")
-            if i: ax.plot([gap, start + deep*step - gap], [y - .12]*2, color=LINE, lw=.8, zorder=0)
+            for c, column in enumerate(extras.values()):
+                place(ax, column[i], left + c * (step + gap * 0.4), y, *cell)
+            for c, (picture, hit) in enumerate(zip(ranked[i], hits[i])):
+                place(
+                    ax,
+                    picture,
+                    start + c * step,
+                    y,
+                    *cell,
+                    frame=HIT if hit else MISS,
+                    mark="hit" if hit else "miss",
+                )
+            for c, v in enumerate(scores[i] if scores is not None else []):
+                _say(
+                    ax,
+                    f"{v:.2f}",
+                    start + c * step + cell[0] / 2,
+                    y + cell[1] + 0.07,
+                    7,
+                    MUTED,
+                    ha="center",
+                )
+            if i:
+                ax.plot(
+                    [gap, start + deep * step - gap], [y - 0.12] * 2, color=LINE, lw=0.8, zorder=0
+                )
     return fig
 
-def _paragraph(ax, text:tuple[list[str], list[str]], x:float, y:float, line:float):
+
+def _paragraph(ax, text: tuple[list[str], list[str]], x: float, y: float, line: float):
     "Lines in ink, and under them smaller ones in grey."
-    for k, words in enumerate(text[0]): _say(ax, words, x, y + line*k, 9)
-    for k, words in enumerate(text[1]): _say(ax, words, x, y + line*len(text[0]) + .05 + .14*k, 7.5, MUTED)
+    for k, words in enumerate(text[0]):
+        _say(ax, words, x, y + line * k, 9)
+    for k, words in enumerate(text[1]):
+        _say(ax, words, x, y + line * len(text[0]) + 0.05 + 0.14 * k, 7.5, MUTED)
 
 # %% ../nbs/10_figures.ipynb #cell-030
-def learning_curve(history # table, or list of rows: a step or epoch, losses, and now and then scores on val
-                  , x:str|None=None # column of the horizontal axis; found among step and epoch when None
-                  , losses:Sequence[str]|None=None # columns of the left plot; `loss` and `loss/...` when None
-                  , scores:Sequence[str]|None=None # columns of the right plot; `val/r1`, `val/mAP`, ... when None
-                  , best:float|None=None # where the chosen checkpoint stands
-                  , title:str="", width:float=8.4, height:float=2.9) -> Plot:
+def learning_curve(
+    history,  # table, or list of rows: a step or epoch, losses, and now and then scores on val
+    x: str | None = None,  # column of the horizontal axis; found among step and epoch when None
+    losses: Sequence[str]
+    | None = None,  # columns of the left plot; `loss` and `loss/...` when None
+    scores: Sequence[str]
+    | None = None,  # columns of the right plot; `val/r1`, `val/mAP`, ... when None
+    best: float | None = None,  # where the chosen checkpoint stands
+    title: str = "",
+    width: float = 8.4,
+    height: float = 2.9,
+) -> Plot:
     "Losses left, scores on val right; either half is left out when the history has none."
     table = pd.DataFrame(history)
     x = x or next((c for c in ("step", "epoch", "steps") if c in table), None)
-    if not len(table) or x is None or x not in table: raise TiprError("learning_curve: the history is empty, or has no column 'step' or 'epoch'")
+    if not len(table) or x is None or x not in table:
+        raise TiprError("learning_curve: the history is empty, or has no column 'step' or 'epoch'")
     losses = [c for c in table if _is_loss(c)] if losses is None else list(losses)
-    if len(losses) == 2 and "loss" in losses: losses.remove("loss")            # one objective: the sum says nothing more
+    if len(losses) == 2 and "loss" in losses:
+        losses.remove("loss")  # one objective: the sum says nothing more
     scores = [c for c in table if _is_score(c)] if scores is None else list(scores)
-    halves = [h for h in (("training loss", losses), ("on the validation split, %", scores)) if h[1]]
-    if not halves: raise TiprError(f"learning_curve: no losses and no scores among the columns {', '.join(map(str, table))}")
+    halves = [
+        h for h in (("training loss", losses), ("on the validation split, %", scores)) if h[1]
+    ]
+    if not halves:
+        raise TiprError(
+            f"learning_curve: no losses and no scores among the columns {', '.join(map(str, table))}"
+        )
     with style():
-        fig, axes = canvas(width*len(halves)/2 + (.6 if len(halves) == 1 else 0), height, 1, len(halves), squeeze=False)
-        for ax, (name, columns) in zip(axes[0], halves): _curves(ax, table, x, columns, name, best)
-        if title: fig.suptitle(title, x=0, ha="left", weight="bold", fontsize=11.5, color=INK)
+        fig, axes = canvas(
+            width * len(halves) / 2 + (0.6 if len(halves) == 1 else 0),
+            height,
+            1,
+            len(halves),
+            squeeze=False,
+        )
+        for ax, (name, columns) in zip(axes[0], halves):
+            _curves(ax, table, x, columns, name, best)
+        if title:
+            fig.suptitle(title, x=0, ha="left", weight="bold", fontsize=11.5, color=INK)
     return fig
 
-_SCORE_NAMES = {"r1": "Rank-1", "r5": "Rank-5", "r10": "Rank-10", "mAP": "mAP", "mINP": "mINP", "loss": "sum", "completeness": "share of attributes mentioned", "lookalike": "look-alike type"}
 
-def nice(name:str) -> str:
+_SCORE_NAMES = {
+    "r1": "Rank-1",
+    "r5": "Rank-5",
+    "r10": "Rank-10",
+    "mAP": "mAP",
+    "mINP": "mINP",
+    "loss": "sum",
+    "completeness": "share of attributes mentioned",
+    "lookalike": "look-alike type",
+}
+
+
+def nice(name: str) -> str:
     "A column's name as a reader wants it: val/r1 -> Rank-1, loss/SDM -> SDM, train_seconds -> train seconds."
     short = re.sub(r"^(val|test|loss|score)s?[/_. ]", "", str(name))
     return _SCORE_NAMES.get(short, short.replace("_", " "))
 
-def _is_score(name) -> bool: return bool(re.fullmatch(r"(val[/_. ])?(r1|r5|r10|mAP)", str(name)))
-def _is_loss(name) -> bool: return bool(re.fullmatch(r"loss([/_. ].+)?", str(name)))
 
-def _curves(ax, table:pd.DataFrame, x:str, columns:list[str], title:str, best:float|None):
+def _is_score(name) -> bool:
+    return bool(re.fullmatch(r"(val[/_. ])?(r1|r5|r10|mAP)", str(name)))
+
+
+def _is_loss(name) -> bool:
+    return bool(re.fullmatch(r"loss([/_. ].+)?", str(name)))
+
+
+def _curves(ax, table: pd.DataFrame, x: str, columns: list[str], title: str, best: float | None):
     "One line per column, its last value as the label beside it."
     import seaborn as sns
+
     score = _is_score(columns[0])
     long = table[[x, *columns]].melt(x, var_name="line").dropna()
-    sns.lineplot(long, x=x, y="value", hue="line", hue_order=columns, palette=COLORS[:len(columns)] if len(columns) <= len(COLORS) else "husl", ax=ax, legend=False,
-                 errorbar=None, marker="o" if score or len(table) < 25 else None, markeredgewidth=0)
-    if not score and (long.value > 0).all() and long.value.max() > 30*long.value.min(): ax.set_yscale("log")
-    if score: ax.set_ylim(0, max(1, min(100, long.value.max()*1.12)))
-    if best is not None: ax.axvline(best, color=MUTED, lw=1, ls=(0, (2, 2)), zorder=0)
-    if best is not None and score: ax.annotate("chosen", (best, 0), xytext=(-4 if best > np.mean(ax.get_xlim()) else 4, 4), textcoords="offset points", ha="right" if best > np.mean(ax.get_xlim()) else "left", fontsize=8, color=MUTED)
+    sns.lineplot(
+        long,
+        x=x,
+        y="value",
+        hue="line",
+        hue_order=columns,
+        palette=COLORS[: len(columns)] if len(columns) <= len(COLORS) else "husl",
+        ax=ax,
+        legend=False,
+        errorbar=None,
+        marker="o" if score or len(table) < 25 else None,
+        markeredgewidth=0,
+    )
+    if not score and (long.value > 0).all() and long.value.max() > 30 * long.value.min():
+        ax.set_yscale("log")
+    if score:
+        ax.set_ylim(0, max(1, min(100, long.value.max() * 1.12)))
+    if best is not None:
+        ax.axvline(best, color=MUTED, lw=1, ls=(0, (2, 2)), zorder=0)
+    if best is not None and score:
+        ax.annotate(
+            "chosen",
+            (best, 0),
+            xytext=(-4 if best > np.mean(ax.get_xlim()) else 4, 4),
+            textcoords="offset points",
+            ha="right" if best > np.mean(ax.get_xlim()) else "left",
+            fontsize=8,
+            color=MUTED,
+        )
     ax.set(title=title, ylabel="", xlabel=nice(x))
     ax.grid(axis="y")
     _label_ends(ax, [(long[long.line == c], nice(c)) for c in columns if (long.line == c).any()], x)
 
-def _label_ends(ax, lines:list[tuple[pd.DataFrame, str]], x:str):
+
+def _label_ends(ax, lines: list[tuple[pd.DataFrame, str]], x: str):
     "Names at the lines' right ends instead of a legend, pushed apart where they would touch."
     ax.figure.canvas.draw_idle()
     low, high = ax.get_ylim()
-    place = (lambda v: math.log(v/low)/math.log(high/low)) if ax.get_yscale() == "log" else (lambda v: (v - low)/(high - low))
-    ends:list[list[Any]] = sorted([place(t.value.iloc[-1]), i] for i, (t, _) in enumerate(lines))
-    step = 12/72/ax.figure.get_figheight()/.62
-    for below, above in zip(ends, ends[1:]): above[0] = max(above[0], below[0] + step)
+    place = (
+        (lambda v: math.log(v / low) / math.log(high / low))
+        if ax.get_yscale() == "log"
+        else (lambda v: (v - low) / (high - low))
+    )
+    ends: list[list[Any]] = sorted([place(t.value.iloc[-1]), i] for i, (t, _) in enumerate(lines))
+    step = 12 / 72 / ax.figure.get_figheight() / 0.62
+    for below, above in zip(ends, ends[1:]):
+        above[0] = max(above[0], below[0] + step)
     shift = max(0, ends[-1][0] - 1) if ends else 0
-    for y, i in ends: ax.annotate(lines[i][1], (1, y - shift), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=ax.lines[i].get_color(), annotation_clip=False)
+    for y, i in ends:
+        ax.annotate(
+            lines[i][1],
+            (1, y - shift),
+            xycoords="axes fraction",
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=ax.lines[i].get_color(),
+            annotation_clip=False,
+        )
 
 # %% ../nbs/10_figures.ipynb #cell-034
-def caption_lengths(lengths # tokens (or words) per caption; a mapping of name -> lengths draws several
-                   , limit:int|None=77 # where the text tower cuts
-                   , unit:str="tokens", title:str="Caption lengths", width:float=6.2, height:float=2.7) -> Plot:
+def caption_lengths(
+    lengths,  # tokens (or words) per caption; a mapping of name -> lengths draws several
+    limit: int | None = 77,  # where the text tower cuts
+    unit: str = "tokens",
+    title: str = "Caption lengths",
+    width: float = 6.2,
+    height: float = 2.7,
+) -> Plot:
     "Histogram of caption lengths, with the share that the text tower would cut."
     import seaborn as sns
-    groups = {k: np.asarray(v) for k, v in (lengths if isinstance(lengths, Mapping) else {"": lengths}).items()}
-    if not groups or any(not len(v) for v in groups.values()): raise TiprError("caption_lengths: no captions to draw")
+
+    groups = {
+        k: np.asarray(v)
+        for k, v in (lengths if isinstance(lengths, Mapping) else {"": lengths}).items()
+    }
+    if not groups or any(not len(v) for v in groups.values()):
+        raise TiprError("caption_lengths: no captions to draw")
     long = pd.DataFrame([(k, int(n)) for k, v in groups.items() for n in v], columns=["set", unit])
-    step = max(1, round((long[unit].max() - long[unit].min())/40))
+    step = max(1, round((long[unit].max() - long[unit].min()) / 40))
     with style():
         fig, ax = canvas(width, height)
-        sns.histplot(long, x=unit, hue="set", binwidth=step, discrete=step == 1, stat="percent", common_norm=False, element="bars" if len(groups) == 1 else "step",
-                     palette=COLORS[:len(groups)], alpha=.85 if len(groups) == 1 else .3, linewidth=.5 if len(groups) == 1 else 1.4, edgecolor=PAPER if len(groups) == 1 else None, ax=ax, legend=len(groups) > 1)
-        if len(groups) > 1: ax.get_legend().set_title("")
+        sns.histplot(
+            long,
+            x=unit,
+            hue="set",
+            binwidth=step,
+            discrete=step == 1,
+            stat="percent",
+            common_norm=False,
+            element="bars" if len(groups) == 1 else "step",
+            palette=COLORS[: len(groups)],
+            alpha=0.85 if len(groups) == 1 else 0.3,
+            linewidth=0.5 if len(groups) == 1 else 1.4,
+            edgecolor=PAPER if len(groups) == 1 else None,
+            ax=ax,
+            legend=len(groups) > 1,
+        )
+        if len(groups) > 1:
+            ax.get_legend().set_title("")
         if limit:
-            cut = {k: 100*float((v > limit).mean()) for k, v in groups.items()}
-            if long[unit].max() > .6*limit: ax.axvline(limit, color=MUTED, lw=1.2, ls=(0, (3, 2)))
+            cut = {k: 100 * float((v > limit).mean()) for k, v in groups.items()}
+            if long[unit].max() > 0.6 * limit:
+                ax.axvline(limit, color=MUTED, lw=1.2, ls=(0, (3, 2)))
             note = ", ".join(f"{k}: {c:.1f} %".lstrip(": ") for k, c in cut.items())
-            ax.annotate(f"cut at {limit} {unit}: {note}", (1, 1.02), xycoords="axes fraction", ha="right", fontsize=8, color=MUTED)
+            ax.annotate(
+                f"cut at {limit} {unit}: {note}",
+                (1, 1.02),
+                xycoords="axes fraction",
+                ha="right",
+                fontsize=8,
+                color=MUTED,
+            )
         ax.set(title=title, ylabel="% of captions", xlabel=unit)
         ax.grid(axis="y")
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-037
-def interval_bars(table # one row per bar (index: its name), such as `Metrics.by[...]`; a mapping of name -> table draws groups of bars
-                 , value:str="r1" # column; its interval stands in the columns `r1_lo` and `r1_hi`, where there are such
-                 , n:str="queries" # column written in grey beside the bar, where there is one
-                 , chance:float|None=None # a dotted line
-                 , upto:float|None=None # largest value of the axis, so that several plots share one
-                 , title:str="", xlabel:str|None=None, width:float=6.2) -> Plot:
+def interval_bars(
+    table,  # one row per bar (index: its name), such as `Metrics.by[...]`; a mapping of name -> table draws groups of bars
+    value: str = "r1",  # column; its interval stands in the columns `r1_lo` and `r1_hi`, where there are such
+    n: str = "queries",  # column written in grey beside the bar, where there is one
+    chance: float | None = None,  # a dotted line
+    upto: float | None = None,  # largest value of the axis, so that several plots share one
+    title: str = "",
+    xlabel: str | None = None,
+    width: float = 6.2,
+) -> Plot:
     "Horizontal bars with intervals, one per row, and per method where several tables are given."
-    tables = dict(table) if isinstance(table, Mapping) and all(isinstance(t, pd.DataFrame) for t in table.values()) else {"": pd.DataFrame(table)}
-    if not tables or any(not len(t) or value not in t for t in tables.values()): raise TiprError(f"interval_bars: each table needs at least one row and a column {value!r}")
-    names, groups, low, high = list(dict.fromkeys(i for t in tables.values() for i in t.index)), list(tables), f"{value}_lo", f"{value}_hi"
-    thick = .74/len(groups)
+    tables = (
+        dict(table)
+        if isinstance(table, Mapping) and all(isinstance(t, pd.DataFrame) for t in table.values())
+        else {"": pd.DataFrame(table)}
+    )
+    if not tables or any(not len(t) or value not in t for t in tables.values()):
+        raise TiprError(f"interval_bars: each table needs at least one row and a column {value!r}")
+    names = list(dict.fromkeys(i for t in tables.values() for i in t.index))
+    groups = list(tables)
+    low = f"{value}_lo"
+    high = f"{value}_hi"
+    thick = 0.74 / len(groups)
     with style():
-        fig, ax = canvas(width, .62 + max(.34, .2*len(groups) + .16)*len(names) + (.3 if title else 0))
+        fig, ax = canvas(
+            width, 0.62 + max(0.34, 0.2 * len(groups) + 0.16) * len(names) + (0.3 if title else 0)
+        )
         for g, group in enumerate(groups):
-            t, color = tables[group], COLORS[g % len(COLORS)]
-            y = np.array([names.index(i) for i in t.index]) + (g - (len(groups) - 1)/2)*thick
-            ax.barh(y, t[value], height=thick*.9, color=color, linewidth=0, label=group)
-            if low in t and high in t: ax.hlines(y, t[low], t[high], color=INK, lw=1.3)
+            t = tables[group]
+            color = COLORS[g % len(COLORS)]
+            y = np.array([names.index(i) for i in t.index]) + (g - (len(groups) - 1) / 2) * thick
+            ax.barh(y, t[value], height=thick * 0.9, color=color, linewidth=0, label=group)
+            if low in t and high in t:
+                ax.hlines(y, t[low], t[high], color=INK, lw=1.3)
             ends = t[high].fillna(t[value]) if high in t else t[value]
-            for spot in zip(y, t[value], ends, t[n] if n in t else [None]*len(t)): _bar_label(ax, *spot)
+            for spot in zip(y, t[value], ends, t[n] if n in t else [None] * len(t)):
+                _bar_label(ax, *spot)
         if chance is not None:
             ax.axvline(chance, color=INK, lw=1.2, ls=(0, (1, 1.5)))
-            ax.annotate(f"chance {chance:.2g}", (chance, 1), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points", fontsize=8, color=MUTED)
+            ax.annotate(
+                f"chance {chance:.2g}",
+                (chance, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 2),
+                textcoords="offset points",
+                fontsize=8,
+                color=MUTED,
+            )
         above = chance is not None or len(groups) > 1
-        ax.set(yticks=range(len(names)), yticklabels=[nice(i) for i in names], xlabel=xlabel or f"{nice(value)}, %", ylim=(len(names) - .45, -.55), xlim=(0, (upto or ax.get_xlim()[1])*1.16))
+        ax.set(
+            yticks=range(len(names)),
+            yticklabels=[nice(i) for i in names],
+            xlabel=xlabel or f"{nice(value)}, %",
+            ylim=(len(names) - 0.45, -0.55),
+            xlim=(0, (upto or ax.get_xlim()[1]) * 1.16),
+        )
         ax.set_title(title, pad=20 if above else None)
-        if len(groups) > 1: ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups), borderaxespad=.1)
+        if len(groups) > 1:
+            ax.legend(
+                loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups), borderaxespad=0.1
+            )
         _lie_down(ax)
     return fig
+
 
 def _lie_down(ax):
     "Axes of horizontal bars: names in ink, no axis line on the left, a grid to read values by."
@@ -351,260 +729,583 @@ def _lie_down(ax):
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
 
-def _bar_label(ax, y:float, value:float, end:float, count):
-    ax.annotate(f"{value:.1f}", (end, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
-    if count is not None and np.isfinite(count): ax.annotate(f"{int(count):,}", (end, y), xytext=(33, 0), textcoords="offset points", va="center", fontsize=7.5, color=MUTED)
+
+def _bar_label(ax, y: float, value: float, end: float, count):
+    ax.annotate(
+        f"{value:.1f}",
+        (end, y),
+        xytext=(5, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8.5,
+        color=INK,
+    )
+    if count is not None and np.isfinite(count):
+        ax.annotate(
+            f"{int(count):,}",
+            (end, y),
+            xytext=(33, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+            color=MUTED,
+        )
 
 # %% ../nbs/10_figures.ipynb #cell-040
-def score_curve(table, x:str, y:str="r1" # columns; one row per point, or one per point and seed
-               , hue:str|None=None # column that tells the lines apart
-               , log:bool=False # horizontal axis on a log scale
-               , title:str="", xlabel:str|None=None, ylabel:str|None=None, ax=None, width:float=4.8, height:float=3.) -> Plot:
+def score_curve(
+    table,
+    x: str,
+    y: str = "r1",  # columns; one row per point, or one per point and seed
+    hue: str | None = None,  # column that tells the lines apart
+    log: bool = False,  # horizontal axis on a log scale
+    title: str = "",
+    xlabel: str | None = None,
+    ylabel: str | None = None,
+    ax=None,
+    width: float = 4.8,
+    height: float = 3.0,
+) -> Plot:
     "A score over a setting, with a band for its uncertainty."
     import seaborn as sns
+
     table = pd.DataFrame(table)
-    if not len(table) or x not in table or y not in table: raise TiprError(f"score_curve: the table needs rows and the columns {x!r} and {y!r}; it has {', '.join(map(str, table)) or 'none'}")
-    lines, low, high = list(dict.fromkeys(table[hue])) if hue else [None], f"{y}_lo", f"{y}_hi"
+    if not len(table) or x not in table or y not in table:
+        raise TiprError(
+            f"score_curve: the table needs rows and the columns {x!r} and {y!r}; it has {', '.join(map(str, table)) or 'none'}"
+        )
+    lines = list(dict.fromkeys(table[hue])) if hue else [None]
+    low = f"{y}_lo"
+    high = f"{y}_hi"
     with style():
         fig, ax = canvas(width, height) if ax is None else (ax.figure, ax)
-        for name, color in zip(lines, COLORS*3):
+        for name, color in zip(lines, COLORS * 3):
             t = (table if name is None else table[table[hue] == name]).sort_values(x)
             given = low in t and high in t
-            sns.lineplot(t, x=x, y=y, color=color, marker="o", markeredgewidth=0, errorbar=None if given else "sd", ax=ax, label=name, legend=False)
-            if given: ax.fill_between(t[x], t[low], t[high], color=color, alpha=.15, lw=0)
-        if log: ax.set_xscale("log")
-        if log: ax.set_xticks(sorted(set(table[x])), [f"{v:g}" for v in sorted(set(table[x]))], minor=False); ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-        if hue: ax.legend(loc="best")
+            sns.lineplot(
+                t,
+                x=x,
+                y=y,
+                color=color,
+                marker="o",
+                markeredgewidth=0,
+                errorbar=None if given else "sd",
+                ax=ax,
+                label=name,
+                legend=False,
+            )
+            if given:
+                ax.fill_between(t[x], t[low], t[high], color=color, alpha=0.15, lw=0)
+        if log:
+            ax.set_xscale("log")
+        if log:
+            ax.set_xticks(
+                sorted(set(table[x])), [f"{v:g}" for v in sorted(set(table[x]))], minor=False
+            )
+            ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        if hue:
+            ax.legend(loc="best")
         ax.set(title=title, xlabel=xlabel or nice(x), ylabel=ylabel or f"{nice(y)}, %")
         ax.grid(axis="y")
     return fig
 
-def weight_sweep(table # one row per weight (and seed): weight and scores
-                , weight:str="weight", scores:Sequence[str]=("r1", "mAP"), hue:str|None=None
-                , chosen:float|None=None # the weight taken on val
-                , title:str="", width:float=4.3, height:float=2.9) -> Plot:
+
+def weight_sweep(
+    table,  # one row per weight (and seed): weight and scores
+    weight: str = "weight",
+    scores: Sequence[str] = ("r1", "mAP"),
+    hue: str | None = None,
+    chosen: float | None = None,  # the weight taken on val
+    title: str = "",
+    width: float = 4.3,
+    height: float = 2.9,
+) -> Plot:
     "Scores against the fusion weight, one plot each; weight 0, which is plain CLIP, as a dotted level to compare with."
     table = pd.DataFrame(table)
     with style():
-        fig, axes = canvas(width*len(scores), height, 1, len(scores), squeeze=False)
+        fig, axes = canvas(width * len(scores), height, 1, len(scores), squeeze=False)
         for ax, score in zip(axes[0], scores):
             score_curve(table, weight, score, hue, ax=ax, xlabel="weight of the generated picture")
             zero = table[table[weight] == 0]
-            for (_, t), color in zip(zero.groupby(hue, sort=False) if hue else [("", zero)], COLORS): ax.axhline(t[score].mean(), color=color, lw=1, ls=(0, (1, 1.5)), zorder=0) if len(t) else None
+            for (_, t), color in zip(
+                zero.groupby(hue, sort=False) if hue else [("", zero)], COLORS
+            ):
+                ax.axhline(t[score].mean(), color=color, lw=1, ls=(0, (1, 1.5)), zorder=0) if len(
+                    t
+                ) else None
             if chosen is not None:
-                ax.set_ylim(top=ax.get_ylim()[1] + .12*np.ptp(ax.get_ylim()))
+                ax.set_ylim(top=ax.get_ylim()[1] + 0.12 * np.ptp(ax.get_ylim()))
                 ax.axvline(chosen, color=MUTED, lw=1, ls=(0, (2, 2)), zorder=0)
-                ax.annotate("chosen on val", (chosen, 1), xycoords=("data", "axes fraction"), xytext=(4, -2), textcoords="offset points", va="top", fontsize=8, color=MUTED)
-        if title: fig.suptitle(title, x=0, ha="left", weight="bold", fontsize=11.5, color=INK)
+                ax.annotate(
+                    "chosen on val",
+                    (chosen, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(4, -2),
+                    textcoords="offset points",
+                    va="top",
+                    fontsize=8,
+                    color=MUTED,
+                )
+        if title:
+            fig.suptitle(title, x=0, ha="left", weight="bold", fontsize=11.5, color=INK)
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-044
-def seed_dots(table, row:str="row", y:str="r1" # columns; one row per row and seed
-             , hue:str|None=None # column that splits each row, e.g. complete and incomplete captions
-             , baseline:str|None=None # the row to compare with: its mean as a line, its range as a band
-             , title:str="", width:float=6.2) -> Plot:
+def seed_dots(
+    table,
+    row: str = "row",
+    y: str = "r1",  # columns; one row per row and seed
+    hue: str | None = None,  # column that splits each row, e.g. complete and incomplete captions
+    baseline: str | None = None,  # the row to compare with: its mean as a line, its range as a band
+    title: str = "",
+    width: float = 6.2,
+) -> Plot:
     "One dot per seed, a bar at the mean, one line per row of an ablation."
     table = pd.DataFrame(table)
-    if not len(table) or row not in table or y not in table: raise TiprError(f"seed_dots: the table needs rows and the columns {row!r} and {y!r}; it has {', '.join(map(str, table)) or 'none'}")
-    rows, groups = list(dict.fromkeys(table[row])), list(dict.fromkeys(table[hue])) if hue else [None]
+    if not len(table) or row not in table or y not in table:
+        raise TiprError(
+            f"seed_dots: the table needs rows and the columns {row!r} and {y!r}; it has {', '.join(map(str, table)) or 'none'}"
+        )
+    rows = list(dict.fromkeys(table[row]))
+    groups = list(dict.fromkeys(table[hue])) if hue else [None]
     with style():
-        fig, ax = canvas(width, .75 + (.2 + .16*len(groups))*len(rows) + (.3 if title else 0))
+        fig, ax = canvas(
+            width, 0.75 + (0.2 + 0.16 * len(groups)) * len(rows) + (0.3 if title else 0)
+        )
         for g, group in enumerate(groups):
             t = table if group is None else table[table[hue] == group]
-            color, shift = COLORS[g % len(COLORS)], (g - (len(groups) - 1)/2)*.62/len(groups)
+            color = COLORS[g % len(COLORS)]
+            shift = (g - (len(groups) - 1) / 2) * 0.62 / len(groups)
             if baseline in rows:
                 base = t.loc[t[row] == baseline, y]
-                ax.axvspan(base.min(), base.max(), color=color, alpha=.08, lw=0)
+                ax.axvspan(base.min(), base.max(), color=color, alpha=0.08, lw=0)
                 ax.axvline(base.mean(), color=color, lw=1, ls=(0, (1, 1.5)))
             for i, name in enumerate(rows):
                 v = t.loc[t[row] == name, y]
-                ax.plot(v, [i + shift]*len(v), "o", color=color, alpha=.55, ms=5, mew=0, label=group if i == 0 else None)
-                ax.plot([v.mean()]*2, [i + shift - .17, i + shift + .17], color=color, lw=2.4, solid_capstyle="round")
-        ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel=f"{nice(y)}, %", ylim=(len(rows) - .4, -.6))
+                ax.plot(
+                    v,
+                    [i + shift] * len(v),
+                    "o",
+                    color=color,
+                    alpha=0.55,
+                    ms=5,
+                    mew=0,
+                    label=group if i == 0 else None,
+                )
+                ax.plot(
+                    [v.mean()] * 2,
+                    [i + shift - 0.17, i + shift + 0.17],
+                    color=color,
+                    lw=2.4,
+                    solid_capstyle="round",
+                )
+        ax.set(
+            yticks=range(len(rows)),
+            yticklabels=rows,
+            xlabel=f"{nice(y)}, %",
+            ylim=(len(rows) - 0.4, -0.6),
+        )
         ax.set_title(title, pad=24 if hue else None)
         _lie_down(ax)
-        if hue: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(groups), borderaxespad=.1, handletextpad=.1, columnspacing=1)
+        if hue:
+            ax.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=len(groups),
+                borderaxespad=0.1,
+                handletextpad=0.1,
+                columnspacing=1,
+            )
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-047
-def difference_plot(parts, # table with difference, lo and hi, a line per row, as `training.grid_differences` gives it; a mapping of name -> table draws several, in colours
-                   title:str="", xlabel:str="points against the baseline, paired by seed, with 95 % interval", width:float=6.4) -> Plot:
+def difference_plot(
+    parts,  # table with difference, lo and hi, a line per row, as `training.grid_differences` gives it; a mapping of name -> table draws several, in colours
+    title: str = "",
+    xlabel: str = "points against the baseline, paired by seed, with 95 % interval",
+    width: float = 6.4,
+) -> Plot:
     "Mean differences with their intervals; a hollow dot has none (a single seed)."
     parts = {"": parts} if isinstance(parts, pd.DataFrame) else dict(parts)
-    if not parts or any(c not in d for d in parts.values() for c in ("difference", "lo", "hi")): raise TiprError("difference_plot: a table needs the columns difference, lo and hi; make it with training.grid_differences")
+    if not parts or any(c not in d for d in parts.values() for c in ("difference", "lo", "hi")):
+        raise TiprError(
+            "difference_plot: a table needs the columns difference, lo and hi; make it with training.grid_differences"
+        )
     rows = list(dict.fromkeys(r for d in parts.values() for r in d.index))
     with style():
-        fig, ax = canvas(width, .75 + (.2 + .16*len(parts))*len(rows) + (.3 if title else 0))
-        for k, ((name, d), color) in enumerate(zip(parts.items(), COLORS*3)):
-            y = np.array([rows.index(r) for r in d.index]) + (k - (len(parts) - 1)/2)*.62/len(parts)
+        fig, ax = canvas(
+            width, 0.75 + (0.2 + 0.16 * len(parts)) * len(rows) + (0.3 if title else 0)
+        )
+        for k, ((name, d), color) in enumerate(zip(parts.items(), COLORS * 3)):
+            y = np.array([rows.index(r) for r in d.index]) + (
+                k - (len(parts) - 1) / 2
+            ) * 0.62 / len(parts)
             alone = d["lo"].isna().to_numpy()
-            ax.hlines(y, d["lo"], d["hi"], color=color, lw=2, alpha=.6)
-            for end in ("lo", "hi"): ax.plot(d[end], y, "|", color=color, ms=6, mew=1.3)
+            ax.hlines(y, d["lo"], d["hi"], color=color, lw=2, alpha=0.6)
+            for end in ("lo", "hi"):
+                ax.plot(d[end], y, "|", color=color, ms=6, mew=1.3)
             ax.plot(d["difference"][~alone], y[~alone], "o", color=color, ms=4.5, mew=0)
             ax.plot(d["difference"][alone], y[alone], "o", color=color, ms=4.5, mfc="none", mew=1.2)
             ax.plot([], [], "o", color=color, ms=5, mew=0, label=name)
         ax.axvline(0, color=MUTED, lw=1)
-        ax.set(yticks=range(len(rows)), yticklabels=[r if isinstance(r, str) else ", ".join(map(str, r)) for r in rows], xlabel=xlabel, ylim=(len(rows) - .4, -.6))
-        ax.set_title(title, pad=10 + 14*math.ceil(len(parts)/2) if len(parts) > 1 else None)
+        ax.set(
+            yticks=range(len(rows)),
+            yticklabels=[r if isinstance(r, str) else ", ".join(map(str, r)) for r in rows],
+            xlabel=xlabel,
+            ylim=(len(rows) - 0.4, -0.6),
+        )
+        ax.set_title(title, pad=10 + 14 * math.ceil(len(parts) / 2) if len(parts) > 1 else None)
         _lie_down(ax)
-        if len(parts) > 1: ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=.1, handletextpad=.1, columnspacing=1)
+        if len(parts) > 1:
+            ax.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=2,
+                borderaxespad=0.1,
+                handletextpad=0.1,
+                columnspacing=1,
+            )
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-050
-def joint_tsne(features:Mapping[str, Any] # kind -> (n, d) features, all kinds with the same d
-              , perplexity:float|None=None # about how many neighbours count; a third of the points, at most 30, when None
-              , seed:int=0) -> dict[str, np.ndarray]: # kind -> (n, 2)
+def joint_tsne(
+    features: Mapping[str, Any],  # kind -> (n, d) features, all kinds with the same d
+    perplexity: float
+    | None = None,  # about how many neighbours count; a third of the points, at most 30, when None
+    seed: int = 0,
+) -> dict[str, np.ndarray]:  # kind -> (n, 2)
     "Embed all kinds of features in one plane, by cosine distance."
     from sklearn.manifold import TSNE
-    arrays = {k: np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=np.float32) for k, v in features.items()}
+
+    arrays = {
+        k: np.asarray(v.detach().cpu() if hasattr(v, "detach") else v, dtype=np.float32)
+        for k, v in features.items()
+    }
     total = sum(map(len, arrays.values()))
-    if total < 5: raise TiprError(f"joint_tsne: {total} points are too few for a map; give at least five")
-    if len({a.shape[-1] for a in arrays.values()}) > 1: raise TiprError("joint_tsne: the features have different widths; embed them in one space first")
-    tsne = TSNE(perplexity=min(30, max(2, total//3 - 1)) if perplexity is None else perplexity, metric="cosine", init="random", random_state=seed)
+    if total < 5:
+        raise TiprError(f"joint_tsne: {total} points are too few for a map; give at least five")
+    if len({a.shape[-1] for a in arrays.values()}) > 1:
+        raise TiprError(
+            "joint_tsne: the features have different widths; embed them in one space first"
+        )
+    tsne = TSNE(
+        perplexity=min(30, max(2, total // 3 - 1)) if perplexity is None else perplexity,
+        metric="cosine",
+        init="random",
+        random_state=seed,
+    )
     flat = tsne.fit_transform(np.concatenate(list(arrays.values())))
     return dict(zip(arrays, np.split(flat, np.cumsum([len(a) for a in arrays.values()])[:-1])))
 
+
 _MARKERS = ["o", "s", "^", "D", "P", "X"]
 
-def tsne_map(features:Mapping[str, Any] # kind -> (n, d) features; row i of every kind belongs to sample i
-            , labels:Sequence|None=None # one per sample, e.g. its identity: gives the colours
-            , join:Sequence[str]|None=None # kinds joined by a thin line per sample, in this order; all when None, none when empty
-            , perplexity:float|None=None, seed:int=0, title:str="", ax=None, size:float=4.6) -> Plot:
+
+def tsne_map(
+    features: Mapping[str, Any],  # kind -> (n, d) features; row i of every kind belongs to sample i
+    labels: Sequence | None = None,  # one per sample, e.g. its identity: gives the colours
+    join: Sequence[str]
+    | None = None,  # kinds joined by a thin line per sample, in this order; all when None, none when empty
+    perplexity: float | None = None,
+    seed: int = 0,
+    title: str = "",
+    ax=None,
+    size: float = 4.6,
+) -> Plot:
     "t-SNE of several kinds of features together; marker = kind, colour = label (or kind, when there are no labels)."
-    if len({len(v) for v in features.values()}) != 1: raise TiprError("tsne_map: every kind needs one row per sample, in the same order")
-    flat, kinds = joint_tsne(features, perplexity, seed), list(features)
+    if len({len(v) for v in features.values()}) != 1:
+        raise TiprError("tsne_map: every kind needs one row per sample, in the same order")
+    flat = joint_tsne(features, perplexity, seed)
+    kinds = list(features)
     names = list(dict.fromkeys(labels)) if labels is not None else []
     join = kinds if join is None else list(join)
     with style():
-        fig, ax = canvas(size*1.3, size) if ax is None else (ax.figure, ax)
-        for path in zip(*[flat[k] for k in join]): ax.plot(*np.array(path).T, color="#9aa3af", lw=.7, alpha=.7, zorder=1)
+        fig, ax = canvas(size * 1.3, size) if ax is None else (ax.figure, ax)
+        for path in zip(*[flat[k] for k in join]):
+            ax.plot(*np.array(path).T, color="#9aa3af", lw=0.7, alpha=0.7, zorder=1)
         for i, kind in enumerate(kinds):
-            colors = [COLORS[names.index(l) % len(COLORS)] for l in labels] if labels is not None and names else COLORS[i % len(COLORS)]
-            ax.scatter(*flat[kind].T, c=colors, marker=_MARKERS[i % len(_MARKERS)], s=34, linewidths=.5, edgecolors=PAPER, zorder=2)
-        handles = [matplotlib.lines.Line2D([], [], ls="", marker=_MARKERS[i % len(_MARKERS)], ms=6, color=MUTED if names else COLORS[i % len(COLORS)], label=k) for i, k in enumerate(kinds)]
-        handles += [matplotlib.lines.Line2D([], [], ls="", marker="o", ms=6, color=COLORS[i % len(COLORS)], label=str(n)) for i, n in enumerate(names[:len(COLORS)])]
-        ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, .5), handletextpad=.2)
+            colors = (
+                [COLORS[names.index(l) % len(COLORS)] for l in labels]
+                if labels is not None and names
+                else COLORS[i % len(COLORS)]
+            )
+            ax.scatter(
+                *flat[kind].T,
+                c=colors,
+                marker=_MARKERS[i % len(_MARKERS)],
+                s=34,
+                linewidths=0.5,
+                edgecolors=PAPER,
+                zorder=2,
+            )
+        handles = [
+            matplotlib.lines.Line2D(
+                [],
+                [],
+                ls="",
+                marker=_MARKERS[i % len(_MARKERS)],
+                ms=6,
+                color=MUTED if names else COLORS[i % len(COLORS)],
+                label=k,
+            )
+            for i, k in enumerate(kinds)
+        ]
+        handles += [
+            matplotlib.lines.Line2D(
+                [], [], ls="", marker="o", ms=6, color=COLORS[i % len(COLORS)], label=str(n)
+            )
+            for i, n in enumerate(names[: len(COLORS)])
+        ]
+        ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), handletextpad=0.2)
         ax.set(xticks=[], yticks=[], title=title)
-        for side in ax.spines.values(): side.set(visible=True, color=LINE)
+        for side in ax.spines.values():
+            side.set(visible=True, color=LINE)
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-053
-def word_patch_maps(patches # (n, d) patch tokens of one picture, without the class token
-                   , words # (L, d) word tokens of one caption
-                   , grid:tuple[int, int] # rows and columns of patches
-                   , centre:bool=True # take away what all words share
-                   ) -> np.ndarray: # (L, rows, columns)
+def word_patch_maps(
+    patches,  # (n, d) patch tokens of one picture, without the class token
+    words,  # (L, d) word tokens of one caption
+    grid: tuple[int, int],  # rows and columns of patches
+    centre: bool = True,  # take away what all words share
+) -> np.ndarray:  # (L, rows, columns)
     "Cosine of each word with each patch, as maps."
-    p, w = (np.asarray(a.detach().cpu() if hasattr(a, "detach") else a, dtype=np.float32) for a in (patches, words))
-    if len(p) != grid[0]*grid[1]: raise TiprError(f"word_patch_maps: {len(p)} patches do not fill a grid of {grid[0]} x {grid[1]}; leave out the class token")
-    unit = lambda a: a/np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-8)
+    p, w = (
+        np.asarray(a.detach().cpu() if hasattr(a, "detach") else a, dtype=np.float32)
+        for a in (patches, words)
+    )
+    if len(p) != grid[0] * grid[1]:
+        raise TiprError(
+            f"word_patch_maps: {len(p)} patches do not fill a grid of {grid[0]} x {grid[1]}; leave out the class token"
+        )
+    unit = lambda a: a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-8)
     maps = unit(w) @ unit(p).T
-    return (maps - maps.mean(0)*(centre and len(maps) > 1)).reshape(len(w), *grid)
+    return (maps - maps.mean(0) * (centre and len(maps) > 1)).reshape(len(w), *grid)
 
 # %% ../nbs/10_figures.ipynb #cell-054
-def overlay(picture, heat # (rows, columns), any scale
-           , alpha:float=.78 # strongest cover
-           , span:tuple[float, float]|None=None # values drawn as coldest and hottest; this map's own when None
-           ) -> np.ndarray: # (h, w, 3) uint8, at least 192 rows
+def overlay(
+    picture,
+    heat,  # (rows, columns), any scale
+    alpha: float = 0.78,  # strongest cover
+    span: tuple[float, float]
+    | None = None,  # values drawn as coldest and hottest; this map's own when None
+) -> np.ndarray:  # (h, w, 3) uint8, at least 192 rows
     "Lay a heatmap over a picture: hot where the map is high, the greyed picture where it is low."
-    a, heat = as_picture(picture), np.nan_to_num(np.asarray(heat, dtype=np.float32))
-    if heat.ndim != 2: raise TiprError(f"overlay: a heatmap has two axes, not {heat.ndim}")
-    scale = max(1, math.ceil(192/a.shape[0]))
-    a = np.asarray(Image.fromarray(a).resize((a.shape[1]*scale, a.shape[0]*scale), Image.Resampling.BICUBIC), dtype=np.float32)/255
+    a = as_picture(picture)
+    heat = np.nan_to_num(np.asarray(heat, dtype=np.float32))
+    if heat.ndim != 2:
+        raise TiprError(f"overlay: a heatmap has two axes, not {heat.ndim}")
+    scale = max(1, math.ceil(192 / a.shape[0]))
+    a = (
+        np.asarray(
+            Image.fromarray(a).resize(
+                (a.shape[1] * scale, a.shape[0] * scale), Image.Resampling.BICUBIC
+            ),
+            dtype=np.float32,
+        )
+        / 255
+    )
     low, high = span or (float(heat.min()), float(heat.max()))
-    smooth = np.asarray(Image.fromarray((heat - low)/max(high - low, 1e-8)).resize((a.shape[1], a.shape[0]), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
-    grey = a @ np.array([.2989, .5870, .1140])
-    base = .35*a + .65*grey[..., None]
-    hot = matplotlib.colormaps[HEAT](.2 + .58*smooth[..., 0])[..., :3]
-    return ((base*(1 - alpha*smooth) + hot*alpha*smooth)*255 + .5).astype(np.uint8)
+    smooth = np.asarray(
+        Image.fromarray((heat - low) / max(high - low, 1e-8)).resize(
+            (a.shape[1], a.shape[0]), Image.Resampling.BICUBIC
+        )
+    ).clip(0, 1)[..., None]
+    grey = a @ np.array([0.2989, 0.5870, 0.1140])
+    base = 0.35 * a + 0.65 * grey[..., None]
+    hot = matplotlib.colormaps[HEAT](0.2 + 0.58 * smooth[..., 0])[..., :3]
+    return ((base * (1 - alpha * smooth) + hot * alpha * smooth) * 255 + 0.5).astype(np.uint8)
 
 # %% ../nbs/10_figures.ipynb #cell-055
-def heatmap_grid(pictures:Sequence # one per row
-                , maps:Mapping[str, Sequence] # column title -> one (rows, columns) map per picture
-                , texts:Sequence[str]|None=None # a sentence per row
-                , cell:tuple[float, float]=(.62, 1.7), text_width:float=2.4, title:str="") -> Plot:
+def heatmap_grid(
+    pictures: Sequence,  # one per row
+    maps: Mapping[str, Sequence],  # column title -> one (rows, columns) map per picture
+    texts: Sequence[str] | None = None,  # a sentence per row
+    cell: tuple[float, float] = (0.62, 1.7),
+    text_width: float = 2.4,
+    title: str = "",
+) -> Plot:
     "Pictures and heatmaps over them, side by side: baseline against method, or one column per word. Rows share one scale."
-    if not len(pictures) or any(len(m) != len(pictures) for m in maps.values()): raise TiprError("heatmap_grid: give one map per picture in every column")
-    gap, left = .12, (text_width + .2 if texts else 0) + .12
-    titles = {name: wrap(name, cell[0] + gap*.7, 8, 2) for name in ["", *maps]}
-    top = (.34 if title else .06) + .15*max(len(t) for t in titles.values()) + .06
+    if not len(pictures) or any(len(m) != len(pictures) for m in maps.values()):
+        raise TiprError("heatmap_grid: give one map per picture in every column")
+    gap = 0.12
+    left = (text_width + 0.2 if texts else 0) + 0.12
+    titles = {name: wrap(name, cell[0] + gap * 0.7, 8, 2) for name in ["", *maps]}
+    top = (0.34 if title else 0.06) + 0.15 * max(len(t) for t in titles.values()) + 0.06
     height = cell[1] + gap
     with style():
-        fig, ax = sheet(left + (len(maps) + 1)*(cell[0] + gap), top + height*len(pictures))
-        if title: _say(ax, title, gap, .1, 11, weight="bold")
+        fig, ax = sheet(left + (len(maps) + 1) * (cell[0] + gap), top + height * len(pictures))
+        if title:
+            _say(ax, title, gap, 0.1, 11, weight="bold")
         for c, lines in enumerate(titles.values()):
-            for k, line in enumerate(reversed(lines)): _say(ax, line, left + c*(cell[0] + gap) + cell[0]/2, top - .06 - .15*k, 8, MUTED, ha="center", va="bottom")
+            for k, line in enumerate(reversed(lines)):
+                _say(
+                    ax,
+                    line,
+                    left + c * (cell[0] + gap) + cell[0] / 2,
+                    top - 0.06 - 0.15 * k,
+                    8,
+                    MUTED,
+                    ha="center",
+                    va="bottom",
+                )
         for r, picture in enumerate(pictures):
             row = [np.asarray(m[r], dtype=np.float32) for m in maps.values()]
             span = (min(m.min() for m in row), max(m.max() for m in row)) if row else None
-            for k, line in enumerate(wrap(texts[r], text_width, 9) if texts else []): _say(ax, line, gap, top + r*height + .16*k, 9)
-            place(ax, picture, left, top + r*height, *cell)
-            for c, m in enumerate(row): place(ax, overlay(picture, m, span=span), left + (c + 1)*(cell[0] + gap), top + r*height, *cell)
+            for k, line in enumerate(wrap(texts[r], text_width, 9) if texts else []):
+                _say(ax, line, gap, top + r * height + 0.16 * k, 9)
+            place(ax, picture, left, top + r * height, *cell)
+            for c, m in enumerate(row):
+                place(
+                    ax,
+                    overlay(picture, m, span=span),
+                    left + (c + 1) * (cell[0] + gap),
+                    top + r * height,
+                    *cell,
+                )
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-059
-def word_weights(sentences:Sequence[Sequence[str]] # words of each sentence
-                , weights:Sequence[Sequence[float]] # one number per word, e.g. by how much Rank-1's score falls when the word is left out
-                , points:float=10, width:float=6.4, title:str="") -> Plot:
+def word_weights(
+    sentences: Sequence[Sequence[str]],  # words of each sentence
+    weights: Sequence[
+        Sequence[float]
+    ],  # one number per word, e.g. by how much Rank-1's score falls when the word is left out
+    points: float = 10,
+    width: float = 6.4,
+    title: str = "",
+) -> Plot:
     "Sentences whose words are shaded by a weight; the scale is shared and symmetric about zero."
-    if len(sentences) != len(weights) or any(len(s) != len(w) for s, w in zip(sentences, weights)): raise TiprError("word_weights: give one weight per word")
-    top = max((abs(float(v)) for w in weights for v in w), default=0) or 1.
-    line, y, spots = points*2.1/72, .16 + (.3 if title else 0), []
+    if len(sentences) != len(weights) or any(len(s) != len(w) for s, w in zip(sentences, weights)):
+        raise TiprError("word_weights: give one weight per word")
+    top = max((abs(float(v)) for w in weights for v in w), default=0) or 1.0
+    line = points * 2.1 / 72
+    y = 0.16 + (0.3 if title else 0)
+    spots = []
     for words, row in zip(sentences, weights):
-        x = .15
+        x = 0.15
         for word, v in zip(words, row):
-            w = text_width(word, points) + .07
-            if x + w > width - .1 and x > .15: x, y = .15, y + line
-            spots.append((word, float(v)/top, x, y, w))
-            x += w + .035
-        y += line*1.5
+            w = text_width(word, points) + 0.07
+            if x + w > width - 0.1 and x > 0.15:
+                x = 0.15
+                y = y + line
+            spots.append((word, float(v) / top, x, y, w))
+            x += w + 0.035
+        y += line * 1.5
     with style():
         fig, ax = sheet(width, y)
-        if title: _say(ax, title, .15, .1, 11, weight="bold")
+        if title:
+            _say(ax, title, 0.15, 0.1, 11, weight="bold")
         for word, v, x, y, w in spots:
-            ax.add_patch(FancyBboxPatch((x, y), w, line*.72, boxstyle="round,pad=0,rounding_size=.04", fc=COLORS[1] if v > 0 else COLORS[0], alpha=min(1, .02 + .6*abs(v)), ec="none"))
-            _say(ax, word, x + w/2, y + line*.37, points, ha="center", va="center")
+            ax.add_patch(
+                FancyBboxPatch(
+                    (x, y),
+                    w,
+                    line * 0.72,
+                    boxstyle="round,pad=0,rounding_size=.04",
+                    fc=COLORS[1] if v > 0 else COLORS[0],
+                    alpha=min(1, 0.02 + 0.6 * abs(v)),
+                    ec="none",
+                )
+            )
+            _say(ax, word, x + w / 2, y + line * 0.37, points, ha="center", va="center")
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-062
-def diagram(boxes:Mapping[str, tuple] # name -> (x, y, text) or (x, y, text, colour): centre in inches from the top left
-           , arrows:Sequence[tuple] # (from, to) or (from, to, words beside it)
-           , width:float, height:float # inches
-           , pictures:Mapping[str, tuple]|None=None # name -> (x, y, picture, height): arrows may name these too
-           , areas:Mapping[str, tuple]|None=None # name -> (x, y, width, height): places left free, to be drawn on afterwards
-           , points:float=9.5, title:str="") -> Plot:
+def diagram(
+    boxes: Mapping[
+        str, tuple
+    ],  # name -> (x, y, text) or (x, y, text, colour): centre in inches from the top left
+    arrows: Sequence[tuple],  # (from, to) or (from, to, words beside it)
+    width: float,
+    height: float,  # inches
+    pictures: Mapping[str, tuple]
+    | None = None,  # name -> (x, y, picture, height): arrows may name these too
+    areas: Mapping[str, tuple]
+    | None = None,  # name -> (x, y, width, height): places left free, to be drawn on afterwards
+    points: float = 9.5,
+    title: str = "",
+) -> Plot:
     "A framework figure: boxes (with a picture instead of words where one is given) and the arrows between them."
-    spots = {name: (x, y, w/2, h/2) for name, (x, y, w, h) in (areas or {}).items()}
+    spots = {name: (x, y, w / 2, h / 2) for name, (x, y, w, h) in (areas or {}).items()}
     with style():
         fig, ax = sheet(width, height)
-        if title: _say(ax, title, .12, .1, 11, weight="bold")
-        for name, (x, y, text, *color) in boxes.items(): spots[name] = _box(ax, x, y, text, color[0] if color else COLORS[0], points)
+        if title:
+            _say(ax, title, 0.12, 0.1, 11, weight="bold")
+        for name, (x, y, text, *color) in boxes.items():
+            spots[name] = _box(ax, x, y, text, color[0] if color else COLORS[0], points)
         for name, (x, y, picture, h) in (pictures or {}).items():
             a = as_picture(picture)
-            w = h*a.shape[1]/a.shape[0]
-            place(ax, a, x - w/2, y - h/2, w, h)
-            spots[name] = (x, y, w/2, h/2)
+            w = h * a.shape[1] / a.shape[0]
+            place(ax, a, x - w / 2, y - h / 2, w, h)
+            spots[name] = (x, y, w / 2, h / 2)
         for a, b, *words in arrows:
             missing = [n for n in (a, b) if n not in spots]
-            if missing: raise TiprError(f"diagram: an arrow names {missing[0]!r}, which is no box; the boxes are {', '.join(spots)}")
+            if missing:
+                raise TiprError(
+                    f"diagram: an arrow names {missing[0]!r}, which is no box; the boxes are {', '.join(spots)}"
+                )
             _arrow(ax, spots[a], spots[b], words[0] if words else "")
     return fig
 
-def _box(ax, x:float, y:float, text:str, color:str, points:float) -> tuple[float, float, float, float]: # centre and half sizes
+
+def _box(
+    ax, x: float, y: float, text: str, color: str, points: float
+) -> tuple[float, float, float, float]:  # centre and half sizes
     "A rounded box as large as its words; returns where it is."
     lines = str(text).split("\n")
-    w, h = max(text_width(l, points, bold=i == 0) for i, l in enumerate(lines)) + .26, points*1.35*len(lines)/72 + .16
-    ax.add_patch(FancyBboxPatch((x - w/2, y - h/2), w, h, boxstyle="round,pad=0,rounding_size=.07", fc=matplotlib.colors.to_rgba(color, .1), ec=color, lw=1.2))
-    for i, line in enumerate(lines): _say(ax, line, x, y + (i - (len(lines) - 1)/2)*points*1.35/72, points if i == 0 else points - 1, INK if i == 0 else MUTED, ha="center", va="center", weight="bold" if i == 0 else "normal")
-    return x, y, w/2, h/2
+    w = max(text_width(l, points, bold=i == 0) for i, l in enumerate(lines)) + 0.26
+    h = points * 1.35 * len(lines) / 72 + 0.16
+    ax.add_patch(
+        FancyBboxPatch(
+            (x - w / 2, y - h / 2),
+            w,
+            h,
+            boxstyle="round,pad=0,rounding_size=.07",
+            fc=matplotlib.colors.to_rgba(color, 0.1),
+            ec=color,
+            lw=1.2,
+        )
+    )
+    for i, line in enumerate(lines):
+        _say(
+            ax,
+            line,
+            x,
+            y + (i - (len(lines) - 1) / 2) * points * 1.35 / 72,
+            points if i == 0 else points - 1,
+            INK if i == 0 else MUTED,
+            ha="center",
+            va="center",
+            weight="bold" if i == 0 else "normal",
+        )
+    return x, y, w / 2, h / 2
 
-def _arrow(ax, a:tuple, b:tuple, words:str):
+
+def _arrow(ax, a: tuple, b: tuple, words: str):
     "An arrow from the edge of one box to the edge of the next."
     d = np.array(b[:2]) - np.array(a[:2])
-    edge = lambda box: min(box[2]/abs(d[0]) if d[0] else math.inf, box[3]/abs(d[1]) if d[1] else math.inf)
-    start, end = np.array(a[:2]) + d*edge(a) + .04*d/np.linalg.norm(d), np.array(b[:2]) - d*edge(b) - .05*d/np.linalg.norm(d)
-    ax.annotate("", end, start, arrowprops=dict(arrowstyle="-|>,head_width=.22,head_length=.4", color=MUTED, lw=1.3, shrinkA=0, shrinkB=0))
+    edge = lambda box: min(
+        box[2] / abs(d[0]) if d[0] else math.inf, box[3] / abs(d[1]) if d[1] else math.inf
+    )
+    start = np.array(a[:2]) + d * edge(a) + 0.04 * d / np.linalg.norm(d)
+    end = np.array(b[:2]) - d * edge(b) - 0.05 * d / np.linalg.norm(d)
+    ax.annotate(
+        "",
+        end,
+        start,
+        arrowprops=dict(
+            arrowstyle="-|>,head_width=.22,head_length=.4",
+            color=MUTED,
+            lw=1.3,
+            shrinkA=0,
+            shrinkB=0,
+        ),
+    )
     if words:
-        up = np.array([d[1], -d[0]] if d[0] > 0 else [-d[1], d[0]])/np.linalg.norm(d)           # across the arrow, to the side that is higher on the sheet
-        x, y = (start + end)/2 + up*(abs(up) @ [text_width(words, 8)/2, .06] + .05)             # so far that the words' own box clears it
+        up = np.array([d[1], -d[0]] if d[0] > 0 else [-d[1], d[0]]) / np.linalg.norm(
+            d
+        )  # across the arrow, to the side that is higher on the sheet
+        x, y = (start + end) / 2 + up * (
+            abs(up) @ [text_width(words, 8) / 2, 0.06] + 0.05
+        )  # so far that the words' own box clears it
         _say(ax, words, x, y, 8, MUTED, ha="center", va="center")

@@ -16,188 +16,411 @@ from typing import Any, Iterable, Sequence
 import numpy as np
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-006
-COLOURS = {"black": (30, 30, 34), "white": (238, 238, 234), "grey": (132, 134, 138), "red": (192, 32, 38), "blue": (38, 84, 190), "light blue": (132, 186, 232),
-           "navy": (26, 36, 92), "green": (40, 124, 66), "yellow": (238, 204, 48), "orange": (236, 122, 30), "pink": (242, 150, 184), "purple": (116, 58, 150),
-           "brown": (110, 68, 40), "beige": (212, 188, 148)}
-HAIR_COLOURS = {"black": (26, 22, 22), "brown": (86, 54, 32), "blonde": (214, 176, 96), "grey": (168, 168, 168), "red": (158, 70, 30)}
+COLOURS = {
+    "black": (30, 30, 34),
+    "white": (238, 238, 234),
+    "grey": (132, 134, 138),
+    "red": (192, 32, 38),
+    "blue": (38, 84, 190),
+    "light blue": (132, 186, 232),
+    "navy": (26, 36, 92),
+    "green": (40, 124, 66),
+    "yellow": (238, 204, 48),
+    "orange": (236, 122, 30),
+    "pink": (242, 150, 184),
+    "purple": (116, 58, 150),
+    "brown": (110, 68, 40),
+    "beige": (212, 188, 148),
+}
+HAIR_COLOURS = {
+    "black": (26, 22, 22),
+    "brown": (86, 54, 32),
+    "blonde": (214, 176, 96),
+    "grey": (168, 168, 168),
+    "red": (158, 70, 30),
+}
 SKINS = ((244, 208, 180), (226, 180, 146), (198, 146, 108), (150, 100, 70), (98, 64, 46))
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-009
-def to_lab(rgb:Sequence|np.ndarray # (..., 3) sRGB in 0..255
-          ) -> np.ndarray: # (..., 3) CIE L*a*b*
+def to_lab(
+    rgb: Sequence | np.ndarray,  # (..., 3) sRGB in 0..255
+) -> np.ndarray:  # (..., 3) CIE L*a*b*
     "sRGB to CIE L*a*b* (D65)."
     c = np.asarray(rgb, dtype=np.float64) / 255
-    c = np.where(c > .04045, ((c + .055) / 1.055) ** 2.4, c / 12.92)
-    xyz = c @ np.array([[.4124, .2126, .0193], [.3576, .7152, .1192], [.1805, .0722, .9505]]) / np.array([.9505, 1., 1.089])
-    f = np.where(xyz > .008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+    c = np.where(c > 0.04045, ((c + 0.055) / 1.055) ** 2.4, c / 12.92)
+    xyz = (
+        c
+        @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
+        / np.array([0.9505, 1.0, 1.089])
+    )
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack(
+        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1
+    )
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-011
-def nearest_colour(rgb:Sequence|np.ndarray # (3,) or (n, 3) RGB in 0..255
-                  , names:Sequence[str]|None=None # colours to choose from; all of `COLOURS` by default
-                  ) -> str|list[str]:
+def nearest_colour(
+    rgb: Sequence | np.ndarray,  # (3,) or (n, 3) RGB in 0..255
+    names: Sequence[str] | None = None,  # colours to choose from; all of `COLOURS` by default
+) -> str | list[str]:
     "Name of the closest colour of the palette, by distance in CIE L*a*b*."
-    names, rgb = list(names or COLOURS), np.asarray(rgb, dtype=np.float64)
+    names = list(names or COLOURS)
+    rgb = np.asarray(rgb, dtype=np.float64)
     centres = to_lab(np.array([COLOURS[n] for n in names]))
     best = ((to_lab(rgb)[..., None, :] - centres) ** 2).sum(-1).argmin(-1)
     return names[int(best)] if rgb.ndim == 1 else [names[i] for i in best]
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-014
 _C = tuple(COLOURS)
-FIELDS = {"gender": ("woman", "man"), "age": ("young", "adult", "older"), "build": ("slim", "average", "heavy"),
-          "upper": ("t-shirt", "shirt", "hoodie", "sweater", "jacket", "coat", "vest", "dress"), "upper_colour": _C,
-          "pattern": ("plain", "striped", "checked", "dotted", "logo"), "pattern_colour": ("none", *_C),
-          "sleeves": ("long", "short", "no"), "sleeve_colour": ("same", *_C), "inner": ("none", *_C),
-          "lower": ("jeans", "trousers", "shorts", "skirt", "leggings", "none"), "lower_colour": ("none", *_C),
-          "shoes": ("sneakers", "boots", "leather shoes", "sandals"), "shoe_colour": _C,
-          "hat": ("none", "cap", "beanie", "hat", "hood"), "hat_colour": ("none", *_C),
-          "hair": ("short", "shoulder-length", "long", "tied", "bald"), "hair_colour": ("none", *HAIR_COLOURS),
-          "glasses": ("none", "glasses", "sunglasses"), "scarf": ("none", *_C),
-          "bag": ("none", "backpack", "shoulder bag"), "bag_colour": ("none", *_C), "bag_side": ("none", "left", "right"),
-          "held": ("none", "handbag", "shopping bag", "two shopping bags", "suitcase", "umbrella", "phone", "cup", "book", "dog"),
-          "held_colour": ("none", *_C), "held_side": ("none", "left", "right")}
+FIELDS = {
+    "gender": ("woman", "man"),
+    "age": ("young", "adult", "older"),
+    "build": ("slim", "average", "heavy"),
+    "upper": ("t-shirt", "shirt", "hoodie", "sweater", "jacket", "coat", "vest", "dress"),
+    "upper_colour": _C,
+    "pattern": ("plain", "striped", "checked", "dotted", "logo"),
+    "pattern_colour": ("none", *_C),
+    "sleeves": ("long", "short", "no"),
+    "sleeve_colour": ("same", *_C),
+    "inner": ("none", *_C),
+    "lower": ("jeans", "trousers", "shorts", "skirt", "leggings", "none"),
+    "lower_colour": ("none", *_C),
+    "shoes": ("sneakers", "boots", "leather shoes", "sandals"),
+    "shoe_colour": _C,
+    "hat": ("none", "cap", "beanie", "hat", "hood"),
+    "hat_colour": ("none", *_C),
+    "hair": ("short", "shoulder-length", "long", "tied", "bald"),
+    "hair_colour": ("none", *HAIR_COLOURS),
+    "glasses": ("none", "glasses", "sunglasses"),
+    "scarf": ("none", *_C),
+    "bag": ("none", "backpack", "shoulder bag"),
+    "bag_colour": ("none", *_C),
+    "bag_side": ("none", "left", "right"),
+    "held": (
+        "none",
+        "handbag",
+        "shopping bag",
+        "two shopping bags",
+        "suitcase",
+        "umbrella",
+        "phone",
+        "cup",
+        "book",
+        "dog",
+    ),
+    "held_colour": ("none", *_C),
+    "held_side": ("none", "left", "right"),
+}
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-017
-SEASONS, ROLES = ("winter", "mild", "summer"), ("student", "office", "tourist", "shopper", "jogger", "labourer", "walker")
+SEASONS = ("winter", "mild", "summer")
+ROLES = ("student", "office", "tourist", "shopper", "jogger", "labourer", "walker")
 
-def _weights(text:str) -> dict[str, float]:
+
+def _weights(text: str) -> dict[str, float]:
     "`'coat 8, t-shirt .1'` as a dictionary of weights."
-    return {value: float(w) for value, w in (part.strip().rsplit(" ", 1) for part in text.split(","))}
+    return {
+        value: float(w) for value, w in (part.strip().rsplit(" ", 1) for part in text.split(","))
+    }
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-019
 _ANY = "black 3, white 2, grey 2, red 1.3, blue 1.5, light blue 1, navy 1.5, green 1, yellow .7, orange .5, pink .7, purple .6, brown .8, beige .8"
 _BODY = {
- "season": {"*": "winter 1, mild 1.2, summer 1"},
- "role": {"*": "student 1.6, office 1.5, tourist 1, shopper 1.2, jogger .8, labourer .7, walker .9"},
- "gender": {"*": "woman 1, man 1", "labourer": "man 4", "shopper": "woman 2.2"},
- "age": {"*": "young 2, adult 3, older 1", "student": "young 6, older .05", "jogger": "young 2, older .4", "walker": "older 2.5", "labourer": "older .5"},
- "build": {"*": "slim 1, average 2.4, heavy 1", "jogger": "slim 3, heavy .15", "older": "heavy 1.6", "labourer": "slim .5"},
- "hair": {"*": "short 1, shoulder-length 1, long 1, tied .8, bald .3", "woman": "short .5, long 1.6, bald 0",
-   "man": "short 5, shoulder-length .3, long .25, tied .15", "older": "bald 3, long .25, tied .5, short 1.6", "jogger": "tied 4, long .4", "young": "bald .2"},
- "hair_colour": {"*": "black 3, brown 3, blonde 1.5, grey .1, red .5", "older": "grey 70, blonde .5, red .3", "young": "grey .05"},
+    "season": {"*": "winter 1, mild 1.2, summer 1"},
+    "role": {
+        "*": "student 1.6, office 1.5, tourist 1, shopper 1.2, jogger .8, labourer .7, walker .9"
+    },
+    "gender": {"*": "woman 1, man 1", "labourer": "man 4", "shopper": "woman 2.2"},
+    "age": {
+        "*": "young 2, adult 3, older 1",
+        "student": "young 6, older .05",
+        "jogger": "young 2, older .4",
+        "walker": "older 2.5",
+        "labourer": "older .5",
+    },
+    "build": {
+        "*": "slim 1, average 2.4, heavy 1",
+        "jogger": "slim 3, heavy .15",
+        "older": "heavy 1.6",
+        "labourer": "slim .5",
+    },
+    "hair": {
+        "*": "short 1, shoulder-length 1, long 1, tied .8, bald .3",
+        "woman": "short .5, long 1.6, bald 0",
+        "man": "short 5, shoulder-length .3, long .25, tied .15",
+        "older": "bald 3, long .25, tied .5, short 1.6",
+        "jogger": "tied 4, long .4",
+        "young": "bald .2",
+    },
+    "hair_colour": {
+        "*": "black 3, brown 3, blonde 1.5, grey .1, red .5",
+        "older": "grey 70, blonde .5, red .3",
+        "young": "grey .05",
+    },
 }
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-020
 _CLOTHES = {
- "upper": {"*": "t-shirt 1.4, shirt 1.4, hoodie 1, sweater 1, jacket 1.2, coat .8, vest .4, dress .5",
-   "winter": "t-shirt .02, shirt .15, sweater 1.2, jacket 3, coat 6, vest .6, dress .06",
-   "summer": "t-shirt 4, shirt 2, hoodie .2, sweater .1, jacket .12, coat .02, vest .5, dress 3",
-   "man": "dress 0", "student": "hoodie 3, t-shirt 1.5, coat .6", "office": "shirt 4, coat 2, hoodie .05, t-shirt .15, vest .2",
-   "jogger": "t-shirt 3, hoodie 2.5, vest 2, coat .02, shirt .05, dress 0, sweater .2", "labourer": "vest 6, jacket 1.6, dress 0, coat .3",
-   "older": "hoodie .15, sweater 2, vest 1.4"},
- "upper_colour": {"*": _ANY, "office": "white 3, light blue 2.5, navy 2, black 1.6, orange .1, yellow .1, pink .6, purple .5, green .3",
-   "labourer": "orange 14, yellow 9, white .2, pink .05, purple .1", "jogger": "yellow 3, orange 3, pink 2, blue 1.5, beige .1, brown .1, navy .6",
-   "upper=coat": "black 2, beige 3, navy 1.6, brown 2, yellow .5, orange .2, white .4, light blue .3",
-   "upper=dress": "red 2, pink 2.5, yellow 1.5, white 1.5, purple 1.6, grey .4, brown .4", "tourist": "white 1.6, beige 2, light blue 1.8",
-   "man": "pink .25, purple .5"},
- "pattern": {"*": "plain 6, striped .8, checked .5, dotted .2, logo .5", "upper=shirt": "checked 5, striped 3, logo .1",
-   "upper=t-shirt": "logo 5, striped 2.5, dotted 1.5, checked .2", "upper=hoodie": "logo 6, checked .1, dotted .1", "upper=sweater": "striped 3, logo .4",
-   "upper=coat": "striped .1, checked .8, dotted 0, logo 0", "upper=jacket": "striped .3, checked .6, dotted .05, logo 1.2",
-   "upper=vest": "striped 1, checked .3, dotted 0, logo .6", "upper=dress": "dotted 12, striped 2.5, logo 0", "office": "logo .1, striped 1.3",
-   "student": "logo 1.8", "man": "dotted .3"},
- "pattern_colour": {"*": "white 4, black 2, grey 1, navy 1, red 1, yellow 1, blue .8, orange .3, green .4, pink .3"},
- "sleeves": {"*": "long 1", "upper=t-shirt": "long .12, short 1", "upper=shirt": "long 1, short .5", "upper=dress": "long .4, short 1, no .7",
-   "upper=vest": "long 0, no 1", "summer": "long .35"},
- "sleeve_colour": {"*": "same 16, white .5, grey .5, black .5, red .25, blue .25, navy .3, yellow .15, green .15, beige .1", "upper=t-shirt": "same .5",
-   "upper=hoodie": "same .6", "upper=sweater": "same .7", "upper=coat": "same 20", "upper=shirt": "same 12", "upper=dress": "same 20", "upper=jacket": "same .8"},
- "inner": {"*": "none 1", "upper=jacket": "white 2, grey .8, black .6, red .3, blue .3, light blue .3, green .2, yellow .15",
-   "upper=coat": "none 2, white 1.2, grey .8, black .5, red .3, beige .4, light blue .3", "summer": "none .6"},
+    "upper": {
+        "*": "t-shirt 1.4, shirt 1.4, hoodie 1, sweater 1, jacket 1.2, coat .8, vest .4, dress .5",
+        "winter": "t-shirt .02, shirt .15, sweater 1.2, jacket 3, coat 6, vest .6, dress .06",
+        "summer": "t-shirt 4, shirt 2, hoodie .2, sweater .1, jacket .12, coat .02, vest .5, dress 3",
+        "man": "dress 0",
+        "student": "hoodie 3, t-shirt 1.5, coat .6",
+        "office": "shirt 4, coat 2, hoodie .05, t-shirt .15, vest .2",
+        "jogger": "t-shirt 3, hoodie 2.5, vest 2, coat .02, shirt .05, dress 0, sweater .2",
+        "labourer": "vest 6, jacket 1.6, dress 0, coat .3",
+        "older": "hoodie .15, sweater 2, vest 1.4",
+    },
+    "upper_colour": {
+        "*": _ANY,
+        "office": "white 3, light blue 2.5, navy 2, black 1.6, orange .1, yellow .1, pink .6, purple .5, green .3",
+        "labourer": "orange 14, yellow 9, white .2, pink .05, purple .1",
+        "jogger": "yellow 3, orange 3, pink 2, blue 1.5, beige .1, brown .1, navy .6",
+        "upper=coat": "black 2, beige 3, navy 1.6, brown 2, yellow .5, orange .2, white .4, light blue .3",
+        "upper=dress": "red 2, pink 2.5, yellow 1.5, white 1.5, purple 1.6, grey .4, brown .4",
+        "tourist": "white 1.6, beige 2, light blue 1.8",
+        "man": "pink .25, purple .5",
+    },
+    "pattern": {
+        "*": "plain 6, striped .8, checked .5, dotted .2, logo .5",
+        "upper=shirt": "checked 5, striped 3, logo .1",
+        "upper=t-shirt": "logo 5, striped 2.5, dotted 1.5, checked .2",
+        "upper=hoodie": "logo 6, checked .1, dotted .1",
+        "upper=sweater": "striped 3, logo .4",
+        "upper=coat": "striped .1, checked .8, dotted 0, logo 0",
+        "upper=jacket": "striped .3, checked .6, dotted .05, logo 1.2",
+        "upper=vest": "striped 1, checked .3, dotted 0, logo .6",
+        "upper=dress": "dotted 12, striped 2.5, logo 0",
+        "office": "logo .1, striped 1.3",
+        "student": "logo 1.8",
+        "man": "dotted .3",
+    },
+    "pattern_colour": {
+        "*": "white 4, black 2, grey 1, navy 1, red 1, yellow 1, blue .8, orange .3, green .4, pink .3"
+    },
+    "sleeves": {
+        "*": "long 1",
+        "upper=t-shirt": "long .12, short 1",
+        "upper=shirt": "long 1, short .5",
+        "upper=dress": "long .4, short 1, no .7",
+        "upper=vest": "long 0, no 1",
+        "summer": "long .35",
+    },
+    "sleeve_colour": {
+        "*": "same 16, white .5, grey .5, black .5, red .25, blue .25, navy .3, yellow .15, green .15, beige .1",
+        "upper=t-shirt": "same .5",
+        "upper=hoodie": "same .6",
+        "upper=sweater": "same .7",
+        "upper=coat": "same 20",
+        "upper=shirt": "same 12",
+        "upper=dress": "same 20",
+        "upper=jacket": "same .8",
+    },
+    "inner": {
+        "*": "none 1",
+        "upper=jacket": "white 2, grey .8, black .6, red .3, blue .3, light blue .3, green .2, yellow .15",
+        "upper=coat": "none 2, white 1.2, grey .8, black .5, red .3, beige .4, light blue .3",
+        "summer": "none .6",
+    },
 }
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-021
 _BELOW = {
- "lower": {"*": "jeans 3, trousers 2, shorts .5, skirt .4, leggings .4", "man": "skirt 0, leggings .05", "summer": "shorts 6, skirt 3",
-   "winter": "shorts .02, skirt .5", "office": "trousers 5, jeans .5, shorts .05, skirt 3, leggings .3",
-   "jogger": "shorts 4, leggings 6, jeans .05, trousers .3, skirt .05", "labourer": "trousers 3, shorts .4, skirt 0, leggings .1", "student": "jeans 2",
-   "older": "trousers 2.5, shorts .5, leggings .3", "upper=dress": "none 40, leggings 14, jeans .02, trousers .02, shorts 0, skirt 0", "upper=coat": "shorts .1"},
- "lower_colour": {"*": "black 3, grey 2, blue 1, navy 1.5, beige 1, brown .8, green .5, white .5, red .3, light blue .4, purple .2, pink .2, orange .1, yellow .1",
-   "lower=jeans": "blue 8, navy 3, light blue 5, black .8, grey .7, beige .1, brown .1, green .1, red .2, orange .1, yellow .1, purple .1, pink .1",
-   "lower=skirt": "red 3, pink 4, purple 3, navy 1.5, white 1.5, yellow 4", "lower=shorts": "beige 2, blue 1.5, red 1.5, green 1.6",
-   "lower=leggings": "black 3, purple 2, grey 1.2, brown .2, beige .2", "office": "black 1.5, grey 2, navy 1.6, red .2",
-   "labourer": "navy 2, blue 2, green 1.5, orange 3"},
- "shoes": {"*": "sneakers 3, boots .8, leather shoes 1.5, sandals .3", "winter": "boots 5, sandals 0", "summer": "boots .15, sandals 6",
-   "office": "leather shoes 5, sneakers .2", "jogger": "sneakers 8, leather shoes .02, boots .03, sandals .02",
-   "labourer": "boots 8, leather shoes .2, sandals .02", "student": "sneakers 2, leather shoes .3", "older": "leather shoes 2, sneakers .6"},
- "shoe_colour": {"*": "black 3, white 2, brown 1.5, grey 1, red .4, blue .5, beige .4, navy .4, pink .2, orange .1, yellow .1, green .15",
-   "shoes=sneakers": "white 3, black .6, brown .15, red 2, pink 2, orange 3, yellow 3, green 2, blue 2",
-   "shoes=leather shoes": "brown 2, black 2, white .2, red .3, blue .1, orange 0, yellow 0, green 0",
-   "shoes=boots": "brown 2, white .1, black 1.5, beige 1.5", "shoes=sandals": "brown 2.5, beige 2"},
+    "lower": {
+        "*": "jeans 3, trousers 2, shorts .5, skirt .4, leggings .4",
+        "man": "skirt 0, leggings .05",
+        "summer": "shorts 6, skirt 3",
+        "winter": "shorts .02, skirt .5",
+        "office": "trousers 5, jeans .5, shorts .05, skirt 3, leggings .3",
+        "jogger": "shorts 4, leggings 6, jeans .05, trousers .3, skirt .05",
+        "labourer": "trousers 3, shorts .4, skirt 0, leggings .1",
+        "student": "jeans 2",
+        "older": "trousers 2.5, shorts .5, leggings .3",
+        "upper=dress": "none 40, leggings 14, jeans .02, trousers .02, shorts 0, skirt 0",
+        "upper=coat": "shorts .1",
+    },
+    "lower_colour": {
+        "*": "black 3, grey 2, blue 1, navy 1.5, beige 1, brown .8, green .5, white .5, red .3, light blue .4, purple .2, pink .2, orange .1, yellow .1",
+        "lower=jeans": "blue 8, navy 3, light blue 5, black .8, grey .7, beige .1, brown .1, green .1, red .2, orange .1, yellow .1, purple .1, pink .1",
+        "lower=skirt": "red 3, pink 4, purple 3, navy 1.5, white 1.5, yellow 4",
+        "lower=shorts": "beige 2, blue 1.5, red 1.5, green 1.6",
+        "lower=leggings": "black 3, purple 2, grey 1.2, brown .2, beige .2",
+        "office": "black 1.5, grey 2, navy 1.6, red .2",
+        "labourer": "navy 2, blue 2, green 1.5, orange 3",
+    },
+    "shoes": {
+        "*": "sneakers 3, boots .8, leather shoes 1.5, sandals .3",
+        "winter": "boots 5, sandals 0",
+        "summer": "boots .15, sandals 6",
+        "office": "leather shoes 5, sneakers .2",
+        "jogger": "sneakers 8, leather shoes .02, boots .03, sandals .02",
+        "labourer": "boots 8, leather shoes .2, sandals .02",
+        "student": "sneakers 2, leather shoes .3",
+        "older": "leather shoes 2, sneakers .6",
+    },
+    "shoe_colour": {
+        "*": "black 3, white 2, brown 1.5, grey 1, red .4, blue .5, beige .4, navy .4, pink .2, orange .1, yellow .1, green .15",
+        "shoes=sneakers": "white 3, black .6, brown .15, red 2, pink 2, orange 3, yellow 3, green 2, blue 2",
+        "shoes=leather shoes": "brown 2, black 2, white .2, red .3, blue .1, orange 0, yellow 0, green 0",
+        "shoes=boots": "brown 2, white .1, black 1.5, beige 1.5",
+        "shoes=sandals": "brown 2.5, beige 2",
+    },
 }
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-022
 _THINGS = {
- "hat": {"*": "none 7, cap .8, beanie .25, hat .3", "winter": "beanie 10, hat 1.2", "summer": "cap 1.6, hat 2.5, beanie .02", "jogger": "cap 2.5",
-   "labourer": "cap 4, hat .2", "tourist": "hat 5, cap 2", "office": "hat .5, cap .1", "older": "hat 2.5", "upper=hoodie": "hood 1.4",
-   "upper=coat": "hood .25", "upper=jacket": "hood .4"},
- "hat_colour": {"*": "black 2.5, grey 1.5, navy 1.2, red 1.2, white 1, blue 1, green .6, yellow .5, beige .6, brown .5, pink .4, purple .3, orange .2",
-   "hat=hat": "beige 5, brown 4, black 1.5, white 1.5, red .3, yellow .3", "labourer": "yellow 5, orange 3", "hat=cap": "red 1.4, blue 1.4, white 1.4"},
- "glasses": {"*": "none 5, glasses 1, sunglasses .4", "summer": "sunglasses 3", "winter": "sunglasses .2", "office": "glasses 1.8", "older": "glasses 2.5",
-   "tourist": "sunglasses 2"},
- "scarf": {"*": "none 60, red .8, grey .8, blue .5, beige .5, white .5, black .4, green .4, yellow .3, pink .4, purple .3", "winter": "none .14",
-   "summer": "none 20", "jogger": "none 5", "labourer": "none 4", "woman": "none .7"},
- "bag": {"*": "none 2.4, backpack 1, shoulder bag .8", "student": "backpack 6, none .4", "tourist": "backpack 5, shoulder bag 1.4",
-   "office": "shoulder bag 2.5, backpack .6", "jogger": "none 6, shoulder bag .1", "labourer": "none 2, shoulder bag .2", "walker": "none 2",
-   "woman": "shoulder bag 1.8", "shopper": "shoulder bag 2"},
- "bag_colour": {"*": "black 3, grey 1.5, brown 1.3, blue 1, navy 1, red 1, green .6, beige .5, pink .4, purple .4, yellow .3, orange .3, white .3",
-   "bag=shoulder bag": "brown 2.4, beige 1.6, blue .5, grey .6", "student": "blue 1.6, green 1.5, purple 1.5", "man": "pink .1"},
- "bag_side": {"*": "left 1, right 1"},
- "held": {"*": "none 5, handbag .7, shopping bag .5, two shopping bags .1, suitcase .25, umbrella .5, phone .8, cup .5, book .25, dog .15",
-   "man": "handbag .05", "shopper": "shopping bag 9, two shopping bags 12, handbag 2.4, none .5", "tourist": "suitcase 7, phone 1.5",
-   "office": "cup 3, suitcase 1.6, handbag 2", "student": "book 6, phone 2, cup 1.5", "walker": "dog 22, none .6", "winter": "umbrella 1.8",
-   "jogger": "none 3, phone 1.4, handbag .02, suitcase .02, umbrella .1, book .02, shopping bag .1, two shopping bags 0",
-   "summer": "umbrella .4", "labourer": "handbag 0, book .1"},
- "held_colour": {"*": "black 1.6, red 1.2, blue 1.2, white .8, green .7, brown .8, grey .8, yellow .6, pink .5, purple .4, orange .4, beige .6, navy .5",
-   "held=cup": "white 5, brown 1.5, navy .2, grey .2, purple .2, black .5",
-   "held=dog": "brown 6, black 3, white 4, grey 1, beige 3, red 0, blue 0, green 0, yellow 0, pink 0, purple 0, orange 0, navy 0",
-   "held=shopping bag": "white 2.5, beige 2.5, black .6", "held=two shopping bags": "white 2.5, beige 2.5, black .6",
-   "held=handbag": "brown 2, red 1.5, black 1.5, white .5", "held=suitcase": "black 2, grey 1.6"},
- "held_side": {"*": "left 1, right 1"},
+    "hat": {
+        "*": "none 7, cap .8, beanie .25, hat .3",
+        "winter": "beanie 10, hat 1.2",
+        "summer": "cap 1.6, hat 2.5, beanie .02",
+        "jogger": "cap 2.5",
+        "labourer": "cap 4, hat .2",
+        "tourist": "hat 5, cap 2",
+        "office": "hat .5, cap .1",
+        "older": "hat 2.5",
+        "upper=hoodie": "hood 1.4",
+        "upper=coat": "hood .25",
+        "upper=jacket": "hood .4",
+    },
+    "hat_colour": {
+        "*": "black 2.5, grey 1.5, navy 1.2, red 1.2, white 1, blue 1, green .6, yellow .5, beige .6, brown .5, pink .4, purple .3, orange .2",
+        "hat=hat": "beige 5, brown 4, black 1.5, white 1.5, red .3, yellow .3",
+        "labourer": "yellow 5, orange 3",
+        "hat=cap": "red 1.4, blue 1.4, white 1.4",
+    },
+    "glasses": {
+        "*": "none 5, glasses 1, sunglasses .4",
+        "summer": "sunglasses 3",
+        "winter": "sunglasses .2",
+        "office": "glasses 1.8",
+        "older": "glasses 2.5",
+        "tourist": "sunglasses 2",
+    },
+    "scarf": {
+        "*": "none 60, red .8, grey .8, blue .5, beige .5, white .5, black .4, green .4, yellow .3, pink .4, purple .3",
+        "winter": "none .14",
+        "summer": "none 20",
+        "jogger": "none 5",
+        "labourer": "none 4",
+        "woman": "none .7",
+    },
+    "bag": {
+        "*": "none 2.4, backpack 1, shoulder bag .8",
+        "student": "backpack 6, none .4",
+        "tourist": "backpack 5, shoulder bag 1.4",
+        "office": "shoulder bag 2.5, backpack .6",
+        "jogger": "none 6, shoulder bag .1",
+        "labourer": "none 2, shoulder bag .2",
+        "walker": "none 2",
+        "woman": "shoulder bag 1.8",
+        "shopper": "shoulder bag 2",
+    },
+    "bag_colour": {
+        "*": "black 3, grey 1.5, brown 1.3, blue 1, navy 1, red 1, green .6, beige .5, pink .4, purple .4, yellow .3, orange .3, white .3",
+        "bag=shoulder bag": "brown 2.4, beige 1.6, blue .5, grey .6",
+        "student": "blue 1.6, green 1.5, purple 1.5",
+        "man": "pink .1",
+    },
+    "bag_side": {"*": "left 1, right 1"},
+    "held": {
+        "*": "none 5, handbag .7, shopping bag .5, two shopping bags .1, suitcase .25, umbrella .5, phone .8, cup .5, book .25, dog .15",
+        "man": "handbag .05",
+        "shopper": "shopping bag 9, two shopping bags 12, handbag 2.4, none .5",
+        "tourist": "suitcase 7, phone 1.5",
+        "office": "cup 3, suitcase 1.6, handbag 2",
+        "student": "book 6, phone 2, cup 1.5",
+        "walker": "dog 22, none .6",
+        "winter": "umbrella 1.8",
+        "jogger": "none 3, phone 1.4, handbag .02, suitcase .02, umbrella .1, book .02, shopping bag .1, two shopping bags 0",
+        "summer": "umbrella .4",
+        "labourer": "handbag 0, book .1",
+    },
+    "held_colour": {
+        "*": "black 1.6, red 1.2, blue 1.2, white .8, green .7, brown .8, grey .8, yellow .6, pink .5, purple .4, orange .4, beige .6, navy .5",
+        "held=cup": "white 5, brown 1.5, navy .2, grey .2, purple .2, black .5",
+        "held=dog": "brown 6, black 3, white 4, grey 1, beige 3, red 0, blue 0, green 0, yellow 0, pink 0, purple 0, orange 0, navy 0",
+        "held=shopping bag": "white 2.5, beige 2.5, black .6",
+        "held=two shopping bags": "white 2.5, beige 2.5, black .6",
+        "held=handbag": "brown 2, red 1.5, black 1.5, white .5",
+        "held=suitcase": "black 2, grey 1.6",
+    },
+    "held_side": {"*": "left 1, right 1"},
 }
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-024
-PRIOR = {f: {tag: _weights(text) for tag, text in table.items()} for f, table in (_BODY | _CLOTHES | _BELOW | _THINGS).items()}
-_MATCH = {"bag_colour": ("shoe_colour", 3.), "hat_colour": ("upper_colour", 2.), "held_colour": ("bag_colour", 2.), "scarf": ("hat_colour", 4.)}
-_DIFFER = {"pattern_colour": 0., "sleeve_colour": 0., "inner": .1, "lower_colour": .3}      # from the upper garment's colour
+PRIOR = {
+    f: {tag: _weights(text) for tag, text in table.items()}
+    for f, table in (_BODY | _CLOTHES | _BELOW | _THINGS).items()
+}
+_MATCH = {
+    "bag_colour": ("shoe_colour", 3.0),
+    "hat_colour": ("upper_colour", 2.0),
+    "held_colour": ("bag_colour", 2.0),
+    "scarf": ("hat_colour", 4.0),
+}
+_DIFFER = {
+    "pattern_colour": 0.0,
+    "sleeve_colour": 0.0,
+    "inner": 0.1,
+    "lower_colour": 0.3,
+}  # from the upper garment's colour
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-027
-def _fixed(name:str, a:dict[str, str]) -> str|None:
+def _fixed(name: str, a: dict[str, str]) -> str | None:
     "The value a field must have given the others (a colour of nothing is none), or None if it is free."
-    if name == "pattern_colour" and a["pattern"] == "plain": return "none"
-    if name == "sleeve_colour" and (a["sleeves"] == "no" or a["pattern"] in ("checked", "dotted")): return "same"
-    if name == "lower_colour" and a["lower"] == "none": return "none"
-    if name == "hat_colour" and a["hat"] in ("none", "hood"): return "none"
-    if name == "hair_colour" and a["hair"] == "bald": return "none"
-    if name == "scarf" and a["hat"] == "hood": return "none"
-    if name in ("bag_colour", "bag_side") and a["bag"] == "none" or name == "bag_side" and a["bag"] == "backpack": return "none"
-    if name == "held_colour" and a["held"] in ("none", "phone"): return "none"
-    if name == "held_side" and a["held"] in ("none", "two shopping bags"): return "none"
+    if name == "pattern_colour" and a["pattern"] == "plain":
+        return "none"
+    if name == "sleeve_colour" and (a["sleeves"] == "no" or a["pattern"] in ("checked", "dotted")):
+        return "same"
+    if name == "lower_colour" and a["lower"] == "none":
+        return "none"
+    if name == "hat_colour" and a["hat"] in ("none", "hood"):
+        return "none"
+    if name == "hair_colour" and a["hair"] == "bald":
+        return "none"
+    if name == "scarf" and a["hat"] == "hood":
+        return "none"
+    if (
+        name in ("bag_colour", "bag_side")
+        and a["bag"] == "none"
+        or name == "bag_side"
+        and a["bag"] == "backpack"
+    ):
+        return "none"
+    if name == "held_colour" and a["held"] in ("none", "phone"):
+        return "none"
+    if name == "held_side" and a["held"] in ("none", "two shopping bags"):
+        return "none"
     return None
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-030
 @dataclass(frozen=True)
 class Camera:
     "How a camera sees: the scene behind, colour gains, exposure, contrast, blur (pixels at height 96), noise (grey levels), JPEG quality."
+
     name: str
     scene: str
-    tint: tuple[float, float, float] = (1., 1., 1.)
-    exposure: float = 1.
-    contrast: float = 1.
-    blur: float = 0.
-    noise: float = 2.
+    tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    exposure: float = 1.0
+    contrast: float = 1.0
+    blur: float = 0.0
+    noise: float = 2.0
     jpeg: int = 88
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-032
 @dataclass(frozen=True)
 class Annotator:
     "A caption writer: sentence plans, favourite synonyms, and how often this one mentions the pose, adds a filler, says what is absent, counts bags."
+
     name: str
     plans: tuple[str, ...]
-    words: tuple[int, ...] = (0, 1) # which of each word's synonyms this writer reaches for
+    words: tuple[int, ...] = (0, 1)  # which of each word's synonyms this writer reaches for
     salt: int = 0
-    pose: float = .5
-    filler: float = .3
-    negation: float = .12
-    counts: float = .5
+    pose: float = 0.5
+    filler: float = 0.3
+    negation: float = 0.12
+    counts: float = 0.5
     article: bool = True
     oxford: bool = False
 
@@ -205,51 +428,71 @@ class Annotator:
 @dataclass(frozen=True, eq=False)
 class World:
     "A drawn world: a prior over people, cameras, who writes the captions of which split, and the seed that all of it hangs on."
+
     name: str
     salt: int
     cameras: tuple[Camera, ...]
-    annotators: dict[str, tuple[Annotator, ...]] # split -> writers
-    prior: dict = field(default_factory=lambda: PRIOR, repr=False) # field -> condition -> value -> weight
-    sharpness: float = 1. # how strongly conditions bend the base weights (0: not at all)
-    peak: float = 1. # exponent on the base weights: above 1 the common gets more common
-    filler_shift: dict[str, int] = field(default_factory=dict) # split -> by how many places camera fillers are shifted
+    annotators: dict[str, tuple[Annotator, ...]]  # split -> writers
+    prior: dict = field(
+        default_factory=lambda: PRIOR, repr=False
+    )  # field -> condition -> value -> weight
+    sharpness: float = 1.0  # how strongly conditions bend the base weights (0: not at all)
+    peak: float = 1.0  # exponent on the base weights: above 1 the common gets more common
+    filler_shift: dict[str, int] = field(
+        default_factory=dict
+    )  # split -> by how many places camera fillers are shifted
 
     @functools.lru_cache(maxsize=None)
-    def table(self, name:str, tags:tuple[str, ...]) -> dict[str, float]:
+    def table(self, name: str, tags: tuple[str, ...]) -> dict[str, float]:
         "Probabilities of a field's values given the conditions that bend them."
-        w = {v: x ** self.peak for v, x in self.prior[name]["*"].items()}
+        w = {v: x**self.peak for v, x in self.prior[name]["*"].items()}
         for tag in tags:
-            if tag.startswith("match="): w = {v: x * (_MATCH[name][1] if v == tag[6:] else 1.) for v, x in w.items()}
-            elif tag.startswith("differ="): w = {v: x * (_DIFFER[name] if v == tag[7:] else 1.) for v, x in w.items()}
+            if tag.startswith("match="):
+                w = {v: x * (_MATCH[name][1] if v == tag[6:] else 1.0) for v, x in w.items()}
+            elif tag.startswith("differ="):
+                w = {v: x * (_DIFFER[name] if v == tag[7:] else 1.0) for v, x in w.items()}
             else:
-                for v, m in self.prior[name][tag].items(): w[v] = w.get(v, 1.) * m ** self.sharpness if m else 0.
+                for v, m in self.prior[name][tag].items():
+                    w[v] = w.get(v, 1.0) * m**self.sharpness if m else 0.0
         total = sum(w.values())
         return {v: x / total for v, x in w.items() if x}
 
-    def given(self, name:str, season:str, role:str, a:dict[str, str]) -> dict[str, float]:
+    def given(self, name: str, season: str, role: str, a: dict[str, str]) -> dict[str, float]:
         "Distribution of one field given season, role and the fields before it."
-        if (v := _fixed(name, a)) is not None: return {v: 1.}
+        if (v := _fixed(name, a)) is not None:
+            return {v: 1.0}
         tags = [t for t in (season, role, a.get("gender"), a.get("age")) if t in self.prior[name]]
-        tags += [t for p in ("upper", "lower", "shoes", "hat", "bag", "held") if (t := f"{p}={a.get(p)}") in self.prior[name]]
-        if name in _MATCH: tags.append("match=" + a[_MATCH[name][0]])
-        if name in _DIFFER: tags.append("differ=" + a["upper_colour"])
+        tags += [
+            t
+            for p in ("upper", "lower", "shoes", "hat", "bag", "held")
+            if (t := f"{p}={a.get(p)}") in self.prior[name]
+        ]
+        if name in _MATCH:
+            tags.append("match=" + a[_MATCH[name][0]])
+        if name in _DIFFER:
+            tags.append("differ=" + a["upper_colour"])
         return self.table(name, tuple(tags))
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-038
-def keyed_rng(*key:int # world salt, split, identity, image, purpose, ...
-             ) -> np.random.Generator:
+def keyed_rng(
+    *key: int,  # world salt, split, identity, image, purpose, ...
+) -> np.random.Generator:
     "An independent random generator for each key."
     return np.random.default_rng([int(k) for k in key])
 
-def pick(rng:np.random.Generator, dist:dict[str, float]) -> str:
+
+def pick(rng: np.random.Generator, dist: dict[str, float]) -> str:
     "One key of `dist`, with probability proportional to its value."
-    u, total = rng.random() * sum(dist.values()), 0.
+    u = rng.random() * sum(dist.values())
+    total = 0.0
     for v, p in dist.items():
         total += p
-        if u < total: return v
+        if u < total:
+            return v
     return v
 
-def one(rng:np.random.Generator, items:Sequence) -> Any:
+
+def one(rng: np.random.Generator, items: Sequence) -> Any:
     "One of the items, all equally likely."
     return items[int(rng.random() * len(items))]
 
@@ -257,129 +500,217 @@ def one(rng:np.random.Generator, items:Sequence) -> Any:
 @dataclass(frozen=True)
 class Person:
     "An identity: attributes, the season and role they were drawn from, and a seed for what no attribute says (skin, shades, height)."
+
     attributes: dict[str, str]
     season: str
     role: str
     seed: int = 0
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-041
-def sample_person(world:World # whose prior
-                 , seed:int|np.random.Generator=0 # seed, or a generator to go on with
-                 ) -> Person:
+def sample_person(
+    world: World,  # whose prior
+    seed: int | np.random.Generator = 0,  # seed, or a generator to go on with
+) -> Person:
     "Draw a person from the world's prior: season and role first, then every attribute given those before it."
     rng = seed if isinstance(seed, np.random.Generator) else keyed_rng(world.salt, seed)
-    season, role = pick(rng, world.table("season", ())), pick(rng, world.table("role", ()))
+    season = pick(rng, world.table("season", ()))
+    role = pick(rng, world.table("role", ()))
     a: dict[str, str] = {}
-    for name in FIELDS: a[name] = pick(rng, world.given(name, season, role, a))
+    for name in FIELDS:
+        a[name] = pick(rng, world.given(name, season, role, a))
     return Person(a, season, role, int(rng.random() * 2**31))
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-046
-def surprise(world:World, person:Person) -> dict[str, float]:
+def surprise(world: World, person: Person) -> dict[str, float]:
     "Per field, -ln of its probability given season, role and the fields before it (nats); capped at one in a thousand."
     a = person.attributes
-    return {n: -math.log(max(world.given(n, person.season, person.role, a).get(a[n], 0.), 1e-3)) for n in FIELDS}
+    return {
+        n: -math.log(max(world.given(n, person.season, person.role, a).get(a[n], 0.0), 1e-3))
+        for n in FIELDS
+    }
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-049
-VIEWS, POSES = ("front", "back", "left", "right"), ("walking", "standing")
+VIEWS = ("front", "back", "left", "right")
+POSES = ("walking", "standing")
 OCCLUDERS = ("none", "pole", "bench", "car", "person left", "person right", "cut")
 _SIDED = {"bag": ("bag", "bag_colour", "bag_side"), "held": ("held", "held_colour", "held_side")}
 
-def _hidden_side(side:str, value:str, view:str, occluder:str) -> bool:
+
+def _hidden_side(side: str, value: str, view: str, occluder: str) -> bool:
     "Whether a thing at the person's `side` cannot be seen from this view (nor told from nothing)."
-    if value in ("backpack", "two shopping bags"): return False
-    if value == "dog" and occluder in ("bench", "car", "cut"): return True
-    if view in ("left", "right"): return side != view
-    at_right = (side == "left") == (view == "front")             # the person's left is the picture's right when they face us
+    if value in ("backpack", "two shopping bags"):
+        return False
+    if value == "dog" and occluder in ("bench", "car", "cut"):
+        return True
+    if view in ("left", "right"):
+        return side != view
+    at_right = (side == "left") == (
+        view == "front"
+    )  # the person's left is the picture's right when they face us
     return side != "none" and occluder == ("person right" if at_right else "person left")
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-051
-def observe(a:dict[str, str] # the identity's attributes
-           , view:str="front" # front, back, left, right (the side of the person that faces the camera)
-           , occluder:str="none" # what stands in the way
-           ) -> dict[str, str]: # field -> value
+def observe(
+    a: dict[str, str],  # the identity's attributes
+    view: str = "front",  # front, back, left, right (the side of the person that faces the camera)
+    occluder: str = "none",  # what stands in the way
+) -> dict[str, str]:  # field -> value
     "What one photo lets us know, 'none' being a visible absence; what cannot be seen is not a key."
     hidden = set()
-    if view == "back": hidden |= {"glasses", "age"}
+    if view == "back":
+        hidden |= {"glasses", "age"}
     if view != "front":
         hidden.add("inner")
-        if a["pattern"] in ("plain", "logo"): hidden |= {"pattern", "pattern_colour"}     # a logo is on the front
-    if a["hat"] == "hood" or a["hat"] != "none" and a["hair"] == "bald": hidden |= {"hair", "hair_colour"}
-    if occluder in ("bench", "car", "cut"): hidden |= {"shoes", "shoe_colour"}
+        if a["pattern"] in ("plain", "logo"):
+            hidden |= {"pattern", "pattern_colour"}  # a logo is on the front
+    if a["hat"] == "hood" or a["hat"] != "none" and a["hair"] == "bald":
+        hidden |= {"hair", "hair_colour"}
+    if occluder in ("bench", "car", "cut"):
+        hidden |= {"shoes", "shoe_colour"}
     for item, names in _SIDED.items():
-        if _hidden_side(a[f"{item}_side"], a[item], view, occluder): hidden |= set(names)
+        if _hidden_side(a[f"{item}_side"], a[item], view, occluder):
+            hidden |= set(names)
     return {n: a[n] for n in FIELDS if n not in hidden}
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-054
 _DEFAULT = {"age": "adult", "build": "average", "pattern": "plain", "sleeve_colour": "same"}
 VARIABLE_SLEEVES = ("t-shirt", "shirt", "dress")
 
-def describable(seen:dict[str, str]) -> dict[str, str]:
+
+def describable(seen: dict[str, str]) -> dict[str, str]:
     "The visible attributes: what is there and worth a word."
+
     def dull(n, v):
-        if n == "sleeves": return seen["upper"] not in VARIABLE_SLEEVES or seen["upper"] == "t-shirt" and v == "short"
+        if n == "sleeves":
+            return (
+                seen["upper"] not in VARIABLE_SLEEVES or seen["upper"] == "t-shirt" and v == "short"
+            )
         return v == _DEFAULT.get(n, "none")
+
     return {n: v for n, v in seen.items() if not dull(n, v)}
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-057
 LOOKALIKES = ("colour_swap", "left_right", "sleeve", "region", "pattern")
 _lab_palette = to_lab(np.array(list(COLOURS.values())))
-_APART = {a: {b: float(np.sqrt(((_lab_palette[i] - _lab_palette[j]) ** 2).sum())) for j, b in enumerate(COLOURS)} for i, a in enumerate(COLOURS)}
+_APART = {
+    a: {
+        b: float(np.sqrt(((_lab_palette[i] - _lab_palette[j]) ** 2).sum()))
+        for j, b in enumerate(COLOURS)
+    }
+    for i, a in enumerate(COLOURS)
+}
 
-def distinct_colours(colours:Iterable[str], rng:np.random.Generator, n:int=1) -> list[str]:
+
+def distinct_colours(colours: Iterable[str], rng: np.random.Generator, n: int = 1) -> list[str]:
     "`n` palette colours well apart from `colours` and from each other (more than 30 in L*a*b*)."
-    taken, names, out = [c for c in colours if c in COLOURS], list(COLOURS), []
+    taken = [c for c in colours if c in COLOURS]
+    names = list(COLOURS)
+    out = []
     for i in np.argsort(rng.random(len(names)), kind="stable"):
-        if all(_APART[names[i]][t] > 30 for t in taken): out.append(names[i]); taken.append(names[i])
-        if len(out) == n: break
+        if all(_APART[names[i]][t] > 30 for t in taken):
+            out.append(names[i])
+            taken.append(names[i])
+        if len(out) == n:
+            break
     return out
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-059
-def _swap(a:dict[str, str], x:str, y:str) -> dict[str, str]: return a | {x: a[y], y: a[x]}
+def _swap(a: dict[str, str], x: str, y: str) -> dict[str, str]:
+    return a | {x: a[y], y: a[x]}
+
 
 def _swapped_colours(a, rng, n):
-    u, l, s = a["upper_colour"], a["lower_colour"], a["shoe_colour"]
+    u = a["upper_colour"]
+    l = a["lower_colour"]
+    s = a["shoe_colour"]
     taken = (a["pattern_colour"], a["sleeve_colour"], a["inner"])
-    if a["lower"] == "none" or _APART[u][l] < 30 or l in taken: return None
-    third = [_swap(a, "upper_colour", "shoe_colour")] if n == 3 and _APART[u][s] > 30 and s not in taken else []
+    if a["lower"] == "none" or _APART[u][l] < 30 or l in taken:
+        return None
+    third = (
+        [_swap(a, "upper_colour", "shoe_colour")]
+        if n == 3 and _APART[u][s] > 30 and s not in taken
+        else []
+    )
     return [a, _swap(a, "upper_colour", "lower_colour"), *third]
 
+
 def _swapped_sides(a, rng, n):
-    sided, other = [f for f in ("held_side", "bag_side") if a[f] != "none"], {"left": "right", "right": "left"}
-    return [a, *(a | {f: other[a[f]]} for f in sided[:n - 1])] if sided else None
+    sided = [f for f in ("held_side", "bag_side") if a[f] != "none"]
+    other = {"left": "right", "right": "left"}
+    return [a, *(a | {f: other[a[f]]} for f in sided[: n - 1])] if sided else None
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-061
 def _other_sleeves(a, rng, n):
-    u, apart = a["upper_colour"], lambda x, y: _APART[x][y] >= 30
-    if a["upper"] in ("vest", "dress", "coat") or a["pattern"] not in ("plain", "logo") or a["hat"] == "hood": return None
+    u = a["upper_colour"]
+    apart = lambda x, y: _APART[x][y] >= 30
+    if (
+        a["upper"] in ("vest", "dress", "coat")
+        or a["pattern"] not in ("plain", "logo")
+        or a["hat"] == "hood"
+    ):
+        return None
     if a["sleeve_colour"] == "same" or not apart(u, a["sleeve_colour"]):
         a = a | {"sleeve_colour": distinct_colours([u, a["inner"], a["pattern_colour"]], rng)[0]}
-    if a["sleeve_colour"] in (a["pattern_colour"], a["inner"]): return None
-    length = {"sleeves": "short" if a["sleeves"] == "long" else "long"} if a["upper"] in VARIABLE_SLEEVES else {"sleeve_colour": "same"}
+    if a["sleeve_colour"] in (a["pattern_colour"], a["inner"]):
+        return None
+    length = (
+        {"sleeves": "short" if a["sleeves"] == "long" else "long"}
+        if a["upper"] in VARIABLE_SLEEVES
+        else {"sleeve_colour": "same"}
+    )
     return [a, _swap(a, "upper_colour", "sleeve_colour"), a | length][:n]
+
 
 def _other_region(a, rng, n):
     topped = a["hat"] in ("cap", "beanie", "hat")
-    f = one(rng, ["shoe_colour"] + ["hat_colour"] * topped * 2 + ["bag_colour"] * (a["bag"] != "none") + ["scarf"] * (a["scarf"] != "none") + ["hat"] * topped)
-    if f == "hat": return [a | {"hat": h} for h in [a["hat"], *(h for h in ("cap", "beanie", "hat") if h != a["hat"])][:n]]
+    f = one(
+        rng,
+        ["shoe_colour"]
+        + ["hat_colour"] * topped * 2
+        + ["bag_colour"] * (a["bag"] != "none")
+        + ["scarf"] * (a["scarf"] != "none")
+        + ["hat"] * topped,
+    )
+    if f == "hat":
+        return [
+            a | {"hat": h}
+            for h in [a["hat"], *(h for h in ("cap", "beanie", "hat") if h != a["hat"])][:n]
+        ]
     return [a, *(a | {f: c} for c in distinct_colours([a[f]], rng, n - 1))]
 
+
 def _other_pattern(a, rng, n):
-    u, c = a["upper_colour"], a["pattern_colour"]
-    if a["upper"] in ("coat", "vest", "hoodie", "jacket") or a["sleeve_colour"] != "same": return None
-    if a["pattern"] == "plain" or _APART[u][c] <= 30: c = distinct_colours([u], rng)[0]
-    kinds = [("plain", "striped", "checked", "dotted")[i] for i in np.argsort(rng.random(4), kind="stable")[:n]]
+    u = a["upper_colour"]
+    c = a["pattern_colour"]
+    if a["upper"] in ("coat", "vest", "hoodie", "jacket") or a["sleeve_colour"] != "same":
+        return None
+    if a["pattern"] == "plain" or _APART[u][c] <= 30:
+        c = distinct_colours([u], rng)[0]
+    kinds = [
+        ("plain", "striped", "checked", "dotted")[i]
+        for i in np.argsort(rng.random(4), kind="stable")[:n]
+    ]
     return [a | {"pattern": k, "pattern_colour": "none" if k == "plain" else c} for k in kinds]
 
-_TWINS = {"colour_swap": _swapped_colours, "left_right": _swapped_sides, "sleeve": _other_sleeves, "region": _other_region, "pattern": _other_pattern}
+
+_TWINS = {
+    "colour_swap": _swapped_colours,
+    "left_right": _swapped_sides,
+    "sleeve": _other_sleeves,
+    "region": _other_region,
+    "pattern": _other_pattern,
+}
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-062
-def sample_family(world:World # whose prior
-                 , kind:str # a look-alike type, or 'none' for one person
-                 , n:int # 2 or 3 (some types allow only 2)
-                 , rng:np.random.Generator
-                 ) -> list[Person]:
+def sample_family(
+    world: World,  # whose prior
+    kind: str,  # a look-alike type, or 'none' for one person
+    n: int,  # 2 or 3 (some types allow only 2)
+    rng: np.random.Generator,
+) -> list[Person]:
     "A family of look-alikes of one type. They share season, role, skin, shades and build too."
     while True:
         base = sample_person(world, rng)
         members = [base.attributes] if kind == "none" else _TWINS[kind](base.attributes, rng, n)
-        if members: return [replace(base, attributes=m) for m in members]
+        if members:
+            return [replace(base, attributes=m) for m in members]
