@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import TiprError, ensure_torchvision
+from .timm_towers import register_tower
 from .tokens import require_hub
 
 # %% ../../nbs/03_models/03_backbones.ipynb #cell-003
@@ -187,7 +188,9 @@ def build_clip(arch:str # an open_clip name
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]
     resnet, timm, hf = isinstance(vision.get("layers"), (list, tuple)), "timm_model_name" in vision, text.get("hf_model_name")
     if not resnet: vision["image_size"] = tuple(image_size)
-    if timm: vision["timm_model_pretrained"] = False
+    if timm:
+        vision["timm_model_pretrained"] = False
+        register_tower(vision["timm_model_name"])
     if hf: require_hub(hf, "config.json"); text["hf_model_pretrained"] = False
     clip = (CustomTextCLIP if cfg.pop("custom_text", False) or hf else CLIP)(**cfg)
     if arch in own_archs(): clip.visual.conv1 = PatchStem(vision["width"], vision["patch_size"])
