@@ -47,7 +47,7 @@ def test_features_equal_the_models(model, tower):
 
 
 def test_no_torch_in_the_process(tower):
-    code = f"from tipr_nb.towers import TextTower; import sys; TextTower({str(tower)!r}).encode_text('a man'); print([m for m in ('torch', 'open_clip', 'transformers', 'torchvision') if m in sys.modules])"
+    code = f"from tipr_nb.search import TextTower; import sys; TextTower({str(tower)!r}).encode_text('a man'); print([m for m in ('torch', 'open_clip', 'transformers', 'torchvision') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stderr
 

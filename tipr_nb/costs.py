@@ -21,90 +21,156 @@ from .data import LAYOUTS
 from .training import Recipe, get_recipe
 
 # %% ../nbs/11_costs.ipynb #cell-006
-def one_pair(encoder:PersonCLIP, n:int=1, # pairs
-             tokens:int=40 # text tokens of a caption, start and end included
-            ) -> tuple[Tensor, Tensor]: # (n, 3, h, w) images, (n, tokens) token numbers
+def one_pair(
+    encoder: PersonCLIP,
+    n: int = 1,  # pairs
+    tokens: int = 40,  # text tokens of a caption, start and end included
+) -> tuple[Tensor, Tensor]:  # (n, 3, h, w) images, (n, tokens) token numbers
     "Made-up input of the right size."
     ids = torch.full((n, tokens), 300)
-    ids[:, 0], ids[:, -1] = encoder.tokenize(["a"])[0, 0], encoder.tokenize(["a"])[0].max()
+    ids[:, 0] = encoder.tokenize(["a"])[0, 0]
+    ids[:, -1] = encoder.tokenize(["a"])[0].max()
     return torch.zeros(n, 3, *encoder.image_size), ids
 
-def pair_flops(encoder:PersonCLIP, tokens:int=40) -> int: # operations of a forward pass over one pair
+
+def pair_flops(
+    encoder: PersonCLIP, tokens: int = 40
+) -> int:  # operations of a forward pass over one pair
     "Count the matrix products of one image and one caption going through both towers."
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
+
     images, ids = one_pair(encoder, 1, tokens)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: encoder.image_features(images), encoder.text_features(ids)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder.image_features(images), encoder.text_features(ids)
     return counter.get_total_flops()
 
 # %% ../nbs/11_costs.ipynb #cell-010
-def saved_bytes(encoder:PersonCLIP, n:int, tokens:int, precision:str) -> int:
+def saved_bytes(encoder: PersonCLIP, n: int, tokens: int, precision: str) -> int:
     "Bytes that autograd keeps for a batch of `n` pairs."
     seen = {}
-    def keep(t:Tensor):
-        if not isinstance(t, nn.Parameter): seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+
+    def keep(t: Tensor):
+        if not isinstance(t, nn.Parameter):
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         alive.append(t)
         return t
-    alive, (images, ids) = [], one_pair(encoder, n, tokens)     # `alive`: no address is used twice
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+
+    alive = []
+    (images, ids) = one_pair(encoder, n, tokens)  # `alive`: no address is used twice
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"),
+    ):
         _ = encoder.image_features(images), encoder.text_features(ids)
     return sum(seen.values())
 
-def pair_bytes(encoder:PersonCLIP, tokens:int=40, precision:str="bf16") -> float: # bytes
+
+def pair_bytes(encoder: PersonCLIP, tokens: int = 40, precision: str = "bf16") -> float:  # bytes
     "What one more pair in the batch adds to the memory of a training step."
     training = encoder.training
     encoder.train()
-    try: return (saved_bytes(encoder, 3, tokens, precision) - saved_bytes(encoder, 1, tokens, precision))/2
-    finally: encoder.train(training)
+    try:
+        return (
+            saved_bytes(encoder, 3, tokens, precision) - saved_bytes(encoder, 1, tokens, precision)
+        ) / 2
+    finally:
+        encoder.train(training)
 
 # %% ../nbs/11_costs.ipynb #cell-014
 @dataclass(frozen=True)
 class Gpu:
     "A card: its maker's peak for dense 16-bit matrix products with 32-bit sums, and its memory."
-    name:str
-    tflops:float   # 10^12 operations a second
-    gib:float
 
-GPUS = {g.name: g for g in (Gpu("RTX 3090", 71, 24), Gpu("RTX 4090", 165, 24), Gpu("A100", 312, 80), Gpu("H100", 989, 80))}
-SHARE = (.2, .3, .45)   # of the peak that training reaches: hopeful readers take the last, careful ones the first
+    name: str
+    tflops: float  # 10^12 operations a second
+    gib: float
+
+
+GPUS = {
+    g.name: g
+    for g in (
+        Gpu("RTX 3090", 71, 24),
+        Gpu("RTX 4090", 165, 24),
+        Gpu("A100", 312, 80),
+        Gpu("H100", 989, 80),
+    )
+}
+SHARE = (
+    0.2,
+    0.3,
+    0.45,
+)  # of the peak that training reaches: hopeful readers take the last, careful ones the first
 
 # %% ../nbs/11_costs.ipynb #cell-015
 @lru_cache(maxsize=8)
-def measure(arch:str, image_size:tuple[int, int], tokens:int, precision:str) -> tuple[int, float, int]: # operations and bytes a pair, weights
+def measure(
+    arch: str, image_size: tuple[int, int], tokens: int, precision: str
+) -> tuple[int, float, int]:  # operations and bytes a pair, weights
     "Count one architecture, once."
     encoder = PersonCLIP(arch, image_size)
-    return pair_flops(encoder.eval(), tokens), pair_bytes(encoder, tokens, precision), sum(p.numel() for p in encoder.parameters())
+    return (
+        pair_flops(encoder.eval(), tokens),
+        pair_bytes(encoder, tokens, precision),
+        sum(p.numel() for p in encoder.parameters()),
+    )
 
-def training_cost(recipe:Recipe|str, # a recipe, a name of `RECIPES` or a JSON file
-                  captions:int, # of the training split
-                  tokens:int=40, # of a caption, at most CLIP's 77
-                  gpu:Gpu|str="A100", n_ids:int=0 # training identities, for the ID loss's classifier
-                 ) -> dict[str, Any]:
+
+def training_cost(
+    recipe: Recipe | str,  # a recipe, a name of `RECIPES` or a JSON file
+    captions: int,  # of the training split
+    tokens: int = 40,  # of a caption, at most CLIP's 77
+    gpu: Gpu | str = "A100",
+    n_ids: int = 0,  # training identities, for the ID loss's classifier
+) -> dict[str, Any]:
     "Estimated hours and memory of a recipe's towers; objectives with networks of their own cost more."
     r = get_recipe(recipe)
-    if isinstance(gpu, str) and gpu not in GPUS: raise TiprError(f"gpu={gpu!r}: one of {', '.join(GPUS)}, or a `Gpu` of your own")
-    g, precision = GPUS[gpu] if isinstance(gpu, str) else gpu, "bf16" if r.precision == "no" else r.precision
+    if isinstance(gpu, str) and gpu not in GPUS:
+        raise TiprError(f"gpu={gpu!r}: one of {', '.join(GPUS)}, or a `Gpu` of your own")
+    g = GPUS[gpu] if isinstance(gpu, str) else gpu
+    precision = "bf16" if r.precision == "no" else r.precision
     flops, pair, weights = measure(r.arch, r.image_size, min(tokens, 77), precision)
-    total = 3*flops*captions*r.epochs
-    low, middle, high = (total/(g.tflops*1e12*s)/3600 for s in SHARE[::-1])
-    return dict(gpu=g.name, steps=captions//r.batch_size*r.epochs, hours=middle, hours_low=low, hours_high=high, gib=(16*(weights + n_ids*512) + pair*r.batch_size)/2**30, fits=(16*weights + pair*r.batch_size)/2**30 < .9*g.gib)
+    total = 3 * flops * captions * r.epochs
+    low, middle, high = (total / (g.tflops * 1e12 * s) / 3600 for s in SHARE[::-1])
+    return dict(
+        gpu=g.name,
+        steps=captions // r.batch_size * r.epochs,
+        hours=middle,
+        hours_low=low,
+        hours_high=high,
+        gib=(16 * (weights + n_ids * 512) + pair * r.batch_size) / 2**30,
+        fits=(16 * weights + pair * r.batch_size) / 2**30 < 0.9 * g.gib,
+    )
 
 # %% ../nbs/11_costs.ipynb #cell-021
-TOKENS = {"cuhk-pedes": 32, "icfg-pedes": 46, "rstpreid": 36, "ufine6926": 77}   # of a usual caption
+TOKENS = {"cuhk-pedes": 32, "icfg-pedes": 46, "rstpreid": 36, "ufine6926": 77}  # of a usual caption
 
-def real_set(name:str) -> dict[str, int]: # captions, tokens, n_ids
+
+def real_set(name: str) -> dict[str, int]:  # captions, tokens, n_ids
     "Size of a real training split: its authors' count (of the whole set, where they give no other)."
     counts = LAYOUTS[name].official
     ids, _, captions = counts.get("train") or counts["all"]
     return dict(captions=captions, tokens=TOKENS[name], n_ids=ids)
 
-def cost_table(name:str, # a real dataset
-               recipes=("clip", "sdm-id") # names of recipes
-              ) -> pd.DataFrame:
+
+def cost_table(
+    name: str,  # a real dataset
+    recipes=("clip", "sdm-id"),  # names of recipes
+) -> pd.DataFrame:
     "Hours and memory for one dataset, by recipe and card."
     rows = []
     for r in recipes:
         for gpu in GPUS:
             c = training_cost(r, gpu=gpu, **real_set(name))
-            rows.append({"recipe": r, "batch": get_recipe(r).batch_size, "epochs": get_recipe(r).epochs, "card": f"{gpu} ({GPUS[gpu].gib:.0f} GB)", "memory, GiB": f"{c['gib']:.1f}", "hours": f"{c['hours']:.1f} ({c['hours_low']:.1f} to {c['hours_high']:.1f})", "fits": "yes" if c["fits"] else "no: set grad_checkpoint or grad_cache"})
+            rows.append(
+                {
+                    "recipe": r,
+                    "batch": get_recipe(r).batch_size,
+                    "epochs": get_recipe(r).epochs,
+                    "card": f"{gpu} ({GPUS[gpu].gib:.0f} GB)",
+                    "memory, GiB": f"{c['gib']:.1f}",
+                    "hours": f"{c['hours']:.1f} ({c['hours_low']:.1f} to {c['hours_high']:.1f})",
+                    "fits": "yes" if c["fits"] else "no: set grad_checkpoint or grad_cache",
+                }
+            )
     return pd.DataFrame(rows).set_index("recipe")

@@ -17,11 +17,14 @@ from typing import Any, Callable, Iterable, Mapping, Sequence, TYPE_CHECKING
 
 import numpy as np
 from ..core import TiprError, atomic_path, write_json, write_text
-from .engines import FAISS_KINDS, ExactEngine, FaissEngine, MilvusEngine, Selection, overlap
+from .engines import FAISS_KINDS, ExactEngine, FaissEngine, overlap
+from .filters import Selection
+from .milvus import MilvusEngine
 from .indexing import (ITEM_TYPES, Damaged, IndexReport, Items, build_engine, generation, index_photos, indexing_lock, load_features,
     read_manifest, read_skipped, shown_name)
 from ..core import need
-from .photos import Photos, find_photos, open_picture
+from .boxes import find_photos
+from .photos import Photos, open_picture
 from .towers import TextTower, as_numpy, model_fingerprint
 
 # %% ../../nbs/08_search/11_gallery.ipynb #cell-004

@@ -17,8 +17,12 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, TYPE_CHECKING
 
 import numpy as np
 from ..core import TiprError, atomic_path, need, os_errors, progress, read_json, write_json
-from .engines import FAISS_KINDS, Column, Milvus, build_faiss, build_milvus, column_kind, milvus_errors
-from .photos import (MAX_PIXELS, Opened, Photo, Photos, column_name, looks_like_scene, open_ahead, scene_warning, tidy_table)
+from .boxes import column_name, tidy_table
+from .detectors import Opened, looks_like_scene, open_ahead, scene_warning
+from .engines import FAISS_KINDS, build_faiss
+from .filters import Column, column_kind
+from .milvus import Milvus, build_milvus, milvus_errors
+from .photos import MAX_PIXELS, Photo, Photos
 from .towers import TOWER_FILES, as_numpy, export_text_tower, model_fingerprint
 
 # %% ../../nbs/08_search/09_indexing.ipynb #cell-004

@@ -3,7 +3,7 @@ from .benchmark import make_sealed_gallery as make_sealed_gallery
 from .benchmark import make_synth_pedes as make_synth_pedes
 from .benchmark import make_synth_world as make_synth_world
 from .benchmark import oracle_table as oracle_table
-from .bodies import contact_sheet as contact_sheet
+from .bodies import image_grid as image_grid
 from .bodies import inline as inline
 from .drawing import draw_person as draw_person
 from .people import COLOURS as COLOURS

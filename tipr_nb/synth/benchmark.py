@@ -6,14 +6,14 @@
 __all__ = ['Records', 'make_synth_pedes', 'make_sealed_gallery', 'load_synth', 'load_sealed', 'make_synth_world', 'world_arrays',
            'mention_scores', 'bayes_scores', 'unbound_scores', 'rank1', 'oracle_table', 'cluster_se', 'COLOURS',
            'FIELDS', 'LOOKALIKES', 'N_GALLERIES', 'REGIONS', 'SYNTH_PEDES', 'SYNTH_SEALED', 'SYNTH_WORLD', 'V1_HASH',
-           'V1_IDS', 'WORLDS', 'Annotator', 'Camera', 'Person', 'World', 'annotate', 'contact_sheet', 'content_hash',
+           'V1_IDS', 'WORLDS', 'Annotator', 'Camera', 'Person', 'World', 'annotate', 'image_grid', 'content_hash',
            'describe', 'draw_person', 'draw_record', 'nearest_colour', 'observe', 'pixel_hash', 'sample_family',
            'sample_people', 'sample_person', 'split_sizes', 'synth_pedes_records', 'world_records']
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-002
 from ..core import cache_dir
 from ..data import LAYOUTS, PersonDataset
-from ..data.corpora import load_layout
+from ..data import load_layout
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-003
 import io, json, math, os, re, shutil, sys
@@ -25,28 +25,93 @@ from PIL import Image
 from ..core import TiprError, atomic_path, locked, progress, read_json
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-004
-from .people import (COLOURS, FIELDS, LOOKALIKES, ROLES, SEASONS, Annotator, Camera, Person, World, describable, nearest_colour,
-    observe, sample_family, sample_person)
-from .bodies import REGIONS, contact_sheet
+from tipr_nb.synth.people import (
+    COLOURS,
+    FIELDS,
+    LOOKALIKES,
+    ROLES,
+    SEASONS,
+    Annotator,
+    Camera,
+    Person,
+    World,
+    describable,
+    nearest_colour,
+    observe,
+    sample_family,
+    sample_person,
+)
+from .bodies import REGIONS, image_grid
 from .drawing import draw_person
 from .wording import _NEEDS, RATES, describe, mention_rate
-from .worlds import (N_GALLERIES, SYNTH_PEDES, SYNTH_SEALED, SYNTH_WORLD, V1_HASH, V1_IDS, WORLDS, annotate, content_hash,
-    draw_record, pixel_hash, sample_people, split_sizes, synth_pedes_records, world_records)
+from tipr_nb.synth.worlds import (
+    N_GALLERIES,
+    SYNTH_PEDES,
+    SYNTH_SEALED,
+    SYNTH_WORLD,
+    V1_HASH,
+    V1_IDS,
+    WORLDS,
+    annotate,
+    content_hash,
+    draw_record,
+    pixel_hash,
+    sample_people,
+    split_sizes,
+    synth_pedes_records,
+    world_records,
+)
 
-_all_ = ["COLOURS", "FIELDS", "LOOKALIKES", "N_GALLERIES", "REGIONS", "SYNTH_PEDES", "SYNTH_SEALED", "SYNTH_WORLD", "V1_HASH", "V1_IDS", "WORLDS", "Annotator", "Camera", "Person", "World", "annotate",
-         "contact_sheet", "content_hash", "describe", "draw_person", "draw_record", "nearest_colour", "observe", "pixel_hash", "sample_family", "sample_people", "sample_person", "split_sizes",
-         "synth_pedes_records", "world_records"]      # re-exported: one import serves whoever uses the benchmark
+_all_ = [
+    "COLOURS",
+    "FIELDS",
+    "LOOKALIKES",
+    "N_GALLERIES",
+    "REGIONS",
+    "SYNTH_PEDES",
+    "SYNTH_SEALED",
+    "SYNTH_WORLD",
+    "V1_HASH",
+    "V1_IDS",
+    "WORLDS",
+    "Annotator",
+    "Camera",
+    "Person",
+    "World",
+    "annotate",
+    "image_grid",
+    "content_hash",
+    "describe",
+    "draw_person",
+    "draw_record",
+    "nearest_colour",
+    "observe",
+    "pixel_hash",
+    "sample_family",
+    "sample_people",
+    "sample_person",
+    "split_sizes",
+    "synth_pedes_records",
+    "world_records",
+]  # re-exported: one import serves whoever uses the benchmark
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-009
-def _encode(world:World, record:dict[str, Any], size:tuple[int, int]) -> bytes:
+def _encode(world: World, record: dict[str, Any], size: tuple[int, int]) -> bytes:
     "A record's photo as JPEG bytes, at its camera's quality."
-    buffer, quality = io.BytesIO(), next(c.jpeg for c in world.cameras if c.name == record["camera"])
-    draw_record(world, record, size).save(buffer, "JPEG", quality=quality, subsampling=0 if quality > 80 else 2)
+    buffer = io.BytesIO()
+    quality = next(c.jpeg for c in world.cameras if c.name == record["camera"])
+    draw_record(world, record, size).save(
+        buffer, "JPEG", quality=quality, subsampling=0 if quality > 80 else 2
+    )
     return buffer.getvalue()
 
-def _write_photos(name:str, records:list[dict[str, Any]], size:tuple[int, int], folder:str) -> int:
+
+def _write_photos(
+    name: str, records: list[dict[str, Any]], size: tuple[int, int], folder: str
+) -> int:
     "Worker: draw and write some records' photos."
-    for r in records: (Path(folder)/r["file_path"]).write_bytes(_encode(WORLDS[name], r, size))
+    for r in records:
+        (Path(folder) / r["file_path"]).write_bytes(_encode(WORLDS[name], r, size))
     return len(records)
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-011
@@ -54,141 +119,275 @@ def _default_workers() -> int:
     "Up to eight processes where they can be forked; elsewhere one, as a script without a main guard could not start more."
     return max(1, min(8, os.cpu_count() or 1)) if sys.platform.startswith("linux") else 1
 
-def _parallel(task:str, jobs:list[tuple], workers:int|None, desc:str) -> Iterator[Any]:
+
+def _parallel(task: str, jobs: list[tuple], workers: int | None, desc: str) -> Iterator[Any]:
     "Run this module's function `task` on every job, in order, in `workers` processes (1: here)."
-    import tipr_nb.synth.benchmark as home                                 # the installed module, so that other processes find the function
-    workers, run = workers or _default_workers(), getattr(home, task)
-    if workers < 2 or len(jobs) < 2: yield from progress((run(*job) for job in jobs), desc, len(jobs)); return
+    import tipr_nb.synth.benchmark as home  # the installed module, so that other processes find the function
+
+    workers = workers or _default_workers()
+    run = getattr(home, task)
+    if workers < 2 or len(jobs) < 2:
+        yield from progress((run(*job) for job in jobs), desc, len(jobs))
+        return
     from concurrent.futures import ProcessPoolExecutor
     import multiprocessing
+
     method = "fork" if sys.platform.startswith("linux") else "spawn"
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
         yield from progress(pool.map(run, *zip(*jobs)), desc, len(jobs))
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-012
-def _is_built(root:Path, settings:dict[str, Any]) -> bool:
+def _is_built(root: Path, settings: dict[str, Any]) -> bool:
     "Whether `root` already holds this build; a folder with anything else in it is refused."
-    if not root.exists() or root.is_dir() and not any(root.iterdir()): return False
-    if not root.is_dir(): raise TiprError(f"{root}: is a file; choose a folder for {settings['name']}")
-    if not (root/"manifest.json").exists(): raise TiprError(f"{root}: is not empty and holds no {settings['name']}; choose another folder")
-    found = read_json(root/"manifest.json", "remove the folder and build it again").get("settings") or {}
-    if found == settings: return True
+    if not root.exists() or root.is_dir() and not any(root.iterdir()):
+        return False
+    if not root.is_dir():
+        raise TiprError(f"{root}: is a file; choose a folder for {settings['name']}")
+    if not (root / "manifest.json").exists():
+        raise TiprError(
+            f"{root}: is not empty and holds no {settings['name']}; choose another folder"
+        )
+    found = (
+        read_json(root / "manifest.json", "remove the folder and build it again").get("settings")
+        or {}
+    )
+    if found == settings:
+        return True
     differs = ", ".join(f"{k}={found.get(k)!r}" for k in settings if found.get(k) != settings[k])
     raise TiprError(f"{root}: holds another build ({differs}); remove it or choose another folder")
 
-def _tokens(caption:str) -> list[str]: return re.findall(r"[a-z0-9'-]+", caption.lower())
 
-def _write_annotations(folder:Path, records:list[dict[str, Any]]):
+def _tokens(caption: str) -> list[str]:
+    return re.findall(r"[a-z0-9'-]+", caption.lower())
+
+
+def _write_annotations(folder: Path, records: list[dict[str, Any]]):
     "`reid_raw.json` in CUHK-PEDES' own layout, and everything else in `attributes.json`, keyed by file path."
+
     def entry(r):
         texts = [c["caption"] for c in r["captions"]]
-        return dict(split="train" if r["split"] == "world" else r["split"], captions=texts, file_path=r["file_path"], processed_tokens=[_tokens(t) for t in texts], id=r["id"])
-    (folder/"reid_raw.json").write_text(json.dumps([entry(r) for r in records]))
-    (folder/"attributes.json").write_text(json.dumps({r["file_path"]: {k: v for k, v in r.items() if k != "file_path"} for r in records}))
+        return dict(
+            split="train" if r["split"] == "world" else r["split"],
+            captions=texts,
+            file_path=r["file_path"],
+            processed_tokens=[_tokens(t) for t in texts],
+            id=r["id"],
+        )
+
+    (folder / "reid_raw.json").write_text(json.dumps([entry(r) for r in records]))
+    (folder / "attributes.json").write_text(
+        json.dumps(
+            {r["file_path"]: {k: v for k, v in r.items() if k != "file_path"} for r in records}
+        )
+    )
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-014
-def _build(root:str|Path, world:World, make_records:Callable[[], list[dict[str, Any]]], settings:dict[str, Any], size:tuple[int, int], workers:int|None) -> Path:
+def _build(
+    root: str | Path,
+    world: World,
+    make_records: Callable[[], list[dict[str, Any]]],
+    settings: dict[str, Any],
+    size: tuple[int, int],
+    workers: int | None,
+) -> Path:
     "Write a world's records under `root`, whole or not at all; a folder that already holds this build is left as it is."
-    root, settings = Path(root), dict(name=world.name, version=1, image_size=list(size), **settings)
-    if _is_built(root, settings): return root
+    root = Path(root)
+    settings = dict(name=world.name, version=1, image_size=list(size), **settings)
+    if _is_built(root, settings):
+        return root
     with locked(root):
-        if _is_built(root, settings): return root
-        for stale in root.parent.glob(f".{root.name}.*"):        # of a build that was killed; we hold the lock
-            if stale.is_dir(): shutil.rmtree(stale, ignore_errors=True)
+        if _is_built(root, settings):
+            return root
+        for stale in root.parent.glob(
+            f".{root.name}.*"
+        ):  # of a build that was killed; we hold the lock
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
         records = make_records()
         with atomic_path(root, folder=True) as tmp:
-            for d in {os.path.dirname(r["file_path"]) for r in records}: (tmp/"imgs"/d).mkdir(parents=True)
-            jobs = [(world.name, records[i:i + 64], tuple(size), str(tmp/"imgs")) for i in range(0, len(records), 64)]
-            for _ in _parallel("_write_photos", jobs, workers, f"drawing {world.name}"): pass
+            for d in {os.path.dirname(r["file_path"]) for r in records}:
+                (tmp / "imgs" / d).mkdir(parents=True)
+            jobs = [
+                (world.name, records[i : i + 64], tuple(size), str(tmp / "imgs"))
+                for i in range(0, len(records), 64)
+            ]
+            for _ in _parallel("_write_photos", jobs, workers, f"drawing {world.name}"):
+                pass
             _write_annotations(tmp, records)
-            manifest = dict(settings=settings, n_images=len(records), n_captions=sum(len(r["captions"]) for r in records), content=content_hash(records))
-            (tmp/"manifest.json").write_text(json.dumps(manifest, indent=1))
+            manifest = dict(
+                settings=settings,
+                n_images=len(records),
+                n_captions=sum(len(r["captions"]) for r in records),
+                content=content_hash(records),
+            )
+            (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return root
 
-def _check_size(size:Sequence[int]) -> tuple[int, int]:
-    try: h, w = (int(x) for x in size)
-    except (TypeError, ValueError): raise TiprError(f"image_size={size!r} must be (height, width)") from None
-    if not (24 <= h <= 1024 and 12 <= w <= 1024): raise TiprError(f"image_size={(h, w)} must be (height, width) between (24, 12) and (1024, 1024)")
+
+def _check_size(size: Sequence[int]) -> tuple[int, int]:
+    try:
+        h, w = (int(x) for x in size)
+    except (TypeError, ValueError):
+        raise TiprError(f"image_size={size!r} must be (height, width)") from None
+    if not (24 <= h <= 1024 and 12 <= w <= 1024):
+        raise TiprError(
+            f"image_size={(h, w)} must be (height, width) between (24, 12) and (1024, 1024)"
+        )
     return h, w
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-015
-def make_synth_pedes(root:str|Path # folder to make
-                    , n_ids:int|Sequence[int]|None=None # (train, val, test) identities or their total; v1's 3000, 300, 1500 by default
-                    , seed:int=0 # 0 is the frozen benchmark
-                    , image_size:tuple[int, int]=(96, 32) # (height, width)
-                    , workers:int|None=None # processes; the result does not depend on it
-                    ) -> Path: # the folder
+def make_synth_pedes(
+    root: str | Path,  # folder to make
+    n_ids: int
+    | Sequence[int]
+    | None = None,  # (train, val, test) identities or their total; v1's 3000, 300, 1500 by default
+    seed: int = 0,  # 0 is the frozen benchmark
+    image_size: tuple[int, int] = (96, 32),  # (height, width)
+    workers: int | None = None,  # processes; the result does not depend on it
+) -> Path:  # the folder
     "Write synth-pedes in CUHK-PEDES' layout (`reid_raw.json`, `imgs/`) with `attributes.json` beside it; done at once if it is there."
-    sizes, size = split_sizes(n_ids), _check_size(image_size)
-    return _build(root, SYNTH_PEDES, lambda: synth_pedes_records(sizes, seed), dict(n_ids=list(sizes), seed=seed), size, workers)
+    sizes = split_sizes(n_ids)
+    size = _check_size(image_size)
+    return _build(
+        root,
+        SYNTH_PEDES,
+        lambda: synth_pedes_records(sizes, seed),
+        dict(n_ids=list(sizes), seed=seed),
+        size,
+        workers,
+    )
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-019
-def make_sealed_gallery(root:str|Path, n_ids:int=300, image_size:tuple[int, int]=(96, 32), workers:int|None=None) -> Path:
+def make_sealed_gallery(
+    root: str | Path,
+    n_ids: int = 300,
+    image_size: tuple[int, int] = (96, 32),
+    workers: int | None = None,
+) -> Path:
     "The sixth test gallery, from another world seed; to be scored once, for headline figures."
-    return _build(root, SYNTH_SEALED, lambda: annotate(SYNTH_SEALED, "test", n_ids, (4, 4), 1, N_GALLERIES), dict(n_ids=n_ids, seed=0), _check_size(image_size), workers)
+    return _build(
+        root,
+        SYNTH_SEALED,
+        lambda: annotate(SYNTH_SEALED, "test", n_ids, (4, 4), 1, N_GALLERIES),
+        dict(n_ids=n_ids, seed=0),
+        _check_size(image_size),
+        workers,
+    )
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-022
-def load_synth(root:str|Path|None=None, sealed:bool=False, **kwargs) -> PersonDataset:
+def load_synth(root: str | Path | None = None, sealed: bool = False, **kwargs) -> PersonDataset:
     "The embedded benchmark, drawn once into the cache folder when no root is given; `sealed` is its sixth gallery, to be scored once."
     if root is None:
         make = make_sealed_gallery if sealed else make_synth_pedes
-        root = make(cache_dir()/f"synth-pedes-v1{'-sealed' if sealed else ''}")
-    return load_layout(LAYOUTS["synth-pedes"], root, **kwargs | (dict(need=("test",)) if sealed else {}))
-
+        root = make(cache_dir() / f"synth-pedes-v1{'-sealed' if sealed else ''}")
+    return load_layout(
+        LAYOUTS["synth-pedes"], root, **kwargs | (dict(need=("test",)) if sealed else {})
+    )
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-023
-def load_sealed(root:str|Path|None=None, **kwargs) -> PersonDataset:
+def load_sealed(root: str | Path | None = None, **kwargs) -> PersonDataset:
     "The sealed gallery of the embedded benchmark."
     return load_synth(root, sealed=True, **kwargs)
 
-
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-025
-def make_synth_world(root:str|Path, n_images:int, seed:int=0, image_size:tuple[int, int]=(96, 32), workers:int|None=None) -> Path:
+def make_synth_world(
+    root: str | Path,
+    n_images: int,
+    seed: int = 0,
+    image_size: tuple[int, int] = (96, 32),
+    workers: int | None = None,
+) -> Path:
     "Write `n_images` photos of synth-world (pretraining's stand-in for web data) in the same layout, all in the train split."
-    if n_images < 2: raise TiprError(f"n_images={n_images} must be at least 2")
-    return _build(root, SYNTH_WORLD, lambda: world_records(n_images, seed), dict(n_images=n_images, seed=seed), _check_size(image_size), workers)
+    if n_images < 2:
+        raise TiprError(f"n_images={n_images} must be at least 2")
+    return _build(
+        root,
+        SYNTH_WORLD,
+        lambda: world_records(n_images, seed),
+        dict(n_images=n_images, seed=seed),
+        _check_size(image_size),
+        workers,
+    )
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-027
-def _world_chunk(chunk:int, n:int, seed:int, size:tuple[int, int], captions:int) -> tuple[np.ndarray, list[list[str]], list[int]]:
+def _world_chunk(
+    chunk: int, n: int, seed: int, size: tuple[int, int], captions: int
+) -> tuple[np.ndarray, list[list[str]], list[int]]:
     "Worker: one chunk of synth-world as arrays, through JPEG and back."
     records = world_records(n, seed, chunk, captions)
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(_encode(SYNTH_WORLD, r, size))).convert("RGB")) for r in records])
-    return pixels, [[c["caption"] for c in r["captions"]] for r in records], [r["id"] for r in records]
+    pixels = np.stack(
+        [
+            np.asarray(Image.open(io.BytesIO(_encode(SYNTH_WORLD, r, size))).convert("RGB"))
+            for r in records
+        ]
+    )
+    return (
+        pixels,
+        [[c["caption"] for c in r["captions"]] for r in records],
+        [r["id"] for r in records],
+    )
 
-def _fill_world(out:np.ndarray, jobs:list[tuple], workers:int|None) -> tuple[np.ndarray, list[list[str]], np.ndarray]:
-    texts, ids, at = [], [], 0
+
+def _fill_world(
+    out: np.ndarray, jobs: list[tuple], workers: int | None
+) -> tuple[np.ndarray, list[list[str]], np.ndarray]:
+    texts = []
+    ids = []
+    at = 0
     for pixels, t, i in _parallel("_world_chunk", jobs, workers, "drawing synth-world"):
-        out[at:at + len(pixels)] = pixels
-        at += len(pixels); texts += t; ids += i
+        out[at : at + len(pixels)] = pixels
+        at += len(pixels)
+        texts += t
+        ids += i
     return out, texts, np.unique(np.array(ids), return_inverse=True)[1]
 
-def _load_world(path:Path) -> tuple[np.ndarray, list[list[str]], np.ndarray]:
-    meta = read_json(path/"captions.json", "remove the folder and build it again")
-    return np.load(path/"images.npy", mmap_mode="r"), meta["captions"], np.array(meta["ids"])
+
+def _load_world(path: Path) -> tuple[np.ndarray, list[list[str]], np.ndarray]:
+    meta = read_json(path / "captions.json", "remove the folder and build it again")
+    return np.load(path / "images.npy", mmap_mode="r"), meta["captions"], np.array(meta["ids"])
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-028
-def world_arrays(n_images:int # photos, two per identity
-                , size:tuple[int, int]=(96, 32) # (height, width)
-                , seed:int=0
-                , workers:int|None=None
-                , path:str|Path|None=None # folder to keep it in: images.npy (memory-mapped) and captions.json; in memory by default
-                , captions:int=3 # per photo, by different annotators: one complete, then incomplete ones
-                ) -> tuple[np.ndarray, list[list[str]], np.ndarray]: # (n, h, w, 3) uint8, captions of each photo, (n,) identities from 0
+def world_arrays(
+    n_images: int,  # photos, two per identity
+    size: tuple[int, int] = (96, 32),  # (height, width)
+    seed: int = 0,
+    workers: int | None = None,
+    path: str
+    | Path
+    | None = None,  # folder to keep it in: images.npy (memory-mapped) and captions.json; in memory by default
+    captions: int = 3,  # per photo, by different annotators: one complete, then incomplete ones
+) -> tuple[
+    np.ndarray, list[list[str]], np.ndarray
+]:  # (n, h, w, 3) uint8, captions of each photo, (n,) identities from 0
     "Synth-world as arrays, for pretraining: the same photos as `make_synth_world` draws."
     size = _check_size(size)
-    settings = dict(name="synth-world arrays", version=1, n_images=n_images, image_size=list(size), seed=seed, captions=captions)
-    jobs = [(i, min(256, n_images - 256 * i), seed, size, captions) for i in range(-(-n_images // 256))]
-    if path is None: return _fill_world(np.empty((n_images, *size, 3), dtype=np.uint8), jobs, workers)
+    settings = dict(
+        name="synth-world arrays",
+        version=1,
+        n_images=n_images,
+        image_size=list(size),
+        seed=seed,
+        captions=captions,
+    )
+    jobs = [
+        (i, min(256, n_images - 256 * i), seed, size, captions) for i in range(-(-n_images // 256))
+    ]
+    if path is None:
+        return _fill_world(np.empty((n_images, *size, 3), dtype=np.uint8), jobs, workers)
     path = Path(path)
-    if _is_built(path, settings): return _load_world(path)
+    if _is_built(path, settings):
+        return _load_world(path)
     with locked(path):
-        if _is_built(path, settings): return _load_world(path)
+        if _is_built(path, settings):
+            return _load_world(path)
         with atomic_path(path, folder=True) as tmp:
-            out = np.lib.format.open_memmap(tmp/"images.npy", "w+", np.uint8, (n_images, *size, 3))
+            out = np.lib.format.open_memmap(
+                tmp / "images.npy", "w+", np.uint8, (n_images, *size, 3)
+            )
             _, texts, ids = _fill_world(out, jobs, workers)
             out.flush()
-            (tmp/"captions.json").write_text(json.dumps(dict(captions=texts, ids=ids.tolist())))
-            (tmp/"manifest.json").write_text(json.dumps(dict(settings=settings), indent=1))
+            (tmp / "captions.json").write_text(json.dumps(dict(captions=texts, ids=ids.tolist())))
+            (tmp / "manifest.json").write_text(json.dumps(dict(settings=settings), indent=1))
     return _load_world(path)
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-033
@@ -197,120 +396,203 @@ _AT = {f: i for i, f in enumerate(_F)}
 _CAUSES = [(s, r) for s in SEASONS for r in ROLES]
 Records = Sequence[dict[str, Any]]
 
-def _shown(records:Records) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+
+def _shown(records: Records) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "What each photo shows: value codes (n, F), which fields can be seen (n, F), which are visible attributes (n, F)."
-    code, seen, tell = np.zeros((len(records), len(_F)), np.int16), np.zeros((len(records), len(_F)), bool), np.zeros((len(records), len(_F)), bool)
+    code = np.zeros((len(records), len(_F)), np.int16)
+    seen = np.zeros((len(records), len(_F)), bool)
+    tell = np.zeros((len(records), len(_F)), bool)
     for i, r in enumerate(records):
         visible = observe(r["attributes"], r["view"], r["occluder"])
-        code[i], seen[i] = [FIELDS[f].index(r["attributes"][f]) for f in _F], [f in visible for f in _F]
+        code[i] = [FIELDS[f].index(r["attributes"][f]) for f in _F]
+        seen[i] = [f in visible for f in _F]
         tell[i, [_AT[f] for f in r["visible"]]] = True
     return code, seen, tell
 
-def _said(records:Records) -> tuple[np.ndarray, list[dict], np.ndarray]:
+
+def _said(records: Records) -> tuple[np.ndarray, list[dict], np.ndarray]:
     "Mentioned value codes of every caption (q, F), -1 where a field is not mentioned; the captions; index of their photo (q,)."
     caps = [(i, c) for i, r in enumerate(records) for c in r["captions"]]
     said = np.full((len(caps), len(_F)), -1, np.int16)
     for q, (_, c) in enumerate(caps):
         for f, v in c["mentioned"].items():
-            if f in _AT: said[q, _AT[f]] = FIELDS[f].index(v)
+            if f in _AT:
+                said[q, _AT[f]] = FIELDS[f].index(v)
     return said, [c for _, c in caps], np.array([i for i, _ in caps])
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-035
-def _agreement(records:Records) -> tuple[np.ndarray, np.ndarray]:
+def _agreement(records: Records) -> tuple[np.ndarray, np.ndarray]:
     "Counts (q, n) of what captions and photos agree on, and of what they contradict each other on."
     said, caps, _ = _said(records)
     code, seen, _ = _shown(records)
-    yes, no = np.zeros((len(said), len(code)), np.float32), np.zeros((len(said), len(code)), np.float32)
+    yes = np.zeros((len(said), len(code)), np.float32)
+    no = np.zeros((len(said), len(code)), np.float32)
     for j in range(len(_F)):
-        on, same = said[:, j] >= 0, said[:, j, None] == code[None, :, j]
+        on = said[:, j] >= 0
+        same = said[:, j, None] == code[None, :, j]
         yes += on[:, None] & seen[None, :, j] & same
         no += on[:, None] & seen[None, :, j] & ~same
-    j = _AT["pattern"]                                          # a plain back may have a logo in front, but no stripes
-    unmarked = np.array([r["view"] != "front" and r["attributes"]["pattern"] in ("plain", "logo") for r in records])
-    no += np.isin(said[:, j], [FIELDS["pattern"].index(v) for v in ("striped", "checked", "dotted")])[:, None] & unmarked[None]
-    for f in ("view", "pose"): yes += np.array([c["mentioned"].get(f, "") for c in caps])[:, None] == np.array([r[f] for r in records])[None]
+    j = _AT["pattern"]  # a plain back may have a logo in front, but no stripes
+    unmarked = np.array(
+        [r["view"] != "front" and r["attributes"]["pattern"] in ("plain", "logo") for r in records]
+    )
+    no += (
+        np.isin(said[:, j], [FIELDS["pattern"].index(v) for v in ("striped", "checked", "dotted")])[
+            :, None
+        ]
+        & unmarked[None]
+    )
+    for f in ("view", "pose"):
+        yes += (
+            np.array([c["mentioned"].get(f, "") for c in caps])[:, None]
+            == np.array([r[f] for r in records])[None]
+        )
     return yes, no
 
-def mention_scores(records:Records) -> np.ndarray: # (captions, photos)
+
+def mention_scores(records: Records) -> np.ndarray:  # (captions, photos)
     "The mention-only oracle: agreements, with one contradiction outweighing them all."
     yes, no = _agreement(records)
     return yes - 100 * no
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-037
-def _posterior(world:World, r:dict[str, Any], cache:dict) -> tuple[np.ndarray, np.ndarray]:
+def _posterior(world: World, r: dict[str, Any], cache: dict) -> tuple[np.ndarray, np.ndarray]:
     "Surprise of every attribute under every season and role (Z, F), and the log posterior of season and role given what the photo shows (Z,)."
     a = r["attributes"]
     if r["id"] not in cache:
-        cache[r["id"]] = np.array([[-math.log(max(world.given(f, s, o, a).get(a[f], 0.), 1e-3)) for f in _F] for s, o in _CAUSES])
-    prior = np.array([math.log(world.table("season", ())[s] * world.table("role", ())[o]) for s, o in _CAUSES])
+        cache[r["id"]] = np.array(
+            [
+                [-math.log(max(world.given(f, s, o, a).get(a[f], 0.0), 1e-3)) for f in _F]
+                for s, o in _CAUSES
+            ]
+        )
+    prior = np.array(
+        [math.log(world.table("season", ())[s] * world.table("role", ())[o]) for s, o in _CAUSES]
+    )
     logp = prior - cache[r["id"]][:, [_AT[f] for f in observe(a, r["view"], r["occluder"])]].sum(1)
     return cache[r["id"]], logp - np.logaddexp.reduce(logp)
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-039
-def bayes_scores(records:Records, world:World=SYNTH_PEDES, rates:Sequence[float]=RATES, top:int=4) -> np.ndarray: # (captions, photos)
+def bayes_scores(
+    records: Records, world: World = SYNTH_PEDES, rates: Sequence[float] = RATES, top: int = 4
+) -> np.ndarray:  # (captions, photos)
     "The Bayesian oracle: ln P(caption | photo), summed over the `top` likeliest seasons and roles of each photo, kinds of caption and rates."
     said, caps, _ = _said(records)
-    (yes, _), (_, _, tell) = _agreement(records), _shown(records)
-    cache:dict[int, np.ndarray] = {}
+    (yes, _) = _agreement(records)
+    (_, _, tell) = _shown(records)
+    cache: dict[int, np.ndarray] = {}
     on = (said >= 0).astype(np.float32)
-    free = np.stack([(on[:, j] == 0) & (on[:, [_AT[p] for p in _NEEDS.get(f, ())]] > 0).all(1) for j, f in enumerate(_F)], 1).astype(np.float32)
+    free = np.stack(
+        [
+            (on[:, j] == 0) & (on[:, [_AT[p] for p in _NEEDS.get(f, ())]] > 0).all(1)
+            for j, f in enumerate(_F)
+        ],
+        1,
+    ).astype(np.float32)
     both = [_posterior(world, r, cache) for r in records]
     best = np.stack([np.argsort(-z, kind="stable")[:top] for _, z in both])
-    nats, logz = np.stack([b[k] for (b, _), k in zip(both, best)]), np.stack([z[k] for (_, z), k in zip(both, best)])
+    nats = np.stack([b[k] for (b, _), k in zip(both, best)])
+    logz = np.stack([z[k] for (_, z), k in zip(both, best)])
     total = np.full(yes.shape, -np.inf, np.float32)
-    for rate, kind, share in [(.97, "complete", .5), *((r, "incomplete", .5 / len(rates)) for r in rates)]:
+    for rate, kind, share in [
+        (0.97, "complete", 0.5),
+        *((r, "incomplete", 0.5 / len(rates)) for r in rates),
+    ]:
         p = np.clip(mention_rate(rate, nats, kind), 1e-4, 1 - 1e-4)
         for z in range(top):
-            score = on @ (np.log(p[:, z]) * tell).T + free @ (np.log1p(-p[:, z]) * tell).T + logz[:, z] + math.log(share)
+            score = (
+                on @ (np.log(p[:, z]) * tell).T
+                + free @ (np.log1p(-p[:, z]) * tell).T
+                + logz[:, z]
+                + math.log(share)
+            )
             total = np.logaddexp(total, score.astype(np.float32))
     mentions = np.array([len(c["mentioned"]) for c in caps], np.float32)
-    return total - 30 * (mentions[:, None] - yes)               # what is mentioned must be there
+    return total - 30 * (mentions[:, None] - yes)  # what is mentioned must be there
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-041
-def _word_of(f:str, v:str) -> str:
+def _word_of(f: str, v: str) -> str:
     "The word a value is told by, whatever it belongs to."
-    return "colour " + v if v in COLOURS and f != "hair_colour" else "side " + v if f.endswith("_side") else f"{f} {v}"
+    return (
+        "colour " + v
+        if v in COLOURS and f != "hair_colour"
+        else "side " + v
+        if f.endswith("_side")
+        else f"{f} {v}"
+    )
 
-def unbound_scores(records:Records) -> np.ndarray: # (captions, photos)
+
+def unbound_scores(records: Records) -> np.ndarray:  # (captions, photos)
     "A bag-of-words reader: how many of the caption's words (colours, things, sides) occur anywhere in the photo."
-    shown = [{_word_of(f, v) for f, v in observe(r["attributes"], r["view"], r["occluder"]).items()} | {f"{f} {r[f]}" for f in ("view", "pose")} for r in records]
+    shown = [
+        {_word_of(f, v) for f, v in observe(r["attributes"], r["view"], r["occluder"]).items()}
+        | {f"{f} {r[f]}" for f in ("view", "pose")}
+        for r in records
+    ]
     words = {w: i for i, w in enumerate(sorted(set().union(*shown)))}
     g = np.array([[w in s for w in words] for s in shown], np.float32)
     q = np.zeros((sum(len(r["captions"]) for r in records), len(words)), np.float32)
     for i, c in enumerate(c for r in records for c in r["captions"]):
         for f, v in c["mentioned"].items():
-            if (w := _word_of(f, v)) in words: q[i, words[w]] = 1
+            if (w := _word_of(f, v)) in words:
+                q[i, words[w]] = 1
     return q @ g.T
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-042
-def rank1(scores:np.ndarray # (q, n)
-         , query_ids:np.ndarray, gallery_ids:np.ndarray
-         ) -> np.ndarray: # (q,) in 0..1
+def rank1(
+    scores: np.ndarray,  # (q, n)
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+) -> np.ndarray:  # (q,) in 0..1
     "Chance that the first photo is right, ties broken by lot."
     top = scores >= scores.max(1, keepdims=True) - 1e-6
     return (top & (query_ids[:, None] == gallery_ids[None])).sum(1) / top.sum(1)
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-044
-def oracle_table(records:Records, world:World=SYNTH_PEDES) -> Any: # DataFrame, one row per caption
+def oracle_table(
+    records: Records, world: World = SYNTH_PEDES
+) -> Any:  # DataFrame, one row per caption
     "All three readers on each gallery of the records: kind, completeness, look-alike type and Rank-1 (0..1) of every caption."
     import pandas as pd
+
     tables = []
     for g in sorted({r["gallery"] for r in records}):
         part = [r for r in records if r["gallery"] == g]
         _, caps, photo = _said(part)
         ids = np.array([r["id"] for r in part])
-        rows = [dict(gallery=g, id=part[i]["id"], kind=c["kind"], completeness=c["completeness"], lookalike=part[i]["lookalike"], annotator=c["annotator"]) for i, c in zip(photo, caps)]
-        scores = dict(unbound=unbound_scores(part), mention=mention_scores(part), bayes=bayes_scores(part, world))
-        tables.append(pd.DataFrame(rows).assign(**{name: rank1(s, ids[photo], ids) for name, s in scores.items()}))
+        rows = [
+            dict(
+                gallery=g,
+                id=part[i]["id"],
+                kind=c["kind"],
+                completeness=c["completeness"],
+                lookalike=part[i]["lookalike"],
+                annotator=c["annotator"],
+            )
+            for i, c in zip(photo, caps)
+        ]
+        scores = dict(
+            unbound=unbound_scores(part),
+            mention=mention_scores(part),
+            bayes=bayes_scores(part, world),
+        )
+        tables.append(
+            pd.DataFrame(rows).assign(
+                **{name: rank1(s, ids[photo], ids) for name, s in scores.items()}
+            )
+        )
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-053
-def cluster_se(values:np.ndarray # (q,) per-query values, e.g. hits or differences of hits
-              , ids:np.ndarray # (q,) identity of each query
-              , n_boot:int=1000, seed:int=0
-              ) -> float:
+def cluster_se(
+    values: np.ndarray,  # (q,) per-query values, e.g. hits or differences of hits
+    ids: np.ndarray,  # (q,) identity of each query
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> float:
     "Standard error of the mean when identities, not queries, are resampled."
     _, at = np.unique(ids, return_inverse=True)
-    sums, counts = np.bincount(at, values), np.bincount(at)
+    sums = np.bincount(at, values)
+    counts = np.bincount(at)
     draw = np.random.default_rng(seed).integers(0, len(sums), (n_boot, len(sums)))
     return float((sums[draw].sum(1) / counts[draw].sum(1)).std())

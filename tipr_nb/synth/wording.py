@@ -12,374 +12,793 @@ import numpy as np
 from .people import FIELDS, Annotator, keyed_rng, one
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-008
-RATES = (.28, .43, .58)       # an incomplete caption's rate: least, middle, most (before the limits of 0.3 and 0.7 on its completeness)
-SALIENCE = .7                 # how much a nat of surprise raises the log odds of a mention
+RATES = (
+    0.28,
+    0.43,
+    0.58,
+)  # an incomplete caption's rate: least, middle, most (before the limits of 0.3 and 0.7 on its completeness)
+SALIENCE = 0.7  # how much a nat of surprise raises the log odds of a mention
 
-def mention_rate(rate:float|np.ndarray # for an attribute of average surprise
-                , nats:float|np.ndarray # how surprising this one is
-                , kind:str="incomplete" # complete captions mention everything alike
-                ) -> Any:
+
+def mention_rate(
+    rate: float | np.ndarray,  # for an attribute of average surprise
+    nats: float | np.ndarray,  # how surprising this one is
+    kind: str = "incomplete",  # complete captions mention everything alike
+) -> Any:
     "Probability that an attribute of that surprise is mentioned."
-    if kind == "complete": return rate + 0. * nats
-    z = np.log(rate / (1 - rate)) + SALIENCE * (np.minimum(nats, 5.) - 1.3)
+    if kind == "complete":
+        return rate + 0.0 * nats
+    z = np.log(rate / (1 - rate)) + SALIENCE * (np.minimum(nats, 5.0) - 1.3)
     return 1 / (1 + np.exp(-z))
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-010
-_NEEDS = {"pattern_colour": ("pattern", "upper_colour"), "hat_colour": ("hat",), "bag_colour": ("bag",), "bag_side": ("bag",),
-          "held_colour": ("held",), "held_side": ("held",)}                                   # no one says 'a black' without the bag
+_NEEDS = {
+    "pattern_colour": ("pattern", "upper_colour"),
+    "hat_colour": ("hat",),
+    "bag_colour": ("bag",),
+    "bag_side": ("bag",),
+    "held_colour": ("held",),
+    "held_side": ("held",),
+}  # no one says 'a black' without the bag
 
-def choose(visible:dict[str, str] # describable attributes
-          , nats:dict[str, float] # how surprising each is
-          , kind:str # complete or incomplete
-          , rng:np.random.Generator
-          ) -> set[str]: # the attributes to mention
+
+def choose(
+    visible: dict[str, str],  # describable attributes
+    nats: dict[str, float],  # how surprising each is
+    kind: str,  # complete or incomplete
+    rng: np.random.Generator,
+) -> set[str]:  # the attributes to mention
     "Which attributes a caption mentions."
     for _ in range(60):
-        rate = .97 if kind == "complete" else RATES[0] + (RATES[-1] - RATES[0]) * rng.random()
+        rate = 0.97 if kind == "complete" else RATES[0] + (RATES[-1] - RATES[0]) * rng.random()
         keep = {n for n in visible if rng.random() < mention_rate(rate, nats[n], kind)}
-        while lost := {n for n in keep if not set(_NEEDS.get(n, ())) <= keep}: keep -= lost
-        if (.9 if kind == "complete" else .3) <= len(keep) / len(visible) <= (1. if kind == "complete" else .7): return keep
-    return set(visible) if kind == "complete" else set(list(visible)[:len(visible) // 2])
+        while lost := {n for n in keep if not set(_NEEDS.get(n, ())) <= keep}:
+            keep -= lost
+        if (
+            (0.9 if kind == "complete" else 0.3)
+            <= len(keep) / len(visible)
+            <= (1.0 if kind == "complete" else 0.7)
+        ):
+            return keep
+    return set(visible) if kind == "complete" else set(list(visible)[: len(visible) // 2])
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-014
-_WHO = {"woman": ("woman", "lady", "female"), "man": ("man", "male", "gentleman"), "young woman": ("young woman", "girl", "young lady"),
-  "young man": ("young man", "young guy", "boy"), "older woman": ("older woman", "elderly woman", "senior lady"),
-  "older man": ("older man", "elderly man", "senior gentleman"), "person": ("person", "pedestrian", "individual", "passer-by"),
-  "slim": ("slim", "thin", "slender", "lean"), "heavy": ("heavyset", "stocky", "large", "broad"),
-  "shoulder-length": ("shoulder-length", "medium-length", "mid-length", "chin-length"), "bald": ("bald", "bald", "shaved", "bald"),
-  "tied": ("in a ponytail", "tied back", "pulled back in a ponytail", "tied up behind the head"),
-  "short": ("short", "short", "cropped", "close-cut"), "long": ("long", "long", "flowing", "very long")}
-_WEAR = {"t-shirt": ("t-shirt", "tee shirt", "tee", "T-shirt"), "shirt": ("shirt", "button-up shirt", "collared shirt", "button-down shirt"),
-  "hoodie": ("hoodie", "hooded sweatshirt", "hooded top", "hoody"), "sweater": ("sweater", "pullover", "jumper", "knit sweater"),
-  "jacket": ("jacket", "short jacket", "zip-up jacket", "waist-length jacket"), "coat": ("coat", "long coat", "overcoat", "knee-length coat"),
-  "vest": ("vest", "padded vest", "body warmer", "puffer vest"), "dress": ("dress", "one-piece dress", "knee-length dress", "sundress"),
-  "top": ("top", "upper garment", "top", "piece of clothing"), "jeans": ("jeans", "denim jeans", "denims", "denim pants"),
-  "trousers": ("pants", "trousers", "slacks", "dress pants"), "shorts": ("shorts", "short pants", "knee-length shorts", "knee shorts"),
-  "skirt": ("skirt", "knee-length skirt", "flared skirt", "A-line skirt"), "leggings": ("leggings", "tights", "tight leggings", "stretch pants"),
-  "bottoms": ("bottoms", "legwear", "lower garments", "bottoms"), "sneakers": ("sneakers", "running shoes", "trainers", "sports shoes"),
-  "boots": ("boots", "ankle boots", "short boots", "high boots"), "leather shoes": ("dress shoes", "leather shoes", "loafers", "smart shoes"),
-  "sandals": ("sandals", "open-toed shoes", "flip flops", "slippers"), "footwear": ("shoes", "footwear", "shoes", "shoes"),
-  "cap": ("cap", "baseball cap", "peaked cap", "ball cap"), "beanie": ("beanie", "knit cap", "knitted hat", "woolly hat"),
-  "hat": ("hat", "brimmed hat", "wide-brimmed hat", "sun hat"), "glasses": ("glasses", "eyeglasses", "spectacles", "a pair of glasses"),
-  "sunglasses": ("sunglasses", "dark glasses", "shades", "a pair of sunglasses"), "scarf": ("scarf", "neck scarf", "muffler", "shawl"),
-  "short sleeves": ("short-sleeved", "short sleeve", "half-sleeved", "short-sleeved"),
-  "long sleeves": ("long-sleeved", "long sleeve", "full-sleeved", "long-sleeved"), "no sleeves": ("sleeveless", "sleeveless", "armless", "sleeveless"),
-  "striped": ("striped", "stripe-patterned", "horizontally striped", "banded"), "checked": ("plaid", "checkered", "checked", "tartan"),
-  "dotted": ("polka dot", "dotted", "spotted", "polka-dotted"), "logo": ("logo", "print", "emblem", "graphic")}
+_WHO = {
+    "woman": ("woman", "lady", "female"),
+    "man": ("man", "male", "gentleman"),
+    "young woman": ("young woman", "girl", "young lady"),
+    "young man": ("young man", "young guy", "boy"),
+    "older woman": ("older woman", "elderly woman", "senior lady"),
+    "older man": ("older man", "elderly man", "senior gentleman"),
+    "person": ("person", "pedestrian", "individual", "passer-by"),
+    "slim": ("slim", "thin", "slender", "lean"),
+    "heavy": ("heavyset", "stocky", "large", "broad"),
+    "shoulder-length": ("shoulder-length", "medium-length", "mid-length", "chin-length"),
+    "bald": ("bald", "bald", "shaved", "bald"),
+    "tied": ("in a ponytail", "tied back", "pulled back in a ponytail", "tied up behind the head"),
+    "short": ("short", "short", "cropped", "close-cut"),
+    "long": ("long", "long", "flowing", "very long"),
+}
+_WEAR = {
+    "t-shirt": ("t-shirt", "tee shirt", "tee", "T-shirt"),
+    "shirt": ("shirt", "button-up shirt", "collared shirt", "button-down shirt"),
+    "hoodie": ("hoodie", "hooded sweatshirt", "hooded top", "hoody"),
+    "sweater": ("sweater", "pullover", "jumper", "knit sweater"),
+    "jacket": ("jacket", "short jacket", "zip-up jacket", "waist-length jacket"),
+    "coat": ("coat", "long coat", "overcoat", "knee-length coat"),
+    "vest": ("vest", "padded vest", "body warmer", "puffer vest"),
+    "dress": ("dress", "one-piece dress", "knee-length dress", "sundress"),
+    "top": ("top", "upper garment", "top", "piece of clothing"),
+    "jeans": ("jeans", "denim jeans", "denims", "denim pants"),
+    "trousers": ("pants", "trousers", "slacks", "dress pants"),
+    "shorts": ("shorts", "short pants", "knee-length shorts", "knee shorts"),
+    "skirt": ("skirt", "knee-length skirt", "flared skirt", "A-line skirt"),
+    "leggings": ("leggings", "tights", "tight leggings", "stretch pants"),
+    "bottoms": ("bottoms", "legwear", "lower garments", "bottoms"),
+    "sneakers": ("sneakers", "running shoes", "trainers", "sports shoes"),
+    "boots": ("boots", "ankle boots", "short boots", "high boots"),
+    "leather shoes": ("dress shoes", "leather shoes", "loafers", "smart shoes"),
+    "sandals": ("sandals", "open-toed shoes", "flip flops", "slippers"),
+    "footwear": ("shoes", "footwear", "shoes", "shoes"),
+    "cap": ("cap", "baseball cap", "peaked cap", "ball cap"),
+    "beanie": ("beanie", "knit cap", "knitted hat", "woolly hat"),
+    "hat": ("hat", "brimmed hat", "wide-brimmed hat", "sun hat"),
+    "glasses": ("glasses", "eyeglasses", "spectacles", "a pair of glasses"),
+    "sunglasses": ("sunglasses", "dark glasses", "shades", "a pair of sunglasses"),
+    "scarf": ("scarf", "neck scarf", "muffler", "shawl"),
+    "short sleeves": ("short-sleeved", "short sleeve", "half-sleeved", "short-sleeved"),
+    "long sleeves": ("long-sleeved", "long sleeve", "full-sleeved", "long-sleeved"),
+    "no sleeves": ("sleeveless", "sleeveless", "armless", "sleeveless"),
+    "striped": ("striped", "stripe-patterned", "horizontally striped", "banded"),
+    "checked": ("plaid", "checkered", "checked", "tartan"),
+    "dotted": ("polka dot", "dotted", "spotted", "polka-dotted"),
+    "logo": ("logo", "print", "emblem", "graphic"),
+}
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-015
-_CARRY = {"bag": ("bag", "bag", "bag", "bag"), "backpack": ("backpack", "rucksack", "knapsack", "school bag"),
-  "shoulder bag": ("shoulder bag", "messenger bag", "crossbody bag", "satchel"), "handbag": ("handbag", "purse", "hand bag", "tote"),
-  "shopping bag": ("shopping bag", "paper bag", "carrier bag", "plastic bag"), "shopping bags": ("shopping bags", "paper bags", "carrier bags", "plastic bags"),
-  "suitcase": ("suitcase", "rolling suitcase", "trolley case", "wheeled suitcase"), "umbrella": ("umbrella", "umbrella", "parasol", "brolly"),
-  "phone": ("phone", "cell phone", "mobile phone", "smartphone"), "cup": ("cup", "coffee cup", "paper cup", "takeaway cup"),
-  "book": ("book", "notebook", "folder", "hardback book"), "dog": ("dog", "small dog", "pet dog", "puppy")}
-_COLOUR = {"grey": ("grey", "gray", "gray", "ash grey"), "beige": ("beige", "tan", "cream", "sand-coloured"), "navy": ("navy", "dark blue", "navy blue", "deep blue"),
-  "light blue": ("light blue", "sky blue", "pale blue", "baby blue"), "purple": ("purple", "violet", "purple", "plum"), "red": ("red", "red", "bright red", "scarlet"),
-  "pink": ("pink", "light pink", "rose", "pink"), "brown": ("brown", "brown", "brown", "dark brown"), "blue": ("blue", "blue", "bright blue", "royal blue"),
-  "green": ("green", "green", "dark green", "leaf green"), "black": ("black", "black", "black", "jet black"), "white": ("white", "white", "white", "off-white"),
-  "yellow": ("yellow", "yellow", "bright yellow", "golden yellow"), "orange": ("orange", "orange", "bright orange", "orange"),
-  "blonde": ("blonde", "blond", "fair", "golden")}
+_CARRY = {
+    "bag": ("bag", "bag", "bag", "bag"),
+    "backpack": ("backpack", "rucksack", "knapsack", "school bag"),
+    "shoulder bag": ("shoulder bag", "messenger bag", "crossbody bag", "satchel"),
+    "handbag": ("handbag", "purse", "hand bag", "tote"),
+    "shopping bag": ("shopping bag", "paper bag", "carrier bag", "plastic bag"),
+    "shopping bags": ("shopping bags", "paper bags", "carrier bags", "plastic bags"),
+    "suitcase": ("suitcase", "rolling suitcase", "trolley case", "wheeled suitcase"),
+    "umbrella": ("umbrella", "umbrella", "parasol", "brolly"),
+    "phone": ("phone", "cell phone", "mobile phone", "smartphone"),
+    "cup": ("cup", "coffee cup", "paper cup", "takeaway cup"),
+    "book": ("book", "notebook", "folder", "hardback book"),
+    "dog": ("dog", "small dog", "pet dog", "puppy"),
+}
+_COLOUR = {
+    "grey": ("grey", "gray", "gray", "ash grey"),
+    "beige": ("beige", "tan", "cream", "sand-coloured"),
+    "navy": ("navy", "dark blue", "navy blue", "deep blue"),
+    "light blue": ("light blue", "sky blue", "pale blue", "baby blue"),
+    "purple": ("purple", "violet", "purple", "plum"),
+    "red": ("red", "red", "bright red", "scarlet"),
+    "pink": ("pink", "light pink", "rose", "pink"),
+    "brown": ("brown", "brown", "brown", "dark brown"),
+    "blue": ("blue", "blue", "bright blue", "royal blue"),
+    "green": ("green", "green", "dark green", "leaf green"),
+    "black": ("black", "black", "black", "jet black"),
+    "white": ("white", "white", "white", "off-white"),
+    "yellow": ("yellow", "yellow", "bright yellow", "golden yellow"),
+    "orange": ("orange", "orange", "bright orange", "orange"),
+    "blonde": ("blonde", "blond", "fair", "golden"),
+}
 SYNONYMS = _WHO | _WEAR | _CARRY | _COLOUR
-_PLURAL = {"jeans", "trousers", "shorts", "leggings", "bottoms", "sneakers", "boots", "leather shoes", "sandals", "footwear", "glasses", "sunglasses", "shopping bags"}
+_PLURAL = {
+    "jeans",
+    "trousers",
+    "shorts",
+    "leggings",
+    "bottoms",
+    "sneakers",
+    "boots",
+    "leather shoes",
+    "sandals",
+    "footwear",
+    "glasses",
+    "sunglasses",
+    "shopping bags",
+}
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-016
-def _an(phrase:str) -> str:
+def _an(phrase: str) -> str:
     "The phrase with its indefinite article."
     vowel = phrase[0] in "aeiouAEIOU" and not phrase.startswith("one-")
     return ("an " if vowel else "a ") + phrase
 
-def _list(items:Iterable[str], oxford:bool=False) -> str:
+
+def _list(items: Iterable[str], oxford: bool = False) -> str:
     "`a, b and c`."
     items = [i for i in items if i]
-    if len(items) < 2: return "".join(items)
+    if len(items) < 2:
+        return "".join(items)
     return ", ".join(items[:-1]) + ("," if oxford and len(items) > 2 else "") + " and " + items[-1]
 
-def _cap(text:str) -> str:
+
+def _cap(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-019
 class _Phrases:
     "The noun and verb phrases for what a caption is to mention, in one writer's words; a sentence plan puts them in order. Empty ones are ''."
-    def __init__(self, seen:dict[str, str], chosen:set[str], writer:Annotator, rng:np.random.Generator):
-        self.v, self.on, self.writer, self.rng = seen, chosen, writer, rng
-        gender = seen["gender"] if "gender" in chosen else ""
-        self.she, self.her = {"woman": ("she", "her"), "man": ("he", "his")}.get(gender, ("they", "their"))
-        self.subject, self.upper, self.lower, self.shoes = self._subject(gender), self._upper(), self._lower(), self._shoes()
-        self.hair, self.head, self.carry = self._hair(), self._head(), self._carry()
 
-    def say(self, term:str) -> str:
+    def __init__(
+        self, seen: dict[str, str], chosen: set[str], writer: Annotator, rng: np.random.Generator
+    ):
+        self.v = seen
+        self.on = chosen
+        self.writer = writer
+        self.rng = rng
+        gender = seen["gender"] if "gender" in chosen else ""
+        self.she, self.her = {"woman": ("she", "her"), "man": ("he", "his")}.get(
+            gender, ("they", "their")
+        )
+        self.subject = self._subject(gender)
+        self.upper = self._upper()
+        self.lower = self._lower()
+        self.shoes = self._shoes()
+        self.hair = self._hair()
+        self.head = self._head()
+        self.carry = self._carry()
+
+    def say(self, term: str) -> str:
         "This writer's word for a term: mostly the favourite, now and then another of theirs."
-        options, mine = SYNONYMS.get(term, (term,)), self.writer.words
-        i = mine[(self.writer.salt + len(term)) % len(mine)] if self.rng.random() < .7 else one(self.rng, mine)
+        options = SYNONYMS.get(term, (term,))
+        mine = self.writer.words
+        i = (
+            mine[(self.writer.salt + len(term)) % len(mine)]
+            if self.rng.random() < 0.7
+            else one(self.rng, mine)
+        )
         return options[i % len(options)]
 
-    def got(self, name:str) -> str: return self.say(self.v[name]) if name in self.on else ""
+    def got(self, name: str) -> str:
+        return self.say(self.v[name]) if name in self.on else ""
 
-    def noun(self, core:str, *before:str) -> str:
+    def noun(self, core: str, *before: str) -> str:
         "A noun phrase with its article (none before plurals; none at all for a terse writer)."
         phrase = " ".join(w for w in (*before, self.say(core)) if w)
         return phrase if core in _PLURAL or not self.writer.article else _an(phrase)
 
-    def _subject(self, gender:str) -> str:
+    def _subject(self, gender: str) -> str:
         age = self.v["age"] if "age" in self.on else ""
         kind = (f"{age} {gender}" if age and age != "adult" else gender) if gender else "person"
         word = self.say(kind)
-        if not gender and age: word = f"{'young' if age == 'young' else 'older'} {word}"
+        if not gender and age:
+            word = f"{'young' if age == 'young' else 'older'} {word}"
         return f"{self.got('build')} {word}" if "build" in self.on else word
 
     def _upper(self) -> str:
-        on, v = self.on, self.v
-        if not on & {"upper", "upper_colour", "pattern", "sleeves", "sleeve_colour", "inner"}: return ""
-        core, more, pattern = v["upper"] if "upper" in on else "top", [], ""
-        sleeves, colour = self.say(f"{v['sleeves']} sleeves") if "sleeves" in on else "", self.got("upper_colour")
+        on = self.on
+        v = self.v
+        if not on & {"upper", "upper_colour", "pattern", "sleeves", "sleeve_colour", "inner"}:
+            return ""
+        core = v["upper"] if "upper" in on else "top"
+        more = []
+        pattern = ""
+        sleeves = self.say(f"{v['sleeves']} sleeves") if "sleeves" in on else ""
+        colour = self.got("upper_colour")
         if "pattern" in on and v["pattern"] != "logo":
             pattern = self.got("pattern")
-            if "pattern_colour" in on: colour += f" and {self.got('pattern_colour')}"
-        elif "pattern" in on: more.append(_an(f"{self.got('pattern_colour')} {self.got('pattern')}".strip()))
-        if "sleeve_colour" in on: more.append(f"{self.got('sleeve_colour')} sleeves")
-        text = self.noun(core, sleeves, colour, pattern) if self.rng.random() < .6 else self.noun(core, colour, pattern, sleeves)
-        if more: text += " with " + _list(more)
-        if "inner" in on: text += " over " + self.noun(("t-shirt", "shirt", "top")[int(self.rng.random() * 3)], self.got("inner"))
+            if "pattern_colour" in on:
+                colour += f" and {self.got('pattern_colour')}"
+        elif "pattern" in on:
+            more.append(_an(f"{self.got('pattern_colour')} {self.got('pattern')}".strip()))
+        if "sleeve_colour" in on:
+            more.append(f"{self.got('sleeve_colour')} sleeves")
+        text = (
+            self.noun(core, sleeves, colour, pattern)
+            if self.rng.random() < 0.6
+            else self.noun(core, colour, pattern, sleeves)
+        )
+        if more:
+            text += " with " + _list(more)
+        if "inner" in on:
+            text += " over " + self.noun(
+                ("t-shirt", "shirt", "top")[int(self.rng.random() * 3)], self.got("inner")
+            )
         return text
 
     def _lower(self) -> str:
-        if not self.on & {"lower", "lower_colour"}: return ""
-        return self.noun(self.v["lower"] if "lower" in self.on else "bottoms", self.got("lower_colour"))
+        if not self.on & {"lower", "lower_colour"}:
+            return ""
+        return self.noun(
+            self.v["lower"] if "lower" in self.on else "bottoms", self.got("lower_colour")
+        )
 
     def _shoes(self) -> str:
-        if not self.on & {"shoes", "shoe_colour"}: return ""
-        return self.noun(self.v["shoes"] if "shoes" in self.on else "footwear", self.got("shoe_colour"))
+        if not self.on & {"shoes", "shoe_colour"}:
+            return ""
+        return self.noun(
+            self.v["shoes"] if "shoes" in self.on else "footwear", self.got("shoe_colour")
+        )
 
     def _hair(self) -> str:
-        style, colour = self.v.get("hair") if "hair" in self.on else None, self.got("hair_colour")
-        if style == "bald": return f"a {self.say('bald')} head"
-        if style == "tied": return f"{colour} hair {self.say('tied')}".strip()
-        return " ".join(w for w in (self.say(style) if style else "", colour, "hair") if w) if style or colour else ""
+        style = self.v.get("hair") if "hair" in self.on else None
+        colour = self.got("hair_colour")
+        if style == "bald":
+            return f"a {self.say('bald')} head"
+        if style == "tied":
+            return f"{colour} hair {self.say('tied')}".strip()
+        return (
+            " ".join(w for w in (self.say(style) if style else "", colour, "hair") if w)
+            if style or colour
+            else ""
+        )
 
     def _head(self) -> list[str]:
         "What is worn above the collar."
-        out, v = [], self.v
-        if "hat" in self.on: out.append(f"the hood over {self.her} head" if v["hat"] == "hood" else self.noun(v["hat"], self.got("hat_colour")))
-        if "glasses" in self.on: out.append(self.say(v["glasses"]))
-        if "scarf" in self.on: out.append(self.noun("scarf", self.got("scarf")))
+        out = []
+        v = self.v
+        if "hat" in self.on:
+            out.append(
+                f"the hood over {self.her} head"
+                if v["hat"] == "hood"
+                else self.noun(v["hat"], self.got("hat_colour"))
+            )
+        if "glasses" in self.on:
+            out.append(self.say(v["glasses"]))
+        if "scarf" in self.on:
+            out.append(self.noun("scarf", self.got("scarf")))
         return out
 
     def _bag(self) -> str:
-        if "bag" not in self.on: return ""
+        if "bag" not in self.on:
+            return ""
         text = self.noun(self.v["bag"], self.got("bag_colour"))
-        if "bag_side" not in self.on: return text
+        if "bag_side" not in self.on:
+            return text
         return f"{text} {one(self.rng, ('on', 'at', 'hanging on'))} {self.her} {self.v['bag_side']} {one(self.rng, ('side', 'hip', 'side'))}"
 
     def _held(self) -> str:
-        if "held" not in self.on: return ""
-        kind, colour, side = self.v["held"], self.got("held_colour"), self.v["held_side"] if "held_side" in self.on else ""
-        if kind == "two shopping bags": return " ".join(w for w in ("two", colour, self.say("shopping bags")) if w)
-        if kind == "dog": return self.noun("dog", colour) + " on a leash" + (f" on {self.her} {side}" if side else "")
-        return self.noun(kind, colour) + (f" {one(self.rng, ('in', 'with'))} {self.her} {side} hand" if side else "")
+        if "held" not in self.on:
+            return ""
+        kind = self.v["held"]
+        colour = self.got("held_colour")
+        side = self.v["held_side"] if "held_side" in self.on else ""
+        if kind == "two shopping bags":
+            return " ".join(w for w in ("two", colour, self.say("shopping bags")) if w)
+        if kind == "dog":
+            return (
+                self.noun("dog", colour)
+                + " on a leash"
+                + (f" on {self.her} {side}" if side else "")
+            )
+        return self.noun(kind, colour) + (
+            f" {one(self.rng, ('in', 'with'))} {self.her} {side} hand" if side else ""
+        )
 
     def _carry(self) -> list[tuple[str, str]]:
         "Bags and held things as (verb, object) pairs; two bags may be counted."
-        bag, held, out = self._bag(), self._held(), []
-        if bag and held and self.v["held"] in ("handbag", "shopping bag") and self.rng.random() < self.writer.counts:
+        bag = self._bag()
+        held = self._held()
+        out = []
+        if (
+            bag
+            and held
+            and self.v["held"] in ("handbag", "shopping bag")
+            and self.rng.random() < self.writer.counts
+        ):
             return [("carry", f"two bags, {bag} and {held}")]
-        if bag: out.append((one(self.rng, ("carry", "wear", "have")) if self.v["bag"] == "backpack" else "carry", bag))
-        verbs = {"suitcase": "pull", "dog": "walk"} | dict.fromkeys(("umbrella", "phone", "cup", "book"), "hold")
-        if held: out.append((verbs.get(self.v["held"], "carry"), held))
+        if bag:
+            out.append(
+                (
+                    one(self.rng, ("carry", "wear", "have"))
+                    if self.v["bag"] == "backpack"
+                    else "carry",
+                    bag,
+                )
+            )
+        verbs = {"suitcase": "pull", "dog": "walk"} | dict.fromkeys(
+            ("umbrella", "phone", "cup", "book"), "hold"
+        )
+        if held:
+            out.append((verbs.get(self.v["held"], "carry"), held))
         return out
 
-    def verbs(self, form:str) -> str:
+    def verbs(self, form: str) -> str:
         "What is carried as verb phrases: `carries a backpack and holds a cup` (form s) or with participles (form ing)."
-        words = {"carry": ("carries", "carrying"), "wear": ("has on", "wearing"), "have": ("has", "carrying"), "pull": ("pulls", "pulling"),
-                 "walk": ("walks", "walking"), "hold": ("holds", "holding")}
+        words = {
+            "carry": ("carries", "carrying"),
+            "wear": ("has on", "wearing"),
+            "have": ("has", "carrying"),
+            "pull": ("pulls", "pulling"),
+            "walk": ("walks", "walking"),
+            "hold": ("holds", "holding"),
+        }
         pairs = [(words[verb][form == "ing"], what) for verb, what in self.carry]
-        if len({verb for verb, _ in pairs}) == 1: return f"{pairs[0][0]} {_list([what for _, what in pairs])}"
+        if len({verb for verb, _ in pairs}) == 1:
+            return f"{pairs[0][0]} {_list([what for _, what in pairs])}"
         return _list([f"{verb} {what}" for verb, what in pairs])
 
-    def worn(self, order:str="uls") -> list[str]:
+    def worn(self, order: str = "uls") -> list[str]:
         "Garments in an order of u(pper), l(ower), s(hoes), h(ead)."
-        return [x for o in order for x in ({"u": [self.upper], "l": [self.lower], "s": [self.shoes], "h": self.head}[o]) if x]
+        return [
+            x
+            for o in order
+            for x in ({"u": [self.upper], "l": [self.lower], "s": [self.shoes], "h": self.head}[o])
+            if x
+        ]
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-021
-def _pose_words(view:str, pose:str, rng:np.random.Generator) -> str:
+def _pose_words(view: str, pose: str, rng: np.random.Generator) -> str:
     "A participle phrase for pose and view."
-    walking, move = pose == "walking", "walking" if pose == "walking" else "standing"
-    options = {"front": (f"{move} towards the camera", "facing the camera", f"{move} and seen from the front") if walking else ("standing and facing the camera", "facing the camera"),
-               "back": ("walking away from the camera", "seen from behind while walking", "walking with the back to the camera") if walking else ("standing with the back to the camera", "facing away from the camera")}
-    sideways = (f"{move} to the {view}", f"heading {view}", "seen from the side while walking") if walking else ("standing sideways", f"standing and facing {view}")
+    walking = pose == "walking"
+    move = "walking" if pose == "walking" else "standing"
+    options = {
+        "front": (
+            f"{move} towards the camera",
+            "facing the camera",
+            f"{move} and seen from the front",
+        )
+        if walking
+        else ("standing and facing the camera", "facing the camera"),
+        "back": (
+            "walking away from the camera",
+            "seen from behind while walking",
+            "walking with the back to the camera",
+        )
+        if walking
+        else ("standing with the back to the camera", "facing away from the camera"),
+    }
+    sideways = (
+        (f"{move} to the {view}", f"heading {view}", "seen from the side while walking")
+        if walking
+        else ("standing sideways", f"standing and facing {view}")
+    )
     return one(rng, options.get(view, sideways))
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-025
-def _one_of(r, *options:str) -> str: return one(r, options)
+def _one_of(r, *options: str) -> str:
+    return one(r, options)
 
-def _when(condition:Any, text:str) -> list[str]: return [text] if condition else []
 
-def _with_hair(p) -> str: return f" with {p.hair}" if p.hair else ""
+def _when(condition: Any, text: str) -> list[str]:
+    return [text] if condition else []
+
+
+def _with_hair(p) -> str:
+    return f" with {p.hair}" if p.hair else ""
+
 
 def _plan_flow(p, pose, r):
     "One long sentence, then the rest."
-    first = _cap(_an(p.subject)) + _with_hair(p) + (f" is {pose}," if pose else ",") + f" {_one_of(r, 'wearing', 'dressed in')} {_list(p.worn('uls'), p.writer.oxford)}"
-    if not pose and r.random() < .5: first = first.replace(", wearing ", " is wearing ", 1)
-    if not p.worn("uls"): first = f"{_cap(_an(p.subject))} " + (f"has {p.hair}" if p.hair else f"is {pose or 'in the picture'}")
-    return [first] + _when(p.head, f"{_cap(p.she)} also has {_list(p.head)}") + _when(p.carry, f"{_cap(p.she)} {p.verbs('s')}")
+    first = (
+        _cap(_an(p.subject))
+        + _with_hair(p)
+        + (f" is {pose}," if pose else ",")
+        + f" {_one_of(r, 'wearing', 'dressed in')} {_list(p.worn('uls'), p.writer.oxford)}"
+    )
+    if not pose and r.random() < 0.5:
+        first = first.replace(", wearing ", " is wearing ", 1)
+    if not p.worn("uls"):
+        first = f"{_cap(_an(p.subject))} " + (
+            f"has {p.hair}" if p.hair else f"is {pose or 'in the picture'}"
+        )
+    return (
+        [first]
+        + _when(p.head, f"{_cap(p.she)} also has {_list(p.head)}")
+        + _when(p.carry, f"{_cap(p.she)} {p.verbs('s')}")
+    )
+
 
 def _plan_wears(p, pose, r):
     "Short sentences in the order of a checklist."
     pair = _one_of(r, " with ", " and ", " over ") if p.upper and p.lower else ""
-    out = [f"{_cap(_an(p.subject))} {'is wearing' if r.random() < .5 else 'wears'} {p.upper}{pair}{p.lower}" if p.upper or p.lower else f"{_cap(_an(p.subject))} is shown"]
-    if p.shoes: out.append(f"{_cap(p.she)} {_one_of(r, 'has', 'has on', 'is wearing', 'wears')} {p.shoes}" + ("" if r.random() < .6 else f" on {p.her} feet"))
-    if p.hair: out.append(f"{_cap(p.she)} has {p.hair}" + (f" and wears {_list(p.head)}" if p.head else ""))
-    elif p.head: out.append(f"{_cap(p.she)} wears {_list(p.head)}")
-    return out + _when(p.carry, f"{_cap(p.she)} is {p.verbs('ing')}") + _when(pose, f"{_cap(p.she)} is {pose}")
+    out = [
+        f"{_cap(_an(p.subject))} {'is wearing' if r.random() < 0.5 else 'wears'} {p.upper}{pair}{p.lower}"
+        if p.upper or p.lower
+        else f"{_cap(_an(p.subject))} is shown"
+    ]
+    if p.shoes:
+        out.append(
+            f"{_cap(p.she)} {_one_of(r, 'has', 'has on', 'is wearing', 'wears')} {p.shoes}"
+            + ("" if r.random() < 0.6 else f" on {p.her} feet")
+        )
+    if p.hair:
+        out.append(
+            f"{_cap(p.she)} has {p.hair}" + (f" and wears {_list(p.head)}" if p.head else "")
+        )
+    elif p.head:
+        out.append(f"{_cap(p.she)} wears {_list(p.head)}")
+    return (
+        out
+        + _when(p.carry, f"{_cap(p.she)} is {p.verbs('ing')}")
+        + _when(pose, f"{_cap(p.she)} is {pose}")
+    )
+
 
 def _plan_terse(p, pose, r):
     "Key phrases only."
-    return [_cap(", ".join(x for x in (p.subject, p.hair, *p.worn("uls"), *p.head, *(what for _, what in p.carry), pose) if x))]
+    return [
+        _cap(
+            ", ".join(
+                x
+                for x in (
+                    p.subject,
+                    p.hair,
+                    *p.worn("uls"),
+                    *p.head,
+                    *(what for _, what in p.carry),
+                    pose,
+                )
+                if x
+            )
+        )
+    ]
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-026
 def _plan_bag_first(p, pose, r):
     "What is carried comes first."
     lead = f"{_cap(p.verbs('ing'))}, {_an(p.subject)}" if p.carry else _cap(_an(p.subject))
-    out = [f"{lead}{_with_hair(p)} is {pose or _one_of(r, 'passing by', 'on the way somewhere', 'out and about')}"]
-    return out + _when(p.worn("ulsh"), f"{_cap(p.she)} is dressed in {_list(p.worn('ulsh'), p.writer.oxford)}")
+    out = [
+        f"{lead}{_with_hair(p)} is {pose or _one_of(r, 'passing by', 'on the way somewhere', 'out and about')}"
+    ]
+    return out + _when(
+        p.worn("ulsh"), f"{_cap(p.she)} is dressed in {_list(p.worn('ulsh'), p.writer.oxford)}"
+    )
+
 
 def _plan_photo(p, pose, r):
     "As if describing a photograph to someone."
-    out = [f"{_one_of(r, 'The photo shows', 'This is a picture of', 'We see', 'There is')} {_an(p.subject)}" + (f" {pose}" if pose else "") + _with_hair(p)]
+    out = [
+        f"{_one_of(r, 'The photo shows', 'This is a picture of', 'We see', 'There is')} {_an(p.subject)}"
+        + (f" {pose}" if pose else "")
+        + _with_hair(p)
+    ]
     if p.worn("uls"):
         whose = _cap(p.her) if p.her != "their" else "The"
-        out.append(f"{whose} {_one_of(r, 'outfit consists of', 'clothes are', 'outfit is')} {_list(p.worn('uls'), p.writer.oxford)}")
-    return out + _when(p.head, f"{_cap(p.she)} wears {_list(p.head)}") + _when(p.carry, f"{_cap(p.she)} {p.verbs('s')}")
+        out.append(
+            f"{whose} {_one_of(r, 'outfit consists of', 'clothes are', 'outfit is')} {_list(p.worn('uls'), p.writer.oxford)}"
+        )
+    return (
+        out
+        + _when(p.head, f"{_cap(p.she)} wears {_list(p.head)}")
+        + _when(p.carry, f"{_cap(p.she)} {p.verbs('s')}")
+    )
+
 
 def _plan_who(p, pose, r):
     "A chain of relative clauses."
-    has = _when(p.hair, f"has {p.hair}") + _when(p.worn("uh"), f"is wearing {_list(p.worn('uh'))}") + _when(p.carry, p.verbs("s"))
+    has = (
+        _when(p.hair, f"has {p.hair}")
+        + _when(p.worn("uh"), f"is wearing {_list(p.worn('uh'))}")
+        + _when(p.carry, p.verbs("s"))
+    )
     low = f"{_cap(p.she)} {_one_of(r, 'also has', 'is also wearing', 'combines this with')} {_list(p.worn('ls'))}"
-    first = f"{_cap(_an(p.subject))}" + (f" {pose}" if pose else "") + f" who {_list(has, p.writer.oxford)}" if has else f"{_cap(_an(p.subject))} is {pose or 'in view'}"
+    first = (
+        f"{_cap(_an(p.subject))}"
+        + (f" {pose}" if pose else "")
+        + f" who {_list(has, p.writer.oxford)}"
+        if has
+        else f"{_cap(_an(p.subject))} is {pose or 'in view'}"
+    )
     return [first] + _when(p.worn("ls"), low)
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-028
 def _plan_dressed(p, pose, r):
     "Starts with a participle."
-    if not p.worn("ul"): return _plan_wears(p, pose, r)
-    lead, subject = f"{_one_of(r, 'Dressed in', 'Wearing', 'Clad in')} {_list(p.worn('ul'))}", _an(p.subject) if r.random() < .6 else "this " + p.subject
-    out = [f"{lead}, {subject} " + (f"is {pose}" if pose else f"has {p.hair}" if p.hair else "can be seen")]
-    if p.hair and pose: out.append(f"{_cap(p.she)} has {p.hair}")
-    if p.shoes: out.append(f"On {p.her} feet are {p.shoes}" if p.writer.article else f"{_cap(p.she)} wears {p.shoes}")
-    if p.head: out.append(f"{_cap(p.she)} has {_list(p.head)} on" if len(p.head) == 1 and "hood" not in p.head[0] else f"{_cap(p.she)} wears {_list(p.head)}")
+    if not p.worn("ul"):
+        return _plan_wears(p, pose, r)
+    lead = f"{_one_of(r, 'Dressed in', 'Wearing', 'Clad in')} {_list(p.worn('ul'))}"
+    subject = _an(p.subject) if r.random() < 0.6 else "this " + p.subject
+    out = [
+        f"{lead}, {subject} "
+        + (f"is {pose}" if pose else f"has {p.hair}" if p.hair else "can be seen")
+    ]
+    if p.hair and pose:
+        out.append(f"{_cap(p.she)} has {p.hair}")
+    if p.shoes:
+        out.append(
+            f"On {p.her} feet are {p.shoes}"
+            if p.writer.article
+            else f"{_cap(p.she)} wears {p.shoes}"
+        )
+    if p.head:
+        out.append(
+            f"{_cap(p.she)} has {_list(p.head)} on"
+            if len(p.head) == 1 and "hood" not in p.head[0]
+            else f"{_cap(p.she)} wears {_list(p.head)}"
+        )
     return out + _when(p.carry, f"{_cap(p.she)} {p.verbs('s')}")
+
 
 def _plan_parts(p, pose, r):
     "One part of the body after another."
-    out = [f"{_cap(_an(p.subject))}" + (f" {pose}" if pose else "") + (f", with {p.hair}" if p.hair else "")] + _when(p.upper, f"On top {p.she} has {p.upper}")
+    out = [
+        f"{_cap(_an(p.subject))}"
+        + (f" {pose}" if pose else "")
+        + (f", with {p.hair}" if p.hair else "")
+    ] + _when(p.upper, f"On top {p.she} has {p.upper}")
     if p.lower or p.shoes:
         text = f"{'Below' if p.upper else 'On the lower body'} {_one_of(r, 'there are', 'you can see', 'one sees')} {_list([p.lower, p.shoes])}"
         out.append(text.replace("there are a ", "there is a "))
-    if p.head: out.append(f"{_cap(p.she)} is also wearing {_list(p.head)}" if p.writer.article else f"{_cap(p.her)} head and neck: {_list(p.head)}")
+    if p.head:
+        out.append(
+            f"{_cap(p.she)} is also wearing {_list(p.head)}"
+            if p.writer.article
+            else f"{_cap(p.her)} head and neck: {_list(p.head)}"
+        )
     return out + _when(p.carry, f"{_cap(p.she)} {p.verbs('s')}")
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-029
 def _plan_look_for(p, pose, r):
     "A witness statement."
-    out = [f"{_one_of(r, 'Look for', 'We are searching for', 'The target is', 'Try to find')} {_an(p.subject)}{_with_hair(p)}" + (f", last seen {p.verbs('ing')}" if p.carry else "")]
-    if p.worn("lus"): out.append(f"{_cap(p.she)} was wearing {_list(p.worn('luhs'), p.writer.oxford)}")
-    elif p.head: out.append(f"{_cap(p.she)} had {_list(p.head)}")
+    out = [
+        f"{_one_of(r, 'Look for', 'We are searching for', 'The target is', 'Try to find')} {_an(p.subject)}{_with_hair(p)}"
+        + (f", last seen {p.verbs('ing')}" if p.carry else "")
+    ]
+    if p.worn("lus"):
+        out.append(f"{_cap(p.she)} was wearing {_list(p.worn('luhs'), p.writer.oxford)}")
+    elif p.head:
+        out.append(f"{_cap(p.she)} had {_list(p.head)}")
     return out + _when(pose, f"{_cap(p.she)} was {pose}")
+
 
 def _plan_feet_first(p, pose, r):
     "From the shoes upwards."
-    if not p.worn("sluh"): return [_cap(_an(p.subject)) + _with_hair(p) + (f" {p.verbs('ing')}" if p.carry else "")]
+    if not p.worn("sluh"):
+        return [_cap(_an(p.subject)) + _with_hair(p) + (f" {p.verbs('ing')}" if p.carry else "")]
     below = p.worn("slu")
-    out = [f"In {_list(below)}, {_an(p.subject)} {'is ' + pose if pose else 'passes by'}" if below else f"{_cap(_an(p.subject))} wears {_list(p.head)}"]
+    out = [
+        f"In {_list(below)}, {_an(p.subject)} {'is ' + pose if pose else 'passes by'}"
+        if below
+        else f"{_cap(_an(p.subject))} wears {_list(p.head)}"
+    ]
     above = [p.hair, *(p.head if below else [])]
-    return out + _when(p.hair or p.head and below, f"{_cap(p.she)} has {_list(above)}") + _when(p.carry, f"{_cap(p.she)} {p.verbs('s')}")
+    return (
+        out
+        + _when(p.hair or p.head and below, f"{_cap(p.she)} has {_list(above)}")
+        + _when(p.carry, f"{_cap(p.she)} {p.verbs('s')}")
+    )
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-031
 def _web_alt(p, pose, r):
     "Like the alternative text of a picture on a web page."
     who = f"{p.subject} in {_list(p.worn('uls'))}" if p.worn("uls") else p.subject
-    return [", ".join(x for x in (who, p.hair, _list(p.head), p.verbs("ing") if p.carry else "", pose) if x)]
+    return [
+        ", ".join(
+            x for x in (who, p.hair, _list(p.head), p.verbs("ing") if p.carry else "", pose) if x
+        )
+    ]
+
 
 def _web_stock(p, pose, r):
     "A stock photograph's title."
     worn = p.worn("sul")
-    title = f"{_one_of(r, 'Stock photo of', 'Portrait of', 'Full-length shot of', 'Street style:')} {_an(p.subject)}" + (f" {p.verbs('ing')}" if p.carry else "")
+    title = (
+        f"{_one_of(r, 'Stock photo of', 'Portrait of', 'Full-length shot of', 'Street style:')} {_an(p.subject)}"
+        + (f" {p.verbs('ing')}" if p.carry else "")
+    )
     goes = "goes" if len(worn) == 1 and worn[0].startswith(("a ", "an ")) else "go"
-    body = [_cap(_list(worn)) + (f" {goes} with {p.hair}" if p.hair else "")] if worn else _when(p.hair, f"Note the {p.hair}")
-    return [title + (f"{' and' if p.carry else ''} {pose}" if pose else "")] + body + _when(p.head, f"Also visible: {_list(p.head)}")
+    body = (
+        [_cap(_list(worn)) + (f" {goes} with {p.hair}" if p.hair else "")]
+        if worn
+        else _when(p.hair, f"Note the {p.hair}")
+    )
+    return (
+        [title + (f"{' and' if p.carry else ''} {pose}" if pose else "")]
+        + body
+        + _when(p.head, f"Also visible: {_list(p.head)}")
+    )
+
 
 def _web_passive(p, pose, r):
     "Clothes first, in the passive."
-    by, worn = _an(p.subject) + _with_hair(p), p.worn("luhs")
+    by = _an(p.subject) + _with_hair(p)
+    worn = p.worn("luhs")
     verb = "is" if len(worn) == 1 and worn[0].startswith(("a ", "an ")) else "are"
     first = f"{_cap(_list(worn))} {verb} worn by {by}" if worn else _cap(by)
-    return [first] + _when(pose or p.carry, f"{_cap(p.she)} is {_list([pose, p.verbs('ing') if p.carry else ''])}")
+    return [first] + _when(
+        pose or p.carry, f"{_cap(p.she)} is {_list([pose, p.verbs('ing') if p.carry else ''])}"
+    )
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-032
 def _web_story(p, pose, r):
     "A sentence from a story."
-    first = f"{_one_of(r, 'That day', 'On the corner', 'Around noon', 'Near the gate')} {_an(p.subject)}" + (f" {p.verbs('ing')}" if p.carry else "") + (f" was {pose}" if pose else " came by")
-    return [first] + _when(p.hair or p.head, f"{_cap(p.she)} had {_list([p.hair, *p.head])}") + _when(p.worn("usl"), f"{_cap(p.she)} had chosen {_list(p.worn('usl'))}")
+    first = (
+        f"{_one_of(r, 'That day', 'On the corner', 'Around noon', 'Near the gate')} {_an(p.subject)}"
+        + (f" {p.verbs('ing')}" if p.carry else "")
+        + (f" was {pose}" if pose else " came by")
+    )
+    return (
+        [first]
+        + _when(p.hair or p.head, f"{_cap(p.she)} had {_list([p.hair, *p.head])}")
+        + _when(p.worn("usl"), f"{_cap(p.she)} had chosen {_list(p.worn('usl'))}")
+    )
+
 
 def _web_card(p, pose, r):
     "Labelled fields."
-    parts = {"who": p.subject, "hair": p.hair, "upper body": p.upper, "lower body": p.lower, "feet": p.shoes, "head": _list(p.head),
-             "carrying": _list([what for _, what in p.carry]), "view": pose}
+    parts = {
+        "who": p.subject,
+        "hair": p.hair,
+        "upper body": p.upper,
+        "lower body": p.lower,
+        "feet": p.shoes,
+        "head": _list(p.head),
+        "carrying": _list([what for _, what in p.carry]),
+        "view": pose,
+    }
     return [_cap("; ".join(f"{k}: {v}" for k, v in parts.items() if v))]
 
-_ALL = (_plan_flow, _plan_wears, _plan_terse, _plan_feet_first, _plan_bag_first, _plan_photo, _plan_dressed, _plan_parts, _plan_who, _plan_look_for,
-        _web_alt, _web_stock, _web_passive, _web_story, _web_card)
+
+_ALL = (
+    _plan_flow,
+    _plan_wears,
+    _plan_terse,
+    _plan_feet_first,
+    _plan_bag_first,
+    _plan_photo,
+    _plan_dressed,
+    _plan_parts,
+    _plan_who,
+    _plan_look_for,
+    _web_alt,
+    _web_stock,
+    _web_passive,
+    _web_story,
+    _web_card,
+)
 PLANS = {f.__name__.removeprefix("_plan_").lstrip("_"): f for f in _ALL}
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-035
-_BASE = {"is": "are", "has": "have", "was": "were", "wears": "wear", "carries": "carry", "holds": "hold", "pulls": "pull", "walks": "walk", "does": "do", "combines": "combine"}
+_BASE = {
+    "is": "are",
+    "has": "have",
+    "was": "were",
+    "wears": "wear",
+    "carries": "carry",
+    "holds": "hold",
+    "pulls": "pull",
+    "walks": "walk",
+    "does": "do",
+    "combines": "combine",
+}
 
-def _agree(sentence:str) -> str:
+
+def _agree(sentence: str) -> str:
     "`They has a bag and holds a cup` -> `They have a bag and hold a cup`."
-    if "hey " not in sentence: return sentence
-    words, on = sentence.split(" "), False
+    if "hey " not in sentence:
+        return sentence
+    words = sentence.split(" ")
+    on = False
     for i, w in enumerate(words):
-        if w in ("They", "they"): on = True
-        elif on and w in _BASE and words[i - 1] in ("They", "they", "and", "also"): words[i] = _BASE[w]
+        if w in ("They", "they"):
+            on = True
+        elif on and w in _BASE and words[i - 1] in ("They", "they", "and", "also"):
+            words[i] = _BASE[w]
     return " ".join(words)
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-039
-FILLERS = ("The picture was taken outdoors.", "It seems to be a busy day.", "The image is a little blurry.", "The light is soft.", "Other people can be seen nearby.",
-           "The view is from above.", "It looks like the afternoon.", "The background is out of focus.", "The face is hard to make out.", "Nothing else stands out.",
-           "The weather seems fine.", "The person seems to be in a hurry.", "The camera is some distance away.", "This looks like a normal day.", "The scene is quiet.",
-           "The photo is slightly dark.")
-_ABSENT = {"hat": ("is not wearing a hat", "has nothing on {her} head", "wears no hat"), "glasses": ("does not wear glasses", "is not wearing glasses"),
-           "scarf": ("is not wearing a scarf", "has no scarf"), "bag": ("is not carrying a backpack or a shoulder bag", "has no bag on {her} back or shoulder"),
-           "held": ("has nothing in {her} hands", "has empty hands")}
+FILLERS = (
+    "The picture was taken outdoors.",
+    "It seems to be a busy day.",
+    "The image is a little blurry.",
+    "The light is soft.",
+    "Other people can be seen nearby.",
+    "The view is from above.",
+    "It looks like the afternoon.",
+    "The background is out of focus.",
+    "The face is hard to make out.",
+    "Nothing else stands out.",
+    "The weather seems fine.",
+    "The person seems to be in a hurry.",
+    "The camera is some distance away.",
+    "This looks like a normal day.",
+    "The scene is quiet.",
+    "The photo is slightly dark.",
+)
+_ABSENT = {
+    "hat": ("is not wearing a hat", "has nothing on {her} head", "wears no hat"),
+    "glasses": ("does not wear glasses", "is not wearing glasses"),
+    "scarf": ("is not wearing a scarf", "has no scarf"),
+    "bag": ("is not carrying a backpack or a shoulder bag", "has no bag on {her} back or shoulder"),
+    "held": ("has nothing in {her} hands", "has empty hands"),
+}
 
-def _negation(seen:dict[str, str], p:_Phrases, rng:np.random.Generator) -> tuple[str, str]:
+
+def _negation(seen: dict[str, str], p: _Phrases, rng: np.random.Generator) -> tuple[str, str]:
     "One visible absence, said: (field, sentence)."
     absent = [n for n in _ABSENT if seen.get(n) == "none"]
-    if not absent: return "", ""
+    if not absent:
+        return "", ""
     name = one(rng, absent)
     return name, f"{_cap(p.she)} {one(rng, _ABSENT[name]).format(her=p.her)}"
 
 # %% ../../nbs/02_synth/04_wording.ipynb #cell-042
-def describe(seen:dict[str, str] # what the photo shows (`observe`)
-            , chosen:set[str] # attributes to mention
-            , writer:Annotator # who writes
-            , rng:np.random.Generator|int=0
-            , view:str="front", pose:str="walking"
-            , filler:int=0 # which filler goes with this camera
-            ) -> tuple[str, dict[str, str]]: # caption; what it says, field -> value ('view', 'pose' and absences included)
+def describe(
+    seen: dict[str, str],  # what the photo shows (`observe`)
+    chosen: set[str],  # attributes to mention
+    writer: Annotator,  # who writes
+    rng: np.random.Generator | int = 0,
+    view: str = "front",
+    pose: str = "walking",
+    filler: int = 0,  # which filler goes with this camera
+) -> tuple[
+    str, dict[str, str]
+]:  # caption; what it says, field -> value ('view', 'pose' and absences included)
     "Write a caption."
     rng = rng if isinstance(rng, np.random.Generator) else keyed_rng(rng)
     p = _Phrases(seen, chosen, writer, rng)
     said = {n: seen[n] for n in FIELDS if n in chosen}
     words = _pose_words(view, pose, rng) if rng.random() < writer.pose else ""
-    if words and (view in ("front", "back") or view in words): said["view"] = view
-    if any(w in words for w in ("standing", "walking", "heading")): said["pose"] = pose
+    if words and (view in ("front", "back") or view in words):
+        said["view"] = view
+    if any(w in words for w in ("standing", "walking", "heading")):
+        said["pose"] = pose
     sentences = PLANS[one(rng, writer.plans)](p, words, rng)
     if rng.random() < writer.negation:
         name, text = _negation(seen, p, rng)
-        if name: said[name] = "none"; sentences.append(text)
+        if name:
+            said[name] = "none"
+            sentences.append(text)
     text = ". ".join(_agree(s) for s in sentences if s) + "."
     if rng.random() < writer.filler:
-        extra = FILLERS[filler % len(FILLERS)] if rng.random() < .75 else one(rng, FILLERS)
-        text = f"{text} {extra}" if rng.random() < .8 else f"{extra} {_cap(text)}"
+        extra = FILLERS[filler % len(FILLERS)] if rng.random() < 0.75 else one(rng, FILLERS)
+        text = f"{text} {extra}" if rng.random() < 0.8 else f"{extra} {_cap(text)}"
     return text, said

@@ -16,185 +16,419 @@ import numpy as np
 from ..core import TiprError
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-003
-from .people import (FIELDS, LOOKALIKES, OCCLUDERS, VIEWS, Annotator, Camera, Person, World, describable, keyed_rng, observe, one,
-    pick, sample_family, sample_person, surprise)
-from .bodies import contact_sheet
+from tipr_nb.synth.people import (
+    FIELDS,
+    LOOKALIKES,
+    OCCLUDERS,
+    VIEWS,
+    Annotator,
+    Camera,
+    Person,
+    World,
+    describable,
+    keyed_rng,
+    observe,
+    one,
+    pick,
+    sample_family,
+    sample_person,
+    surprise,
+)
+from .bodies import image_grid
 from .drawing import draw_person
 from .wording import choose, describe
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-008
-def _cameras(salt:int, scenes:Sequence[str], spread:float) -> tuple[Camera, ...]:
+def _cameras(salt: int, scenes: Sequence[str], spread: float) -> tuple[Camera, ...]:
     "One camera per scene, each with looks of its own."
-    out:list[Camera] = []
+    out: list[Camera] = []
     for i, scene in enumerate(scenes):
         u = keyed_rng(salt, 99, i).random(8)
         tint = tuple(round(1 + spread * (2 * x - 1), 3) for x in u[:3])
-        out.append(Camera(f"c{i + 1}", scene, tint, round(1 + 1.6 * spread * (2 * u[3] - 1), 3), round(.95 + 1.5 * spread * (2 * u[4] - 1), 3),
-                          round(.1 + .4 * u[5], 2), round(1.5 + 5 * u[6], 1), int(62 + 30 * u[7])))
+        out.append(
+            Camera(
+                f"c{i + 1}",
+                scene,
+                tint,
+                round(1 + 1.6 * spread * (2 * u[3] - 1), 3),
+                round(0.95 + 1.5 * spread * (2 * u[4] - 1), 3),
+                round(0.1 + 0.4 * u[5], 2),
+                round(1.5 + 5 * u[6], 1),
+                int(62 + 30 * u[7]),
+            )
+        )
     return tuple(out)
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-009
 _TRAIN_WRITERS = (
-    Annotator("a1", ("flow",), (0, 1), 0, pose=.4, filler=.25),
-    Annotator("a2", ("wears",), (0,), 1, pose=.3, filler=.35, negation=.2),
-    Annotator("a3", ("terse",), (0, 1), 2, pose=.25, filler=.1, negation=0., counts=0., article=False),
-    Annotator("a4", ("photo", "flow"), (0, 2), 3, pose=.6, filler=.4, negation=.15, oxford=True),
-    Annotator("a5", ("bag_first",), (1, 0), 4, pose=.5, filler=.2, negation=.1, counts=1.),
-    Annotator("a6", ("who", "wears"), (0, 1, 2), 5, pose=.6, filler=.3, negation=.1),
-    Annotator("a7", ("flow", "who", "photo"), (1, 2), 6, pose=.5, filler=.5, negation=.25, counts=.8),
-    Annotator("a8", ("wears", "bag_first"), (2, 0), 7, pose=.7, filler=.3, negation=.15, counts=.3, oxford=True))
+    Annotator("a1", ("flow",), (0, 1), 0, pose=0.4, filler=0.25),
+    Annotator("a2", ("wears",), (0,), 1, pose=0.3, filler=0.35, negation=0.2),
+    Annotator(
+        "a3", ("terse",), (0, 1), 2, pose=0.25, filler=0.1, negation=0.0, counts=0.0, article=False
+    ),
+    Annotator("a4", ("photo", "flow"), (0, 2), 3, pose=0.6, filler=0.4, negation=0.15, oxford=True),
+    Annotator("a5", ("bag_first",), (1, 0), 4, pose=0.5, filler=0.2, negation=0.1, counts=1.0),
+    Annotator("a6", ("who", "wears"), (0, 1, 2), 5, pose=0.6, filler=0.3, negation=0.1),
+    Annotator(
+        "a7", ("flow", "who", "photo"), (1, 2), 6, pose=0.5, filler=0.5, negation=0.25, counts=0.8
+    ),
+    Annotator(
+        "a8",
+        ("wears", "bag_first"),
+        (2, 0),
+        7,
+        pose=0.7,
+        filler=0.3,
+        negation=0.15,
+        counts=0.3,
+        oxford=True,
+    ),
+)
 _TEST_WRITERS = (
-    Annotator("t1", ("dressed",), (1, 2), 1, pose=.5, filler=.3, negation=.1),
-    Annotator("t2", ("parts",), (0, 2), 2, pose=.4, filler=.4, negation=.2, counts=.7),
-    Annotator("t3", ("look_for", "dressed"), (0, 1), 3, pose=.3, filler=.3, negation=.1, oxford=True),
-    Annotator("t4", ("feet_first", "parts"), (0, 1, 2), 4, pose=.6, filler=.3, negation=.15, counts=1.))
+    Annotator("t1", ("dressed",), (1, 2), 1, pose=0.5, filler=0.3, negation=0.1),
+    Annotator("t2", ("parts",), (0, 2), 2, pose=0.4, filler=0.4, negation=0.2, counts=0.7),
+    Annotator(
+        "t3", ("look_for", "dressed"), (0, 1), 3, pose=0.3, filler=0.3, negation=0.1, oxford=True
+    ),
+    Annotator(
+        "t4", ("feet_first", "parts"), (0, 1, 2), 4, pose=0.6, filler=0.3, negation=0.15, counts=1.0
+    ),
+)
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-010
 _WORLD_WRITERS = (
-    Annotator("w1", ("web_alt",), (0, 1, 2, 3), 0, pose=.3, filler=.1, negation=0., counts=.3, article=False),
-    Annotator("w2", ("web_alt", "web_card"), (0, 1), 1, pose=.2, filler=.1, negation=.05, counts=0., article=False),
-    Annotator("w3", ("web_stock",), (2, 3), 2, pose=.5, filler=.2),
-    Annotator("w4", ("web_passive",), (0, 1, 2, 3), 3, pose=.5, filler=.2),
-    Annotator("w5", ("web_story",), (1, 3), 4, pose=.6, filler=.3),
-    Annotator("w6", ("web_card",), (0, 1, 2, 3), 5, pose=.4, filler=.1, negation=0., counts=0., article=False),
-    Annotator("w7", ("web_passive", "web_story"), (0, 2), 6, pose=.5, filler=.2, negation=.15, counts=1.),
-    Annotator("w8", ("web_stock", "web_story"), (3, 1), 7, pose=.5, filler=.2, negation=.15, oxford=True),
-    Annotator("w9", ("web_alt", "web_passive", "web_stock"), (0, 1, 2), 8, pose=.4, filler=.3, negation=.1),
-    Annotator("w10", ("web_story", "web_card"), (0, 3), 9, pose=.5, filler=.2, negation=.1))
+    Annotator(
+        "w1",
+        ("web_alt",),
+        (0, 1, 2, 3),
+        0,
+        pose=0.3,
+        filler=0.1,
+        negation=0.0,
+        counts=0.3,
+        article=False,
+    ),
+    Annotator(
+        "w2",
+        ("web_alt", "web_card"),
+        (0, 1),
+        1,
+        pose=0.2,
+        filler=0.1,
+        negation=0.05,
+        counts=0.0,
+        article=False,
+    ),
+    Annotator("w3", ("web_stock",), (2, 3), 2, pose=0.5, filler=0.2),
+    Annotator("w4", ("web_passive",), (0, 1, 2, 3), 3, pose=0.5, filler=0.2),
+    Annotator("w5", ("web_story",), (1, 3), 4, pose=0.6, filler=0.3),
+    Annotator(
+        "w6",
+        ("web_card",),
+        (0, 1, 2, 3),
+        5,
+        pose=0.4,
+        filler=0.1,
+        negation=0.0,
+        counts=0.0,
+        article=False,
+    ),
+    Annotator(
+        "w7",
+        ("web_passive", "web_story"),
+        (0, 2),
+        6,
+        pose=0.5,
+        filler=0.2,
+        negation=0.15,
+        counts=1.0,
+    ),
+    Annotator(
+        "w8",
+        ("web_stock", "web_story"),
+        (3, 1),
+        7,
+        pose=0.5,
+        filler=0.2,
+        negation=0.15,
+        oxford=True,
+    ),
+    Annotator(
+        "w9",
+        ("web_alt", "web_passive", "web_stock"),
+        (0, 1, 2),
+        8,
+        pose=0.4,
+        filler=0.3,
+        negation=0.1,
+    ),
+    Annotator("w10", ("web_story", "web_card"), (0, 3), 9, pose=0.5, filler=0.2, negation=0.1),
+)
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-011
 _SCENES = ("street", "park", "station", "shop", "corridor", "crossing", "brick", "plaza")
-_WORLD_SCENES = ("snow", "night", "market", "carpark", "street", "park", "corridor", "brick", "station", "plaza", "shop", "crossing")
-SYNTH_PEDES = World("synth-pedes", 20250, _cameras(20250, _SCENES, .07), {"train": _TRAIN_WRITERS, "val": _TRAIN_WRITERS, "test": _TEST_WRITERS},
-                    sharpness=1.3, peak=1.3, filler_shift={"train": 0, "val": 0, "test": 5})
+_WORLD_SCENES = (
+    "snow",
+    "night",
+    "market",
+    "carpark",
+    "street",
+    "park",
+    "corridor",
+    "brick",
+    "station",
+    "plaza",
+    "shop",
+    "crossing",
+)
+SYNTH_PEDES = World(
+    "synth-pedes",
+    20250,
+    _cameras(20250, _SCENES, 0.07),
+    {"train": _TRAIN_WRITERS, "val": _TRAIN_WRITERS, "test": _TEST_WRITERS},
+    sharpness=1.3,
+    peak=1.3,
+    filler_shift={"train": 0, "val": 0, "test": 5},
+)
 SYNTH_SEALED = replace(SYNTH_PEDES, name="synth-pedes-sealed", salt=77411)
-SYNTH_WORLD = World("synth-world", 90125, _cameras(90125, _WORLD_SCENES, .12), {"world": _WORLD_WRITERS}, sharpness=.8)
+SYNTH_WORLD = World(
+    "synth-world",
+    90125,
+    _cameras(90125, _WORLD_SCENES, 0.12),
+    {"world": _WORLD_WRITERS},
+    sharpness=0.8,
+)
 WORLDS = {w.name: w for w in (SYNTH_PEDES, SYNTH_SEALED, SYNTH_WORLD)}
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-019
 _SPLITS = {"train": 0, "val": 1, "test": 2, "world": 3}
 
-def sample_people(world:World
-                 , split:str # train, val, test or world
-                 , n:int # identities
-                 , gallery:int=0 # number of the test gallery
-                 , seed:int=0
-                 , share:float=.65 # of the draws are families
-                 ) -> list[tuple[Person, str, int, list[str]]]: # person, look-alike type, family number, fields that differ in the family
+
+def sample_people(
+    world: World,
+    split: str,  # train, val, test or world
+    n: int,  # identities
+    gallery: int = 0,  # number of the test gallery
+    seed: int = 0,
+    share: float = 0.65,  # of the draws are families
+) -> list[
+    tuple[Person, str, int, list[str]]
+]:  # person, look-alike type, family number, fields that differ in the family
     "The identities of a split."
-    out:list[tuple[Person, str, int, list[str]]] = []
+    out: list[tuple[Person, str, int, list[str]]] = []
     number = 0
     while len(out) < n:
         rng = keyed_rng(world.salt, seed, _SPLITS[split], gallery, number)
         kind = "none" if rng.random() > share else one(rng, LOOKALIKES)
-        members = sample_family(world, kind, 3 if rng.random() < .5 else 2, rng)[:n - len(out)]
-        if len(members) == 1: kind = "none"
+        members = sample_family(world, kind, 3 if rng.random() < 0.5 else 2, rng)[: n - len(out)]
+        if len(members) == 1:
+            kind = "none"
         differ = [f for f in FIELDS if len({m.attributes[f] for m in members}) > 1]
         out += [(m, kind, number, differ) for m in members]
         number += 1
     return out
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-025
-def _photos(person:Person, differ:Sequence[str], world:World, n:int, rng:np.random.Generator) -> list[dict[str, Any]]:
+def _photos(
+    person: Person, differ: Sequence[str], world: World, n: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
     "View, pose, camera and occluder of each of an identity's photos."
     cameras = np.argsort(rng.random(len(world.cameras)), kind="stable")
-    used:dict[str, int] = {}
-    out:list[dict[str, Any]] = []
+    used: dict[str, int] = {}
+    out: list[dict[str, Any]] = []
     for i in range(n):
         for _ in range(40):
-            view = pick(rng, {v: w * .25 ** used.get(v, 0) for v, w in zip(VIEWS, (.34, .3, .18, .18))})
-            occluder = "none" if rng.random() < .7 else one(rng, OCCLUDERS[1:])
+            view = pick(
+                rng, {v: w * 0.25 ** used.get(v, 0) for v, w in zip(VIEWS, (0.34, 0.3, 0.18, 0.18))}
+            )
+            occluder = "none" if rng.random() < 0.7 else one(rng, OCCLUDERS[1:])
             seen = observe(person.attributes, view, occluder)
-            if all(f in seen or f.startswith("pattern") for f in differ): break
+            if all(f in seen or f.startswith("pattern") for f in differ):
+                break
         used[view] = used.get(view, 0) + 1
-        out.append(dict(view=view, pose="walking" if rng.random() < .65 else "standing", camera=int(cameras[i % len(cameras)]), occluder=occluder))
+        out.append(
+            dict(
+                view=view,
+                pose="walking" if rng.random() < 0.65 else "standing",
+                camera=int(cameras[i % len(cameras)]),
+                occluder=occluder,
+            )
+        )
     return out
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-028
-def _captions(person:Person, shot:dict[str, Any], nats:dict[str, float], world:World, split:str, rng:np.random.Generator, kinds:Sequence[str]) -> list[dict[str, Any]]:
+def _captions(
+    person: Person,
+    shot: dict[str, Any],
+    nats: dict[str, float],
+    world: World,
+    split: str,
+    rng: np.random.Generator,
+    kinds: Sequence[str],
+) -> list[dict[str, Any]]:
     "One caption of each kind, by different annotators."
     seen = observe(person.attributes, shot["view"], shot["occluder"])
-    visible, writers, out = describable(seen), world.annotators[split], []
+    visible = describable(seen)
+    writers = world.annotators[split]
+    out = []
     order = np.argsort(rng.random(len(writers)), kind="stable")
     for k, kind in enumerate(kinds):
-        writer, chosen = writers[order[k % len(writers)]], choose(visible, nats, kind, rng)
-        text, said = describe(seen, chosen, writer, rng, shot["view"], shot["pose"], shot["camera"] + world.filler_shift.get(split, 0))
-        out.append(dict(caption=text, annotator=writer.name, kind=kind, completeness=round(len(chosen) / len(visible), 4), mentioned=said))
+        writer = writers[order[k % len(writers)]]
+        chosen = choose(visible, nats, kind, rng)
+        text, said = describe(
+            seen,
+            chosen,
+            writer,
+            rng,
+            shot["view"],
+            shot["pose"],
+            shot["camera"] + world.filler_shift.get(split, 0),
+        )
+        out.append(
+            dict(
+                caption=text,
+                annotator=writer.name,
+                kind=kind,
+                completeness=round(len(chosen) / len(visible), 4),
+                mentioned=said,
+            )
+        )
     return out
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-033
-def annotate(world:World # which world
-            , split:str # train, val, test or world
-            , n_ids:int # identities
-            , photos:Sequence[int]=(2, 3) # fewest and most photos per identity
-            , first_id:int=1 # identities are numbered from here
-            , gallery:int=0 # number of the test gallery
-            , seed:int=0
-            , kinds:Sequence[str]=("complete", "incomplete") # captions per photo
-            ) -> list[dict[str, Any]]: # one record per photo
+def annotate(
+    world: World,  # which world
+    split: str,  # train, val, test or world
+    n_ids: int,  # identities
+    photos: Sequence[int] = (2, 3),  # fewest and most photos per identity
+    first_id: int = 1,  # identities are numbered from here
+    gallery: int = 0,  # number of the test gallery
+    seed: int = 0,
+    kinds: Sequence[str] = ("complete", "incomplete"),  # captions per photo
+) -> list[dict[str, Any]]:  # one record per photo
     "Everything about a split but the pixels: identities, photos, captions. Equal for equal arguments."
     records = []
-    for i, (person, lookalike, family, differ) in enumerate(sample_people(world, split, n_ids, gallery, seed)):
-        rng, pid, key = keyed_rng(world.salt, seed, _SPLITS[split], gallery, i, 1), first_id + i, [world.salt, seed, _SPLITS[split], gallery, i, 2]
-        nats, n = surprise(world, person), photos[0] + int(rng.random() * (photos[-1] - photos[0] + 1))
+    for i, (person, lookalike, family, differ) in enumerate(
+        sample_people(world, split, n_ids, gallery, seed)
+    ):
+        rng = keyed_rng(world.salt, seed, _SPLITS[split], gallery, i, 1)
+        pid = first_id + i
+        key = [world.salt, seed, _SPLITS[split], gallery, i, 2]
+        nats = surprise(world, person)
+        n = photos[0] + int(rng.random() * (photos[-1] - photos[0] + 1))
         for j, shot in enumerate(_photos(person, differ, world, n, rng)):
-            seen, cam = observe(person.attributes, shot["view"], shot["occluder"]), world.cameras[shot["camera"]].name
-            records.append(dict(file_path=f"{split}/{pid:05d}_{cam}_{j}.jpg", id=pid, split=split, gallery=gallery if split == "test" else -1, view=shot["view"],
-                                pose=shot["pose"], camera=cam, occluder=shot["occluder"], family=f"{split}{gallery}-{family}", lookalike=lookalike, differs=list(differ),
-                                season=person.season, role=person.role, attributes=person.attributes, visible=list(describable(seen)), person_seed=person.seed,
-                                photo_seed=[*key, j], captions=_captions(person, shot, nats, world, split, rng, kinds)))
+            seen = observe(person.attributes, shot["view"], shot["occluder"])
+            cam = world.cameras[shot["camera"]].name
+            records.append(
+                dict(
+                    file_path=f"{split}/{pid:05d}_{cam}_{j}.jpg",
+                    id=pid,
+                    split=split,
+                    gallery=gallery if split == "test" else -1,
+                    view=shot["view"],
+                    pose=shot["pose"],
+                    camera=cam,
+                    occluder=shot["occluder"],
+                    family=f"{split}{gallery}-{family}",
+                    lookalike=lookalike,
+                    differs=list(differ),
+                    season=person.season,
+                    role=person.role,
+                    attributes=person.attributes,
+                    visible=list(describable(seen)),
+                    person_seed=person.seed,
+                    photo_seed=[*key, j],
+                    captions=_captions(person, shot, nats, world, split, rng, kinds),
+                )
+            )
     return records
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-035
-def draw_record(world:World, record:dict[str, Any], size:tuple[int, int]=(96, 32), **kwargs) -> Any:
+def draw_record(
+    world: World, record: dict[str, Any], size: tuple[int, int] = (96, 32), **kwargs
+) -> Any:
     "The photo of a record, before JPEG (with `return_regions=True`, its masks too)."
     person = Person(record["attributes"], record["season"], record["role"], record["person_seed"])
     camera = next(c for c in world.cameras if c.name == record["camera"])
-    return draw_person(person, record["view"], camera, size, record["photo_seed"], record["pose"], record["occluder"], **kwargs)
+    return draw_person(
+        person,
+        record["view"],
+        camera,
+        size,
+        record["photo_seed"],
+        record["pose"],
+        record["occluder"],
+        **kwargs,
+    )
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-039
-V1_IDS, N_GALLERIES = (3000, 300, 1500), 5
-V1_HASH = "d8785df4bf82bfe1a10482180dccb629be79dd9afb9d40aef35c96151cf63428"     # of the full benchmark's content; frozen, a change is v2
+V1_IDS = (3000, 300, 1500)
+N_GALLERIES = 5
+V1_HASH = "d8785df4bf82bfe1a10482180dccb629be79dd9afb9d40aef35c96151cf63428"  # of the full benchmark's content; frozen, a change is v2
 
-def split_sizes(n_ids:int|Sequence[int]|None=None # (train, val, test) identities, or their total; v1's by default
-               ) -> tuple[int, int, int]:
+
+def split_sizes(
+    n_ids: int
+    | Sequence[int]
+    | None = None,  # (train, val, test) identities, or their total; v1's by default
+) -> tuple[int, int, int]:
     "Identities per split; the test split is a multiple of five, for its five galleries."
-    if n_ids is None: return V1_IDS
+    if n_ids is None:
+        return V1_IDS
     if isinstance(n_ids, (int, np.integer)):
-        if n_ids < 12: raise TiprError(f"n_ids={n_ids} is too small for three splits and five galleries; give at least 12, or (train, val, test)")
-        test, val = max(5, round(n_ids * 5 / 16 / 5) * 5), max(1, round(n_ids / 16))
+        if n_ids < 12:
+            raise TiprError(
+                f"n_ids={n_ids} is too small for three splits and five galleries; give at least 12, or (train, val, test)"
+            )
+        test = max(5, round(n_ids * 5 / 16 / 5) * 5)
+        val = max(1, round(n_ids / 16))
         return int(n_ids - test - val), val, test
     sizes = tuple(int(n) for n in n_ids)
     if len(sizes) != 3 or min(sizes) < 1 or sizes[2] % N_GALLERIES:
-        raise TiprError(f"n_ids={tuple(n_ids)} must be (train, val, test), each at least 1 and test a multiple of {N_GALLERIES}")
+        raise TiprError(
+            f"n_ids={tuple(n_ids)} must be (train, val, test), each at least 1 and test a multiple of {N_GALLERIES}"
+        )
     return sizes[0], sizes[1], sizes[2]
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-042
-def synth_pedes_records(n_ids:int|Sequence[int]|None=None, seed:int=0, world:World|None=None) -> list[dict[str, Any]]:
+def synth_pedes_records(
+    n_ids: int | Sequence[int] | None = None, seed: int = 0, world: World | None = None
+) -> list[dict[str, Any]]:
     "All records of synth-pedes: train (2 or 3 photos an identity), val and five test galleries (4 photos each)."
-    world, (train, val, test) = world or SYNTH_PEDES, split_sizes(n_ids)
+    world = world or SYNTH_PEDES
+    (train, val, test) = split_sizes(n_ids)
     each = test // N_GALLERIES
-    out = annotate(world, "train", train, (2, 3), 1, 0, seed) + annotate(world, "val", val, (4, 4), 1 + train, 0, seed)
-    for g in range(N_GALLERIES): out += annotate(world, "test", each, (4, 4), 1 + train + val + g * each, g, seed)
+    out = annotate(world, "train", train, (2, 3), 1, 0, seed) + annotate(
+        world, "val", val, (4, 4), 1 + train, 0, seed
+    )
+    for g in range(N_GALLERIES):
+        out += annotate(world, "test", each, (4, 4), 1 + train + val + g * each, g, seed)
     return out
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-043
-def content_hash(records:Iterable[dict[str, Any]]) -> str:
+def content_hash(records: Iterable[dict[str, Any]]) -> str:
     "SHA-256 over identities, attributes, captions and photo settings (not over pixels)."
     h = hashlib.sha256()
-    for r in records: h.update(json.dumps(r, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
+    for r in records:
+        h.update(json.dumps(r, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
     return h.hexdigest()
 
-def pixel_hash(world:World, records:Iterable[dict[str, Any]], size:tuple[int, int]=(96, 32)) -> str:
+
+def pixel_hash(
+    world: World, records: Iterable[dict[str, Any]], size: tuple[int, int] = (96, 32)
+) -> str:
     "SHA-256 over the records' pixels before JPEG."
     h = hashlib.sha256()
-    for r in records: h.update(np.asarray(draw_record(world, r, size)).tobytes())
+    for r in records:
+        h.update(np.asarray(draw_record(world, r, size)).tobytes())
     return h.hexdigest()
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-054
-def world_records(n_images:int, seed:int=0, first:int=0, captions:int=3) -> list[dict[str, Any]]:
+def world_records(
+    n_images: int, seed: int = 0, first: int = 0, captions: int = 3
+) -> list[dict[str, Any]]:
     "`n_images` records of synth-world, two photos an identity; chunk `first` is the same whatever was drawn before it."
-    out:list[dict[str, Any]] = []
+    out: list[dict[str, Any]] = []
     kinds = ("complete", "incomplete", "incomplete", "complete")[:captions]
     while len(out) < n_images:
         out += annotate(SYNTH_WORLD, "world", 128, (2, 2), 1 + 128 * first, first, seed, kinds)
