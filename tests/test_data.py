@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import layouts
-from tipr_nb.data import corpora
+from tipr_nb.data import readers
 from tipr_nb.data import crops
 from tipr_nb.core import TiprError, ensure_torchvision
 from tipr_nb.data import (Batch, CAPTION_TRANSFORMS, DatasetError, EvalTransform, IdentitySampler, ImageCache, ImageFiles, RandomSampler,
@@ -296,7 +296,7 @@ def test_unreadable_images_can_be_skipped(tmp_path):
 
 def test_published_counts(tmp_path, monkeypatch):
     folder = layouts.rstpreid(tmp_path)
-    monkeypatch.setitem(corpora.LAYOUTS, "rstpreid", replace(corpora.LAYOUTS["rstpreid"], official={"train": (8, 40, 80), "val": (3, 15, 30), "test": (4, 20, 40)}))
+    monkeypatch.setitem(readers.LAYOUTS, "rstpreid", replace(readers.LAYOUTS["rstpreid"], official={"train": (8, 40, 80), "val": (3, 15, 30), "test": (4, 20, 40)}))
     report = check_dataset("rstpreid", folder, lengths=None)
     assert not report.problems and "as published" in next(c.found for c in report.checks if c.check == "counts, test")
     layouts.edit(folder / "data_captions.json", lambda r: r[:-1])
@@ -605,6 +605,143 @@ def test_caption_transforms(cuhk, monkeypatch):
     assert [x.captions for x in a] == first and max(x.tokens.shape[1] for x in a) == 4
     assert make(caption_transform="cut")[0].captions != make()[0].captions and make(caption_transform=lambda c, rng: "x")[0].captions == ["x"] * 8
     with pytest.raises(TiprError, match="unknown caption transform 'prnue'"): make(caption_transform="prnue")
+
+
+# token transforms
+
+class Hide:
+    "Every token behind 1 with probability `p`, start and end kept, and told."
+    on_tokens = True
+
+    def __init__(self, p=.5): self.p = p
+
+    def __call__(self, tokens, caption, rng):
+        assert len(caption.split()) + 2 == len(tokens)
+        hidden = np.array([0 < i < len(tokens) - 1 and rng.random() < self.p for i in range(len(tokens))])
+        return np.where(hidden, 1, tokens), np.where(hidden, tokens, -100)
+
+
+class DropSome:
+    on_tokens = True
+
+    def __call__(self, tokens, caption, rng): return tokens[[i for i, t in enumerate(tokens) if t >= 99 or rng.random() < .5]]
+
+
+class Bound:
+    on_tokens = True
+
+    def bind(self, tokenize):
+        made = Bound()
+        made.mark = int(tokenize(["mask"])[0, 1])
+        return made
+
+    def __call__(self, tokens, caption, rng): return np.full_like(tokens, self.mark)
+
+
+def same_tokens(a, b):
+    labels = (a.mask_labels is None) == (b.mask_labels is None) and (a.mask_labels is None or torch.equal(a.mask_labels, b.mask_labels))
+    return same(a, b) and torch.equal(a.tokens_original, b.tokens_original) and labels
+
+
+def test_token_transforms(cuhk, monkeypatch):
+    monkeypatch.setitem(CAPTION_TRANSFORMS, "hide", Hide)
+    monkeypatch.setitem(CAPTION_TRANSFORMS, "cut", lambda n=2: lambda caption, rng: " ".join(caption.split()[:n + rng.randrange(2)]))
+    make = lambda **kw: make_loader(cuhk.train, tokenize, **OPTIONS | kw)
+    spec = ["hide", ("cut", {"n": 4})]                      # text first, whatever the order
+    base, workers, text = make(caption_transform=spec), make(caption_transform=spec, num_workers=2), make(caption_transform=("cut", {"n": 4}))
+    parts = [make(caption_transform=spec, batch_size=4, rank=r, world_size=2) for r in range(2)]
+    for l in (base, workers, text, *parts): l.set_epoch(1)
+    want = list(base)
+    assert all(map(same_tokens, want, workers)) and all(map(same_tokens, want[2:], base.batches(start=2)))
+    for b, plain, x, y in zip(want, text, *parts):
+        assert b.captions == plain.captions and torch.equal(b.tokens_original, plain.tokens)      # what the text transform draws stays the same beside a token transform
+        asked = b.mask_labels != -100
+        assert 0 < asked.float().mean() < 1 and (b.tokens[asked] == 1).all() and torch.equal(b.mask_labels[asked], b.tokens_original[asked])
+        assert torch.equal(b.tokens[~asked], b.tokens_original[~asked]) and x.captions + y.captions == b.captions
+        assert x.mask_labels[0].tolist() == b.mask_labels[0, :x.tokens.shape[1]].tolist()
+    part = want[0][2:5].to("cpu")
+    assert torch.equal(part.mask_labels, want[0].mask_labels[2:5]) and torch.equal(part.tokens_original, want[0].tokens_original[2:5]) and "tokens changed" in repr(part)
+    base.set_epoch(2)
+    assert not torch.equal(base[0].tokens, want[0].tokens)
+    assert make()[0].mask_labels is None and make()[0].tokens_original is not None and make(train=False, caption_transform=spec)[0].mask_labels is None
+
+
+def test_token_transforms_that_drop_or_are_bound(cuhk):
+    make = lambda *spec: make_loader(cuhk.train, tokenize, **OPTIONS, caption_transform=list(spec))[0]
+    dropped = make(DropSome())
+    assert dropped.mask_labels is None and (dropped.tokens != 0).sum() < (dropped.tokens_original != 0).sum() and torch.equal(dropped.tokens_original, make_loader(cuhk.train, tokenize, **OPTIONS)[0].tokens)
+    assert set(make(Bound()).tokens.unique().tolist()) == {0, 4}
+    both = make(Hide(1.), Hide(1.))
+    assert torch.equal(both.mask_labels[both.mask_labels != -100], both.tokens_original[both.mask_labels != -100])     # the first label of a place stays
+    with pytest.raises(TiprError, match="DropSome drops tokens that were masked before"): make(Hide(), DropSome())
+
+
+@pytest.mark.parametrize("wrong", [lambda t: np.r_[t, t], lambda t: t / 2, lambda t: t[:0], lambda t: (t, t[:1]), lambda t: t[None]])
+def test_token_transforms_gone_wrong(cuhk, wrong):
+    def change(tokens, caption, rng): return wrong(tokens)
+    change.on_tokens = True
+    with pytest.raises(TiprError, match="caption transform change returned") as e: make_loader(cuhk.train, tokenize, **OPTIONS, caption_transform=change)[0]
+    assert "\n" not in str(e.value)
+
+
+def test_arguments_a_transform_has_not(cuhk, monkeypatch):
+    monkeypatch.setitem(CAPTION_TRANSFORMS, "hide", Hide)
+    with pytest.raises(TiprError, match="caption transform 'hide'.*share"): make_loader(cuhk.train, tokenize, **OPTIONS, caption_transform=["hide", {"share": 2}])
+
+
+def test_whole_padding(cuhk):
+    assert make_loader(cuhk.train, tokenize, **OPTIONS, trim=False)[0].tokens.shape[1] == 40 > make_loader(cuhk.train, tokenize, **OPTIONS)[0].tokens.shape[1]
+
+
+@pytest.mark.parametrize("sampler", ["random", "identity"])
+def test_odd_captions_at_the_end(cuhk, sampler):
+    n = len(cuhk.train)
+    whole = make_loader(cuhk.train, tokenize, (48, 16), 7, sampler=sampler, drop_last=False)
+    assert n % 7 and len(whole) == n // 7 + 1 and sorted(i for b in whole for i in b.caption_index.tolist()) == list(range(n))
+    assert len(make_loader(cuhk.train, tokenize, (48, 16), 7, sampler=sampler)) == n // 7 and len(make_loader(cuhk.train, tokenize, (48, 16), 7, train=False, drop_last=True)) == n // 7
+
+
+def test_one_or_two_pairs_a_visit():
+    "As many identities in a batch as SEN's released sampler brings (95 in 128, 86 to 112); a visit may show one photo twice."
+    rng = np.random.default_rng(0)
+    photos = rng.integers(1, 6, 4000)                        # CUHK-PEDES has about three photos of a person and two captions a photo
+    ids, image = np.repeat(np.arange(4000), 2 * photos), np.repeat(np.arange(photos.sum()), 2)
+    s = IdentitySampler(ids, 128, k=(1, 2), seed=3)
+    met = [len(np.unique(ids[b])) for b in s]
+    assert 92 < np.mean(met) < 98 and 82 <= min(met) and max(met) <= 114 and np.array_equal(np.sort(s.sequence), np.arange(len(ids)))
+    beside = [np.unique(ids[b], return_counts=True)[1] for b in s]
+    assert .45 < np.mean([c[c > 1].sum() / 128 for c in beside]) < .6            # half of the samples have a partner
+    twice = lambda s: np.mean([len(b) - len(np.unique(image[b])) for b in s])
+    assert twice(s) > 0 and twice(IdentitySampler(ids, 128, k=(1, 2), images=image, seed=3)) < twice(s)
+    before = s.sequence
+    s.set_epoch(1)
+    assert not np.array_equal(before, s.sequence)
+    with pytest.raises(DatasetError, match=r"k=\(1, 2, 3\)"): IdentitySampler(ids, 128, k=(1, 2, 3))
+    with pytest.raises(DatasetError, match="k='two'"): IdentitySampler(ids, 128, k="two")
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    "A killed training leaves no loader process and no open pipe."
+    import signal, subprocess, sys, time
+    script = tmp_path / "job.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import layouts, torch, time
+from tipr_nb.data import load_dataset, make_loader
+d = load_dataset("cuhk-pedes", layouts.cuhk_pedes(__import__("pathlib").Path({str(tmp_path)!r})))
+l = make_loader(d.train, lambda c: torch.ones(len(c), 4, dtype=torch.long), (48, 16), 4, num_workers=2)
+it = l.batches(); next(it)
+import multiprocessing; print(*[p.pid for p in multiprocessing.active_children()], flush=True); time.sleep(100)
+""")
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        job = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+        pids = [int(p) for p in job.stdout.readline().split()]
+        assert len(pids) == 2
+        job.send_signal(how)
+        start = time.time()
+        assert job.stdout.read() == "" and time.time() - start < 2.5          # the pipe is closed by everybody
+        for p in pids:
+            with pytest.raises(ProcessLookupError): os.kill(p, 0)
 
 
 def test_captions_are_tokenized_once(cuhk):

@@ -8,8 +8,9 @@ from sklearn.metrics import average_precision_score
 
 from tipr_nb.core import TiprError
 from tipr_nb.data import Split
-from tipr_nb.evaluation import (HEADLINE, TIES, Metrics, SplitFeatures, bootstrap, compare, encode_split, encode_texts, evaluate, load_features,
-    load_metrics, picture_features, rank_metrics, rank_similarity, save_metrics)
+from tipr_nb.evaluation import (HEADLINE, TIES, Metrics, SplitFeatures, bootstrap, compare, encode_split, encode_texts, evaluate, evaluate_weights,
+    load_metrics, rank_metrics, rank_similarity, read_features, save_metrics)
+from tipr_nb.methods import picture_features
 from tipr_nb.models import fingerprint
 
 
@@ -173,7 +174,7 @@ def test_features_of_every_kind(tmp_path):
     assert rank_metrics(str(tmp_path/"q.npz"), str(tmp_path/"g.safetensors")).to_dict() == wanted
     assert rank_metrics(torch.from_numpy(q).requires_grad_(), torch.from_numpy(g), torch.from_numpy(qid), gid.tolist()).to_dict() == wanted
     assert rank_metrics(q, g, qid.astype(str), gid.astype(str)).to_dict() == wanted
-    assert isinstance(load_features(tmp_path/"g.npy")[0], np.memmap)
+    assert isinstance(read_features(tmp_path/"g.npy")[0], np.memmap)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float64, torch.bfloat16, torch.float16])
@@ -234,10 +235,10 @@ def test_broken_files(tmp_path):
     np.save(tmp_path/"pickle.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     np.savez(tmp_path/"two.npz", image=np.ones((2, 2)), text=np.ones((2, 2)))
     for name, says in {"cut.npz": "cannot be read", "cut.safetensors": "cannot be read", "features.pkl": "convert", "pickle.npy": "cannot be read", "two.npz": "several arrays (image, text)"}.items():
-        with pytest.raises(TiprError) as e: load_features(tmp_path/name)
+        with pytest.raises(TiprError) as e: read_features(tmp_path/name)
         assert says in str(e.value) and name in str(e.value) and "\n" not in str(e.value)
-    assert load_features(tmp_path/"two.npz", "text")[0].shape == (2, 2)
-    with pytest.raises(TiprError, match="no array 'both'"): load_features(tmp_path/"two.npz", "both")
+    assert read_features(tmp_path/"two.npz", "text")[0].shape == (2, 2)
+    with pytest.raises(TiprError, match="no array 'both'"): read_features(tmp_path/"two.npz", "both")
 
 
 # intervals and breakdowns
@@ -424,13 +425,25 @@ def test_captions_are_encoded_once_and_in_order(split):
     assert model.texts == len(set(split.captions)) and torch.equal(x[:24], x[24:].flip(0)) and torch.equal(x[:24], Model().encode_text(split.captions))
 
 
-def test_weight_zero_is_plain_and_asks_for_nothing(split):
+class Enriched(Model):
+    "A model around a model: its captions come with their pictures mixed in."
+    def __init__(self, painter, weight):
+        super().__init__()
+        self.painter, self.weight = painter, weight
+    def encode_text(self, captions):
+        text = super().encode_text(captions)
+        return blend(text, picture_features(self, self.painter, captions), self.weight) if self.weight else text
+
+
+def test_weights_on_stored_features_equal_a_model_that_mixes(split):
     painter, plain = Painter(), evaluate(Model(), split, n_boot=0)
-    assert evaluate(Model(), split, painter, 0., n_boot=0).to_dict() == plain.to_dict() and not painter.drawn
-    mixed = evaluate(Model(), split, painter, .3, enhance=blend, n_boot=0)
+    assert evaluate(Enriched(painter, 0.), split, n_boot=0).to_dict() == plain.to_dict() and not painter.drawn
+    mixed = evaluate(Enriched(painter, .3), split, n_boot=0)
     assert sorted(painter.drawn) == sorted(set(split.captions)) and mixed.by["kind"].loc["complete", "r1"] == 100
-    f = encode_split(Model(), split, Painter())
-    assert evaluate(None, split, weight=.3, features=f, enhance=blend, n_boot=0).to_dict() == mixed.to_dict()
+    f, pictures = encode_split(Model(), split), picture_features(Model(), Painter(), split.captions)
+    found = evaluate_weights(split, f, pictures, blend, (0., .3), n_boot=0)
+    assert found[.3].to_dict() == mixed.to_dict() and found[0.].to_dict() == plain.to_dict()
+    with pytest.raises(TiprError, match="one for each caption"): evaluate_weights(split, f, pictures[:3], blend, (.3,))
 
 
 def test_picture_cache(split):
@@ -490,9 +503,8 @@ EVALUATE_BAD = {
     "dataset": (lambda s: evaluate(Model(), "synth-pedes"), "takes a split"),
     "no encoder": (lambda s: evaluate(object(), s), "encode_image"),
     "direction": (lambda s: evaluate(Model(), s, direction="t2t"), "direction"),
-    "weight": (lambda s: evaluate(Model(), s, Painter(), 1.2), "between 0 and 1"),
-    "no generator": (lambda s: evaluate(Model(), s, weight=.2), "generator="),
-    "not a generator": (lambda s: evaluate(Model(), s, object(), .2), "no generate"),
+    "not a generator": (lambda s: picture_features(Model(), object(), s.captions), "no generate"),
+    "not an encoder": (lambda s: picture_features(object(), Painter(), s.captions), "encode_image"),
     "column": (lambda s: evaluate(Model(), s, breakdown=("hat",)), "breakdown='hat'"),
     "half a gallery": (lambda s: evaluate(Model(), Split("test", s.images, s.image_ids, s.captions, s.caption_ids, s.caption_image, s.image_columns)), "'gallery'"),
     "other features": (lambda s: evaluate(None, s.subset_ids(range(3)), features=encode_split(Model(), s)), "encode this split"),
@@ -518,7 +530,7 @@ def test_wrong_shapes_from_an_encoder(split):
 
 def test_names_are_there_and_no_objective_is_imported():
     code = ("import sys; from tipr_nb.evaluation import *; assert Metrics and rank_metrics and compare and evaluate; "
-            "print([m for m in sys.modules if m in ('tipr_nb.methods.tir', 'tipr_nb.methods.cmt', 'tipr_nb.methods.gif', 'tipr_nb.training', 'diffusers')])")
+            "print([m for m in sys.modules if m in ('tipr_nb.training', 'diffusers') or m.startswith('tipr_nb.methods.')])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -8,7 +8,7 @@ from tipr_nb.methods import build_objective
 from tipr_nb.models import PersonCLIP, tal_loss, write_safetensors
 from tipr_nb.data import Batch, normalise
 from tipr_nb.models import CrossAttention
-from tipr_nb.methods import GIF, Fusion, fusion_of, reliance
+from tipr_nb.methods import GIF, Fusion, QueryEnricher, fusion_of, reliance
 
 
 @pytest.fixture()
@@ -123,7 +123,6 @@ def test_trains_and_evaluates_end_to_end(precision, tmp_path):
     run = train(recipe, data, tmp_path/"run", extra={"generated": pics.field(data.train, recipe.image_size)}, device="cpu", verbose=False)
     assert {"loss/TGTE", "loss/GIF", "TGTE/w", "GIF/relies_on_photo"} <= set(run.history.columns) and run.history.loss.dropna().gt(0).all()
     back = PersonCLIP.from_pretrained(tmp_path/"run"/"best")
-    plain, enriched = (evaluate(back, data.val, generator=pics, weight=w, n_boot=0) for w in (0., .3))
+    plain, enriched = (evaluate(QueryEnricher(back, pics, weight=w), data.val, n_boot=0) for w in (0., .3))
     assert plain.n_queries == enriched.n_queries > 0
-    from tipr_nb.methods import QueryEnricher
     assert QueryEnricher(back, pics).gate is not None and evaluate(QueryEnricher(back, pics), data.val, n_boot=0).n_queries == plain.n_queries

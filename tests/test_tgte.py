@@ -9,10 +9,11 @@ from tipr_nb.core import TiprError
 from tipr_nb.methods import build_objective
 from tipr_nb.models import Features, PersonCLIP, tal_loss, unit
 from tipr_nb.data import Batch, normalise
-from tipr_nb.evaluation import evaluate, SplitFeatures
+from tipr_nb.evaluation import SplitFeatures, encode_split, evaluate, evaluate_weights
 from tipr_nb.evaluation import toy_features
 from tipr_nb.generation import PersonGenerator, generate_split
-from tipr_nb.methods import (Gate, QueryEnricher, TGTE, attach_gate, attend, drawn_features, enhance, gate_of, picture_feature)
+from tipr_nb.methods import (Gate, QueryEnricher, TGTE, attach_gate, attend, drawn_features, enhance, gate_of, picture_feature,
+    picture_features)
 from tipr_nb.training import choose_weight, query_kinds, query_ms, with_pictures
 import tipr_nb
 
@@ -120,10 +121,29 @@ def test_evaluate_with_pictures():
     from tipr_nb.data import Split
     split = Split("test", [f"{i}.jpg" for i in range(len(image))], image_ids.numpy(), [f"c{i}" for i in range(len(text))], ids.numpy(), np.array([int((image_ids == i).nonzero()[0]) for i in ids]))
     first = image[torch.as_tensor(split.caption_image)]
-    good = SplitFeatures(image, text, first)
-    plain, helped = (evaluate(None, split, weight=w, features=good, n_boot=0) for w in (0., .5))
-    several = evaluate(None, split, weight=.5, features=SplitFeatures(image, text, first[:, None].repeat(1, 3, 1)), n_boot=0)
-    assert helped.mAP > plain.mAP and abs(several.mAP - helped.mAP) < 1e-6
+    features = SplitFeatures(image, text)
+    found = evaluate_weights(split, features, first, enhance, (0., .5), n_boot=0)
+    several = evaluate_weights(split, features, first[:, None].repeat(1, 3, 1), enhance, (.5,), n_boot=0)
+    assert found[.5].mAP > found[0.].mAP and abs(several[.5].mAP - found[.5].mAP) < 1e-6
+    assert found[0.].to_dict() == evaluate(None, split, features=features, n_boot=0).to_dict()
+
+
+def test_both_ways_to_ask_with_pictures_agree(nano, few):
+    painter, split = Colours(), few.val
+    asked = evaluate(QueryEnricher(nano, painter, weight=.3), split, n_boot=0)
+    stored, pictures = encode_split(nano, split), picture_features(nano, painter, split.captions)
+    assert evaluate_weights(split, stored, pictures, enhance, (.3,), n_boot=0)[.3].to_dict() == asked.to_dict()
+    assert painter.n == 2*len(set(split.captions)) and asked.n_queries == len(split)
+
+
+def test_features_of_another_weight_or_generator_are_not_taken(nano, few, tmp_path):
+    split, path = few.val, tmp_path/"features.safetensors"
+    first = encode_split(QueryEnricher(nano, Colours(), weight=.3), split, path=path)
+    painter = Colours()
+    again = encode_split(QueryEnricher(nano, painter, weight=.3), split, path=path)
+    assert painter.n == 0 and torch.equal(first.text, again.text)
+    for other in (QueryEnricher(nano, Colours(), weight=.4), QueryEnricher(nano, Colours(salt=1), weight=.3), nano):
+        assert not torch.equal(encode_split(other, split, path=path).text, first.text)
 
 
 @pytest.fixture(scope="module")
@@ -136,21 +156,27 @@ def few(tmp_path_factory):
 def test_kinds_of_queries(nano, few):
     painter, split = Colours(), few.val
     told = query_kinds(nano, split, painter, .3)
-    f = {k: (a["features"], a["weight"]) for k, (a, _) in told.items()}
     assert painter.n == len(set(split.captions)) and "caption + picture, gate" not in told
-    assert f["caption"][1] == 0 and f["picture alone"][1] == 1 and {w for k, (_, w) in f.items() if "+" in k} == {.3}
-    drawn, text = f["caption + picture"][0].generated, f["caption"][0].text
-    ids = torch.as_tensor(split.caption_ids)
+    weights = {k: columns["weight"] for k, (_, columns) in told.items()}
+    assert weights["caption"] == 0 and weights["picture alone"] == 1 and {w for k, w in weights.items() if "+" in k} == {.3}
+    asked = {k: a["features"].text for k, (a, _) in told.items()}
+    drawn, text = asked["picture alone"], asked["caption"]
+    assert torch.equal(text, encode_split(nano, split).text)
+    assert torch.allclose(asked["caption + picture"], enhance(text, drawn, .3), atol=1e-6)
+    ids, whole = torch.as_tensor(split.caption_ids), query_kinds(nano, split, painter, 1.)      # at weight 1 the second feature is alone
+    second = {k: a["features"].text for k, (a, _) in whole.items()}
     for k, source in (("+ somebody's picture", drawn), ("+ somebody's caption", text)):
-        at = torch.cdist(f[k][0].generated, source).argmin(1)
+        at = torch.cdist(second[k], source).argmin(1)
         assert (at != torch.arange(len(at))).all() and len(set(at.tolist())) == len(at)
-    mate = torch.cdist(f["+ second caption"][0].generated, text).argmin(1)
+        assert torch.allclose(asked[k], enhance(text, source[at], .3), atol=1e-5)
+    mate = torch.cdist(second["+ second caption"], text).argmin(1)
     assert (ids[mate] == ids).all() and (mate != torch.arange(len(mate))).all()
-    assert query_kinds(nano, split, Colours(), .3)["+ somebody's picture"][0]["features"].generated.equal(f["+ somebody's picture"][0].generated)
+    assert query_kinds(nano, split, Colours(), .3)["+ somebody's picture"][0]["features"].text.equal(asked["+ somebody's picture"])
     attach_gate(nano, .4)
     gated, columns = query_kinds(nano, split, painter, .3)["caption + picture, gate"]
     assert abs(columns["weight"] - .4) < 1e-4
-    assert abs(evaluate(None, split, n_boot=0, **gated).mAP - evaluate(None, split, n_boot=0, features=gated["features"], weight=.4).mAP) < 1e-3
+    constant = evaluate_weights(split, encode_split(nano, split), drawn, enhance, (.4,), n_boot=0)[.4]
+    assert abs(evaluate(None, split, n_boot=0, **gated).mAP - constant.mAP) < 1e-3
 
 
 def test_the_weight_is_chosen_on_the_split(nano, few):
@@ -165,15 +191,14 @@ def test_the_weight_is_chosen_on_the_split(nano, few):
 
 
 def test_hook_of_the_grid(few, tmp_path, monkeypatch):
-    from tipr_nb.methods import tgte
-    from tipr_nb.training import run_grid
+    from tipr_nb.training import controls, run_grid
     asked = []
     class Drawn(Colours):
         def field(self, split, size, shuffle=None):
             asked.append(("field", split.name, shuffle))
             return lambda index: torch.zeros(len(index), 3, *size, dtype=torch.uint8)
-    monkeypatch.setattr(tgte.PersonGenerator, "from_pretrained", lambda source=None: source)
-    monkeypatch.setattr(tgte, "pictures_for", lambda dataset, splits, source, per_caption=1: asked.append(splits) or Drawn())
+    monkeypatch.setattr(controls.PersonGenerator, "from_pretrained", lambda source=None: source)
+    monkeypatch.setattr(controls, "pictures_for", lambda dataset, splits, source, per_caption=1: asked.append(splits) or Drawn())
     nano = dict(arch="tipr-nano", pretrained=None, precision="no", epochs=1, batch_size=8, eval_every=1)
     spec = dict(seeds=[0], splits=["test"], hook="tipr_nb.training.controls:with_pictures", set=nano,
                 rows=[dict(name="plain", recipe="tal-tiny"), dict(name="GEA", recipe="gea-tiny", hook_args=dict(shuffle=3)), dict(name="bad", recipe="tal-tiny", hook_args=dict(shufle=3))])

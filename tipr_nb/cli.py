@@ -311,7 +311,7 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", hel
              batch_size: Annotated[int, typer.Option(help="Pictures or sentences encoded at a time.")]=128,
              out: Annotated[Optional[Path], typer.Option(help="Save the metrics here (.json, with one row per query in a .npz beside it).")]=None,
              pictures: Annotated[Optional[Path], typer.Option(help="Folder of drawn pictures (tipr generate) that enrich the queries (TGTE).")]=None,
-             weight: Annotated[float, typer.Option(help="With --pictures: their share in the query, 0 to 1.")]=.2,
+             weight: Annotated[Optional[float], typer.Option(help="With --pictures: their share in the query, 0 to 1; when left out, the model's gate decides, or 0.3 where it has none.")]=None,
              as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]=False):
     """Measure a retriever: Rank-k, mAP, mINP, with intervals.
 
@@ -319,16 +319,16 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", hel
 
     Example: tipr evaluate runs/sdm-id/best --data rstpreid --root ~/data/RSTPReid
     """
-    from tipr_nb.evaluation import protocol as evaluation
+    from tipr_nb import evaluation
     dataset = open_dataset(data, root, need=())
     model = load_model(checkpoint)
     found = dict(dataset.splits) | dict(getattr(dataset, "others", {}))
     part = found[known_name(split, [k for k, v in found.items() if v is not None and len(v)], f"split of {data}")]
-    drawn = None
     if pictures is not None:
         from tipr_nb.generation import open_pictures
-        drawn = open_pictures(pictures)
-    m = evaluation.evaluate(model, part, drawn, weight if drawn else 0., direction=direction, batch_size=batch_size, breakdown=by, name=f"{data} {split}")
+        from tipr_nb.methods import QueryEnricher
+        model = QueryEnricher(model, open_pictures(pictures), weight)
+    m = evaluation.evaluate(model, part, direction=direction, batch_size=batch_size, breakdown=by, name=f"{data} {split}")
     if out: evaluation.save_metrics(m, out)
     if as_json: return tell(json.dumps(m.to_dict(), ensure_ascii=False))
     tell(f"{checkpoint} on {data}, {split}\n{m.table().to_string()}\n{m.note()}")

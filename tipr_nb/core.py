@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TiprError', 'known_name', 'load_object', 'find_registered', 'need', 'os_errors', 'atomic_path', 'write_text',
            'write_json', 'read_json', 'cache_dir', 'locked', 'file_sha256', 'LineWriter', 'progress', 'cpu_features',
-           'native_bf16', 'usable_precision', 'FreeThreads', 'free_threads', 'fit_threads', 'ensure_torchvision',
-           'shipped_weights', 'resolve_model', 'fill_card', 'markdown_table']
+           'native_bf16', 'usable_precision', 'FreeThreads', 'free_threads', 'fit_threads', 'exit_with_parent',
+           'ensure_torchvision', 'shipped_weights', 'resolve_model', 'fill_card', 'markdown_table']
 
 # %% ../nbs/00_core.ipynb #cell-003
 import contextlib, difflib, errno, hashlib, json, os, sys, tempfile, threading, time
@@ -282,6 +282,18 @@ def fit_threads():
     if _following and threading.current_thread() is threading.main_thread(): _following[0].follow()
 
 # %% ../nbs/00_core.ipynb #cell-060
+_LOOK_SECONDS = .5   # between two looks for the parent
+
+def exit_with_parent():
+    "Called in a worker process: it ends within a second of its parent's end, however that ended (a no-op on Windows)."
+    if os.name == "nt": return   # there a child never learns of it by its parent's number
+    parent = os.getppid()
+    def watch():
+        while os.getppid() == parent: time.sleep(_LOOK_SECONDS)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+# %% ../nbs/00_core.ipynb #cell-064
 _SCHEMAS = {"nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
             "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"}
 _libraries = []
@@ -297,7 +309,7 @@ def ensure_torchvision():
             lib.define(schema)
             _libraries.append(lib)   # the declaration lives as long as this object
 
-# %% ../nbs/00_core.ipynb #cell-061
+# %% ../nbs/00_core.ipynb #cell-065
 def _declared(name:str) -> bool:
     import torch
     return any(s.name == f"torchvision::{name}" for s in torch._C._jit_get_all_schemas())
@@ -312,7 +324,7 @@ def _compiled_ops_load() -> bool:
     except (OSError, RuntimeError): return False
     return True
 
-# %% ../nbs/00_core.ipynb #cell-065
+# %% ../nbs/00_core.ipynb #cell-069
 def shipped_weights() -> dict[str, Path]:
     "Alias -> folder of the weights that ship with the package."
     home = Path(str(files("tipr_nb")))/"weights"
@@ -331,7 +343,7 @@ def resolve_model(source:str|Path # a folder, the alias of shipped weights, or a
         if not (path/name).exists(): raise TiprError(f"{source}: {name} is missing in that folder; save the model again with save_pretrained")
     return path
 
-# %% ../nbs/00_core.ipynb #cell-066
+# %% ../nbs/00_core.ipynb #cell-070
 def _looks_local(path:Path, text:str) -> bool:
     return path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or path.parent.is_dir()
 
@@ -357,7 +369,7 @@ def _hub_answers(timeout:float=3.) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/00_core.ipynb #cell-069
+# %% ../nbs/00_core.ipynb #cell-073
 def fill_card(template:str # "model_card" or "data_card", in `tipr_nb/templates`
              , data:dict, **kwargs # what the hub reads; what stands in braces in the template
             ) -> str:
@@ -365,7 +377,7 @@ def fill_card(template:str # "model_card" or "data_card", in `tipr_nb/templates`
     text = (files("tipr_nb")/"templates"/f"{template}.md").read_text(encoding="utf-8")
     return text.format(data="\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in data.items()), **kwargs)
 
-# %% ../nbs/00_core.ipynb #cell-070
+# %% ../nbs/00_core.ipynb #cell-074
 def markdown_table(rows:Sequence[dict]) -> str:
     "Rows as a Markdown table."
     if not rows: return ""

@@ -1,12 +1,13 @@
 # The names that this folder offers to others; they are imported when they are first asked for.
-from .corpora import DATASETS as DATASETS
 from .corpora import DatasetError as DatasetError
-from .corpora import LAYOUTS as LAYOUTS
 from .corpora import PersonDataset as PersonDataset
 from .corpora import Split as Split
-from .corpora import load_dataset as load_dataset
-from .corpora import toy_people as toy_people
-from .corpora import toy_person as toy_person
+from .readers import DATASETS as DATASETS
+from .readers import LAYOUTS as LAYOUTS
+from .readers import load_dataset as load_dataset
+from .readers import load_layout as load_layout
+from .readers import toy_people as toy_people
+from .readers import toy_person as toy_person
 from .crops import CLIP_MEAN as CLIP_MEAN
 from .crops import CLIP_STD as CLIP_STD
 from .crops import EvalTransform as EvalTransform
@@ -22,11 +23,14 @@ from .crops import swap_sides as swap_sides
 from .crops import uniforms as uniforms
 from .loaders import Batch as Batch
 from .loaders import CAPTION_TRANSFORMS as CAPTION_TRANSFORMS
+from .loaders import CaptionTransforms as CaptionTransforms
+from .loaders import IGNORED as IGNORED
 from .loaders import IdentitySampler as IdentitySampler
 from .loaders import PairLoader as PairLoader
 from .loaders import RandomSampler as RandomSampler
 from .loaders import build_caption_transform as build_caption_transform
-from .loaders import check_dataset as check_dataset
+from .loaders import caption_specs as caption_specs
 from .loaders import dataset_from_arrays as dataset_from_arrays
 from .loaders import keep_memory as keep_memory
 from .loaders import make_loader as make_loader
+from .checks import check_dataset as check_dataset

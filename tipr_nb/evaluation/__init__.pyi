@@ -1,4 +1,5 @@
 # The names that this folder offers to others; they are imported when they are first asked for.
+from .comparison import compare as compare
 from .metrics import HEADLINE as HEADLINE
 from .metrics import Metrics as Metrics
 from .metrics import TITLES as TITLES
@@ -8,12 +9,11 @@ from .metrics import rank_metrics as rank_metrics
 from .metrics import rank_similarity as rank_similarity
 from .metrics import save_metrics as save_metrics
 from .protocol import SplitFeatures as SplitFeatures
-from .protocol import compare as compare
 from .protocol import encode_images as encode_images
 from .protocol import encode_split as encode_split
 from .protocol import encode_texts as encode_texts
 from .protocol import evaluate as evaluate
-from .protocol import picture_features as picture_features
+from .protocol import evaluate_weights as evaluate_weights
 from .ranking import TIES as TIES
-from .ranking import load_features as load_features
+from .ranking import read_features as read_features
 from .ranking import toy_features as toy_features

@@ -14,7 +14,7 @@ from typing import Any, Callable, Mapping, Sequence
 import numpy as np, pandas as pd
 from torch import Tensor
 from ..core import TiprError, atomic_path, read_json, write_json
-from .ranking import TIES, Plan, Rows, cosine_blocks, given_blocks, item_ids, make_plan, rank_within
+from .ranking import TIES, RankingPlan, Rows, cosine_blocks, given_blocks, item_ids, make_plan, rank_within
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-009
 HEADLINE = ("r1", "r5", "r10", "mAP", "mINP")
@@ -95,7 +95,7 @@ def bootstrap(values:np.ndarray # (n, c) scores per query, one column per metric
     return mean, draws
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-021
-def query_table(values:np.ndarray, n_hits:np.ndarray, query_ids:np.ndarray, size:np.ndarray, plan:Plan, groups:np.ndarray|None=None) -> pd.DataFrame:
+def query_table(values:np.ndarray, n_hits:np.ndarray, query_ids:np.ndarray, size:np.ndarray, plan:RankingPlan, groups:np.ndarray|None=None) -> pd.DataFrame:
     "One row per query, in percent: id, gallery, n_hits, chance (of R@1), rank (of the first hit), AP, INP, r1 ..."
     table = pd.DataFrame({"id": query_ids, "gallery": 0 if groups is None else groups, "n_hits": n_hits, "chance": 100*n_hits/size, "rank": values[:, 0], "AP": 100*values[:, 1], "INP": 100*values[:, 2]})
     for i, k in enumerate(plan.ks): table[f"r{k}"] = 100*values[:, 3 + i]

@@ -6,6 +6,8 @@ from .cmt import cosine_matrix as cosine_matrix
 from .cmt import gradient_share as gradient_share
 from .cmt import hinge as hinge
 from .cmt import positive_mask as positive_mask
+from .enricher import QueryEnricher as QueryEnricher
+from .enricher import picture_features as picture_features
 from .gif import Fusion as Fusion
 from .gif import GIF as GIF
 from .gif import fusion_of as fusion_of
@@ -24,7 +26,7 @@ from .pruning import prune_caption as prune_caption
 from .pruning import tag_words as tag_words
 from .pruning import tidy as tidy
 from .tgte import Gate as Gate
-from .tgte import QueryEnricher as QueryEnricher
+from .tgte import PICTURE_WEIGHT as PICTURE_WEIGHT
 from .tgte import TGTE as TGTE
 from .tgte import attach_gate as attach_gate
 from .tgte import attend as attend

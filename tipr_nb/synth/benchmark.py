@@ -13,7 +13,7 @@ __all__ = ['Records', 'make_synth_pedes', 'make_sealed_gallery', 'load_synth', '
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-002
 from ..core import cache_dir
 from ..data import LAYOUTS, PersonDataset
-from ..data.corpora import load_layout
+from ..data import load_layout
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-003
 import io, json, math, os, re, shutil, sys

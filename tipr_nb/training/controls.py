@@ -20,8 +20,8 @@ from ..data import dataset_from_arrays
 from ..models import PersonCLIP
 from ..generation import PersonGenerator, pictures_for
 from ..generation import world_portraits
-from ..methods import enhance, gate_of
-from ..evaluation import SplitFeatures, encode_split, evaluate
+from ..methods import PICTURE_WEIGHT, enhance, gate_of, picture_features
+from ..evaluation import SplitFeatures, encode_split, evaluate_weights
 from .grid import train
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-006
@@ -31,15 +31,18 @@ def choose_weight(model:Any, val:Any, # the split to choose on
                   pictures:Any, # has generate(captions)
                   weights:Sequence[float]=WEIGHTS) -> float:
     "The weight of the pictures with the highest mAP."
-    f = encode_split(model, val, pictures)
-    return max(weights, key=lambda w: evaluate(None, val, weight=w, features=f, n_boot=0, breakdown=(), per_query=False).mAP)
+    features = encode_split(model, val)
+    drawn = picture_features(model, pictures, val.captions)
+    found = evaluate_weights(val, features, drawn, enhance, weights, n_boot=0, breakdown=(), per_query=False)
+    return max(found, key=lambda w: found[w].mAP)
 
 def query_kinds(model:PersonCLIP, split:Any, pictures:Any, # has generate(captions)
-                weight:float=.2, # of the pictures
+                weight:float=PICTURE_WEIGHT, # of the pictures
                 seed:int=0 # of the exchange between captions
                ) -> dict[str, tuple[dict, dict]]: # name -> arguments of `evaluate`, columns for a table
     "The ways to ask, with and without pictures, and the controls; features are computed once."
-    f:Any = encode_split(model, split, pictures)
+    f = encode_split(model, split)
+    drawn = picture_features(model, pictures, split.captions).to(f.text.device)
     n = len(split.captions)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     other, mate = torch.empty(n, dtype=torch.long), torch.arange(n)
@@ -47,12 +50,16 @@ def query_kinds(model:PersonCLIP, split:Any, pictures:Any, # has generate(captio
     for i in set(map(int, split.caption_ids)):
         own = torch.as_tensor(split.caption_ids == i).nonzero()[:, 0]
         mate[own] = own.roll(1)
-    base, gate = dict(weight=weight), gate_of(model)
-    kinds = {"caption": (f.text, 0.), "caption + picture": (f.generated, weight), "+ somebody's picture": (f.generated[other], weight), "picture alone": (f.generated, 1.),
+    kinds = {"caption": (f.text, 0.), "caption + picture": (drawn, weight), "+ somebody's picture": (drawn[other], weight), "picture alone": (drawn, 1.),
              "+ somebody's caption": (f.text[other], weight), "+ second caption": (f.text[mate], weight)}
-    told = {k: (dict(features=SplitFeatures(f.image, f.text, g), weight=w), base | dict(weight=w)) for k, (g, w) in kinds.items()}
-    if gate is not None: told["caption + picture, gate"] = (dict(features=f, weight=weight, enhance=lambda t, g, w: enhance(t, g, gate(t, g).detach())), dict(weight=gate(f.text, f.generated).mean().item()))
-    return told
+    found = {}
+    for name, (second, w) in kinds.items():
+        query = enhance(f.text, second, w) if w else f.text
+        found[name] = dict(features=SplitFeatures(f.image, query)), dict(weight=w)
+    if (gate := gate_of(model)) is not None:
+        w = gate(f.text, drawn).detach()
+        found["caption + picture, gate"] = dict(features=SplitFeatures(f.image, enhance(f.text, drawn, w))), dict(weight=w.mean().item())
+    return found
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-009
 def query_ms(model:PersonCLIP, captions:Sequence[str], picture:Tensor|None=None, # (1, d) a cached picture's feature
@@ -62,7 +69,7 @@ def query_ms(model:PersonCLIP, captions:Sequence[str], picture:Tensor|None=None,
     for c in captions[:n]:
         start = time.perf_counter()
         t = model.encode_text([c])
-        if picture is not None: enhance(t, picture, .2)
+        if picture is not None: enhance(t, picture, PICTURE_WEIGHT)
         times.append(1000*(time.perf_counter() - start))
     return round(sorted(times)[len(times)//2], 3)
 
@@ -84,7 +91,7 @@ def with_pictures(job:Any, # of a grid; `hook_args` may hold the keys below
     return dict(train=extra, queries=queries)
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-011
-def portraits_first(job:Any, # of a grid; `hook_args`: steps, photos, and what `tgte.with_pictures` takes
+def portraits_first(job:Any, # of a grid; `hook_args`: steps, photos, and what `with_pictures` takes
                     dataset:Any) -> dict:
     "Hook of `training.run_grid`: the retriever learns from the generator's training pairs first."
     args = dict(job.settings.get("hook_args", {}))
