@@ -77,9 +77,9 @@ def require_hub(repo:str, *names:str # any of these files will do
                ):
     "Fail at once where a hub repository (or folder) is not on this machine and the hub is out of reach."
     from huggingface_hub import try_to_load_from_cache
-    from tipr_nb.core import _hub_answers
+    from tipr_nb.core import hub_answers
     if Path(repo).is_dir() or any(isinstance(try_to_load_from_cache(repo, n), str) for n in names): return
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") or not _hub_answers():
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") or not hub_answers():
         raise TiprError(f"{repo}: not in the local hub cache and the hub cannot be reached; run `hf download {repo}` where there is a network, or load a folder with PersonCLIP.from_pretrained")
 
 # %% ../../nbs/03_models/01_tokens.ipynb #cell-022
