@@ -100,11 +100,11 @@ def upload(folder:str|Path # what `pack_run` or `export_dataset` wrote
           ) -> str: # its address
     "Send a folder to the Hugging Face hub."
     from huggingface_hub import HfApi
-    from tipr_nb.core import _hub_answers
+    from tipr_nb.core import hub_answers
     if kind not in ("model", "dataset"): raise TiprError(f"kind {kind!r}: choose model or dataset")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo): raise TiprError(f"{repo}: not a hub id; write owner/name")
     if not (Path(folder)/"README.md").is_file(): raise TiprError(f"{folder}: no card (README.md) in it; make the folder with pack_run or export_dataset")
-    if not _hub_answers(): raise TiprError(f"{repo}: the hub cannot be reached; the folder {folder} is complete, upload it where there is a network: hf upload {repo} {folder}")
+    if not hub_answers(): raise TiprError(f"{repo}: the hub cannot be reached; the folder {folder} is complete, upload it where there is a network: hf upload {repo} {folder}")
     api = HfApi()
     try:
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
@@ -267,6 +267,6 @@ def import_dataset(source:str|Path # folder in the hub's layout, or a hub id
     return PersonDataset(facts.get("name", folder.name), folder, notes=facts.get("notes", []), **{n: parts.get(n) or Split(n, [], empty, [], empty, empty) for n in ("train", "val", "test")})
 
 def _dataset_folder(repo:str) -> Path:
-    from tipr_nb.core import _from_hub
+    from tipr_nb.core import hub_snapshot
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(repo).parent.is_dir(): raise DatasetError(f"{repo}: no such folder, and not a hub id; give a folder or owner/name")
-    return _from_hub(repo, "dataset", DatasetError)
+    return hub_snapshot(repo, "dataset", DatasetError)

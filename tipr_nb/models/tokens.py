@@ -124,14 +124,14 @@ def require_hub(
 ):
     "Fail at once where a hub repository (or folder) is not on this machine and the hub is out of reach."
     from huggingface_hub import try_to_load_from_cache
-    from tipr_nb.core import _hub_answers
+    from tipr_nb.core import hub_answers
 
     if Path(repo).is_dir():
         return
     kept = [try_to_load_from_cache(repo, n) for n in names]
     if any(isinstance(file, str) for file in kept):
         return
-    if not _hub_answers():
+    if not hub_answers():
         raise TiprError(
             f"{repo}: not in the local hub cache and the hub cannot be reached; run `hf download {repo}` "
             "where there is a network, or load a folder with PersonCLIP.from_pretrained"
