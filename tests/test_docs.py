@@ -132,7 +132,7 @@ def test_ruff_finds_nothing():
 def copy(tmp_path):
     root = tmp_path / "copy"
     for name in ("settings.ini", "pyproject.toml", "CITATION.cff", "_quarto.yml", "README.md"): (root / name).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT / name, root / name)
-    for name in ("index.ipynb", "00_core.ipynb", "09_interop/03_convert.ipynb", "datasets/rstpreid.ipynb"):
+    for name in ("index.ipynb", "00_core/01_errors.ipynb", "09_interop/04_loading.ipynb", "datasets/rstpreid.ipynb"):
         (root / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "nbs" / name, root / "nbs" / name)
     (root / "nbs/images").mkdir()
@@ -148,7 +148,7 @@ def everything(root: Path) -> dict[str, object]:
 @pytest.mark.skipif(not (ROOT / "README.md").exists() or not (ROOT / "nbs/index.ipynb").exists(), reason="no README yet")
 def test_address_is_filled_in_and_taken_out(copy):
     blank = everything(copy)
-    assert not re.search(r"colab-badge|git_url = \S", json.dumps(blank["nbs/00_core.ipynb"]) + str(blank["settings.ini"]))
+    assert not re.search(r"colab-badge|git_url = \S", json.dumps(blank["nbs/00_core/01_errors.ipynb"]) + str(blank["settings.ini"]))
     for _ in range(2):   # again changes nothing
         done = script(copy, "set_address.py", "--git", "https://github.com/someone/tipr_nb", "--docs", "https://someone.github.io/tipr_nb", "--root", str(copy))
         assert done.returncode == 0, done.stderr
@@ -158,8 +158,8 @@ def test_address_is_filled_in_and_taken_out(copy):
     import tomllib
     assert tomllib.loads(now["pyproject.toml"])["project"]["urls"]["Documentation"] == "https://someone.github.io/tipr_nb"
     assert 'repository-code: "https://github.com/someone/tipr_nb"' in now["CITATION.cff"] and "repo-url: https://github.com/someone/tipr_nb" in now["_quarto.yml"] and "https://someone.github.io/tipr_nb/core.html" in now["nbs/llms.txt"]
-    core = now["nbs/00_core.ipynb"]["cells"]
-    assert "".join(core[0]["source"]).startswith("# ") and "colab.research.google.com/github/someone/tipr_nb/blob/main/nbs/00_core.ipynb" in "".join(core[1]["source"]) and "eval: false" in "".join(core[2]["source"])
+    core = now["nbs/00_core/01_errors.ipynb"]["cells"]
+    assert "".join(core[0]["source"]).startswith("# ") and "colab.research.google.com/github/someone/tipr_nb/blob/main/nbs/00_core/01_errors.ipynb" in "".join(core[1]["source"]) and "eval: false" in "".join(core[2]["source"])
     assert "colab-badge" not in json.dumps(now["nbs/datasets/rstpreid.ipynb"]) and "colab-badge" not in json.dumps(now["nbs/index.ipynb"])
     assert script(copy, "set_address.py", "--clear", "--root", str(copy)).returncode == 0
     assert everything(copy) == blank

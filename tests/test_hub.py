@@ -58,7 +58,7 @@ class Api:
 
 def test_push_creates_a_private_repository_and_sends_all(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr("tipr_nb.core._hub_answers", lambda timeout=3.: True)
+    monkeypatch.setattr("tipr_nb.core.hub_answers", lambda timeout=3.: True)
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     Api.calls = []
     assert push_to_hub(run, "me/nano") == "https://hub/me/nano"

@@ -156,7 +156,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("native", [True, False])
     def test_bf16_only_where_it_is_native(self, people, nano, tmp_path, monkeypatch, capsys, native):
-        import tipr_nb.core as core
+        import tipr_nb.core.machine as core
         monkeypatch.setattr(core, "native_bf16", lambda device: native)
         recipe, seen = nano.replace(precision="bf16", epochs=1), []
         class Look(Callback):
@@ -171,7 +171,7 @@ class TestTrain:
 
     def test_bf16_goes_on_where_it_is_not_native(self, people, nano, tmp_path, monkeypatch):
         "Half of a run on one machine, half on another: it ends, and run.json says which steps ran in what."
-        import tipr_nb.core as core
+        import tipr_nb.core.machine as core
         class Stop(Callback):
             def on_step(self, trainer, losses): trainer.stop = trainer.step == 3
         recipe = nano.replace(precision="bf16")
