@@ -157,7 +157,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("native", [True, False])
     def test_bf16_only_where_it_is_native(self, people, nano, tmp_path, monkeypatch, capsys, native):
-        import tipr_nb.core as core
+        import tipr_nb.core.machine as core
         monkeypatch.setattr(core, "native_bf16", lambda device: native)
         recipe, seen = nano.replace(precision="bf16", epochs=1), []
         class Look(Callback):
@@ -172,7 +172,7 @@ class TestTrain:
 
     def test_bf16_goes_on_where_it_is_not_native(self, people, nano, tmp_path, monkeypatch):
         "Half of a run on one machine, half on another: it ends, and run.json says which steps ran in what."
-        import tipr_nb.core as core
+        import tipr_nb.core.machine as core
         class Stop(Callback):
             def on_step(self, trainer, losses): trainer.stop = trainer.step == 3
         recipe = nano.replace(precision="bf16")
@@ -341,7 +341,7 @@ class TestBadInput:
         aside.mkdir(parents=True)
         (aside/"metrics.json").write_text("{}")
         (tmp_path/".last-00000004.xyz").mkdir()
-        c.mend()
+        c.recover()
         assert [p.name for p in tmp_path.iterdir()] == ["best"] and (tmp_path/"best"/"metrics.json").exists()
 
 
@@ -508,14 +508,14 @@ import os, signal, sys
 sys.argv = ["parallel_run.py"]
 sys.path.insert(0, {str(HERE)!r})
 import tipr_nb.training.steps as steps, parallel_run
-real, calls = steps.save_tensors, []
+real, calls = steps.write_safetensors, []
 def dies(path, tensors):
     calls.append(path)
     real(path, tensors)
     if len(calls) == {call - 1}:
         path.write_bytes(path.read_bytes()[:100])
         os.kill(os.getpid(), signal.SIGKILL)
-steps.save_tensors = dies
+steps.write_safetensors = dies
 parallel_run.main({str(home/"people")!r}, {str(tmp_path/"a")!r}, '[["ITC", {{}}], ["ID", {{}}]]', 1, 2)
 """
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE.parent), TIPR_CACHE=str(home/"cache"), TIPR_QUIET="1")

@@ -102,7 +102,7 @@ def visit_sizes(k:int|Sequence[int], batch_size:int) -> tuple[int, int]:
     "The fewest and the most pairs of a visit, from a number or a pair of numbers."
     try: low, high = (k, k) if isinstance(k, int) else k
     except (TypeError, ValueError):
-        raise DatasetError(f"k={k!r}; give the pairs of a visit as a number, or the fewest and the most as two") from None
+        raise DatasetError(f"k={k!r}; give the pairs of a visit as a number, or the fewest and the most") from None
     if not 1 <= low <= high <= batch_size:
         raise DatasetError(f"k={k} pairs per identity in a batch of {batch_size}; choose 1 to {batch_size}")
     return low, high

@@ -12,13 +12,12 @@ from .app import Question as Question
 from .app import search_page as search_page
 from .app import serve as serve
 from .app import warmed as warmed
-from .boxes import column_name as column_name
 from .boxes import find_photos as find_photos
-from .boxes import read_table as read_table
-from .boxes import tidy_table as tidy_table
+from .detectors import find_detector as find_detector
 from .detectors import looks_like_scene as looks_like_scene
 from .detectors import open_ahead as open_ahead
 from .detectors import open_photo as open_photo
+from .detectors import PersonCrop as PersonCrop
 from .detectors import scene_warning as scene_warning
 from .engines import build_faiss as build_faiss
 from .engines import calibrate as calibrate
@@ -63,11 +62,15 @@ from .milvus import Milvus as Milvus
 from .milvus import milvus_expression as milvus_expression
 from .milvus import MilvusEngine as MilvusEngine
 from .photos import decode_picture as decode_picture
+from .photos import EXCLUDED as EXCLUDED
 from .photos import is_picture as is_picture
 from .photos import MAX_PIXELS as MAX_PIXELS
 from .photos import open_picture as open_picture
 from .photos import PhotoError as PhotoError
 from .photos import walk_folder as walk_folder
+from .tables import column_name as column_name
+from .tables import read_table as read_table
+from .tables import tidy_table as tidy_table
 from .towers import as_numpy as as_numpy
 from .towers import clean_text as clean_text
 from .towers import export_text_tower as export_text_tower
@@ -75,3 +78,5 @@ from .towers import model_fingerprint as model_fingerprint
 from .towers import TextTokens as TextTokens
 from .towers import TextTower as TextTower
 from .towers import tokenizer_json as tokenizer_json
+from .video import find_media as find_media
+from .video import read_moment as read_moment

@@ -64,7 +64,7 @@ def match_map(encode:Callable # list of PIL pictures -> (b, d) unit features
 def warmed(picture:Image.Image, heat:np.ndarray # (rows, columns)
           ) -> Image.Image:
     "The picture with a heatmap laid over it."
-    from tipr_nb.figures import overlay
+    from tipr_nb.models import overlay
     return Image.fromarray(overlay(picture, heat, span=(0., max(float(heat.max()), 1e-6))))
 
 # %% ../../nbs/08_search/12_app.ipynb #cell-016

@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, TYPE_CHECKING
 
 import numpy as np
 from ..core import TiprError, atomic_path, need, os_errors, progress, read_json, write_json
-from .boxes import column_name, tidy_table
+from .tables import column_name, tidy_table
 from .detectors import Opened, looks_like_scene, open_ahead, scene_warning
 from .engines import FAISS_KINDS, build_faiss
 from .filters import Column, column_kind

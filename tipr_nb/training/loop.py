@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core import TiprError, fit_threads, free_threads, os_errors, progress, read_json, write_json
 from ..data import Batch, PersonDataset, Split
 from ..evaluation import evaluate
-from ..models import Checkpoints, History, PersonCLIP, safetensors_errors
+from ..models import Checkpoints, History, PersonCLIP
 from .memory import merge_lora, merged
 from .recipes import Recipe, get_recipe
 from .runs import check_same_run, data_hash, environment, git_commit, weights_hash
@@ -233,7 +233,7 @@ class Validation(Callback):
 
     def write(self, trainer:"Trainer", folder:Path):
         "The weights and their metrics."
-        with safetensors_errors(): merged(trainer.encoder).save_pretrained(folder)
+        merged(trainer.encoder).save_pretrained(folder)
         write_json(folder/"metrics.json", self.best)
 
     def state(self): return dict(evaluated=self.evaluated)
@@ -520,7 +520,7 @@ def prepare_folder(trainer:Trainer, resume:str):
     "Start over, or put in order what a kill left; never mix two runs."
     path = trainer.path
     if resume == "never": trainer.checkpoints.clear()
-    trainer.checkpoints.mend()
+    trainer.checkpoints.recover()
     if resume == "must" and not (path/"recipe.json").exists():
         raise TiprError(f"{path}: nothing to resume; check the folder, or use resume='auto'")
     check_same_run(path, trainer.recipe, trainer.hashes)

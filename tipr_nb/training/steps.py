@@ -22,7 +22,7 @@ from ..core import TiprError, shipped_weights, usable_precision
 from ..data import (Batch, PairLoader, PersonDataset, Split, build_caption_transform, caption_specs, make_loader)
 from ..methods import build_objective
 from ..models import (Features, PersonCLIP, gather_features, pack_optimizer, read_safetensors,
-    safetensors_errors, save_tensors, unpack_optimizer)
+    unpack_optimizer, write_safetensors)
 from .memory import add_lora, average_gradients, cached_backward, check_cacheable, merged
 from .recipes import Recipe
 
@@ -291,13 +291,13 @@ class TrainStep:
 
     def write(self, folder:Path) -> dict: # what goes into JSON beside the tensors
         "Everything that the next step depends on, as safetensors."
-        with safetensors_errors(): merged(self.retriever.encoder).save_pretrained(folder)
+        merged(self.retriever.encoder).save_pretrained(folder)
         if self.recipe.lora:   # to go on from; model.safetensors is the same model, merged
-            save_tensors(folder/"adapted.safetensors", self.retriever.encoder.state_dict())
+            write_safetensors(folder/"adapted.safetensors", self.retriever.encoder.state_dict())
         tensors, groups = pack_optimizer(self.optimizer)
-        save_tensors(folder/"objectives.safetensors", self.retriever.objectives.state_dict())
-        save_tensors(folder/"optimizer.safetensors", tensors)
-        if self.ema is not None: save_tensors(folder/"ema.safetensors", self.ema.state_dict())
+        write_safetensors(folder/"objectives.safetensors", self.retriever.objectives.state_dict())
+        write_safetensors(folder/"optimizer.safetensors", tensors)
+        if self.ema is not None: write_safetensors(folder/"ema.safetensors", self.ema.state_dict())
         scaler = self.accelerator.scaler
         return dict(groups=groups, scaler=None if scaler is None else scaler.state_dict())
 
