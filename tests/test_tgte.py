@@ -231,3 +231,29 @@ def test_gradient_flows_through_text_photo_and_picture(nano):
     f = nano(batch)
     TGTE(nano, 3)(f, batch, nano).backward()
     assert batch.extra["generated"].grad.abs().sum() > 0 and nano.clip.text_projection.grad.abs().sum() > 0
+
+
+def test_any_encoder_can_be_enriched_and_shows_its_pictures():
+    class Mean:
+        "A model of two methods: mean colours of pictures, and of words."
+        def encode_image(self, images): return np.stack([np.asarray(im, np.float32).mean((0, 1))/255 for im in images])
+        def encode_text(self, captions): return np.array([[1, .1, .1] if "red" in c else [.1, .1, 1] for c in captions], np.float32)
+    painter = Colours()
+    query = QueryEnricher(Mean(), painter, weight=.5)
+    got = query.encode_text(CAPTIONS[:2])
+    g = torch.as_tensor(Mean().encode_image(painter.generate(CAPTIONS[:2])))
+    assert torch.allclose(got, enhance(torch.as_tensor(Mean().encode_text(CAPTIONS[:2])), g, .5)) and query.model.__class__ is Mean
+    drawn = painter.n
+    assert [im.getpixel((0, 0)) for im in query.imagined] == [im.getpixel((0, 0)) for im in Colours().generate(CAPTIONS[:2])] and painter.n == drawn
+    assert QueryEnricher(Mean(), painter).gate is None and query.device == torch.device("cpu") and not query.training
+
+
+def test_pictures_to_show_are_kept_within_bounds(monkeypatch):
+    from tipr_nb.methods import enricher
+    monkeypatch.setattr(enricher, "_KEPT", 3)
+    painter = Colours()
+    query = QueryEnricher(PersonCLIP("tipr-nano"), painter, weight=.5)
+    for i in range(5): query.encode_text([f"person {i}", f"person {i + 1}"])
+    assert len(query._drawn) <= 3 and painter.n == 6 and len(query.known) == 6
+    query.encode_text(["person 0"])
+    assert painter.n == 6 and len(query.imagined) == 1 and painter.n == 7      # the feature was known, its picture is drawn again to be shown
