@@ -140,8 +140,9 @@ class TokenMasker:
         return self.content if self._is_content[token] else self.fraction
 
     def _tagged_content(self, token:int) -> bool:
-        if token in self.vocabulary.pieces: return False
-        tagged = (self.tagger or pattern_tagger())(self.vocabulary.words[token])
+        word = self.vocabulary.words[token]
+        if token in self.vocabulary.pieces: word = word[:-4]    # as released: the four letters of the end mark "</w>", which a piece has not
+        tagged = (self.tagger or pattern_tagger())(word) if word else []
         return bool(tagged) and tagged[0][1].startswith(CONTENT_TAGS)
 
     def __call__(self,
