@@ -80,10 +80,16 @@ from .tables import read_table as read_table
 from .tables import tidy_table as tidy_table
 from .towers import as_numpy as as_numpy
 from .towers import clean_text as clean_text
+from .towers import export_image_tower as export_image_tower
 from .towers import export_text_tower as export_text_tower
+from .towers import image_tower as image_tower
+from .towers import ImageTower as ImageTower
 from .towers import model_fingerprint as model_fingerprint
+from .towers import onnx_session as onnx_session
+from .towers import quiet_exporter as quiet_exporter
 from .towers import TextTokens as TextTokens
 from .towers import TextTower as TextTower
 from .towers import tokenizer_json as tokenizer_json
+from .towers import write_image_tower as write_image_tower
 from .video import find_media as find_media
 from .video import read_moment as read_moment
