@@ -115,13 +115,13 @@ def check_recipe(r:"Recipe"):
     for name, arguments in r.objectives:
         find_objective(name)
         if not is_of_type(arguments.get("weight", 1.), float):
-            raise TiprError(f"{where}: {name}'s weight = {arguments['weight']!r}; give a number")
+            raise TiprError(f"{where}: objectives: {name}'s weight = {arguments['weight']!r}; give a number")
     for name in r.augment: known_name(name, list(inspect.signature(TrainTransform).parameters)[1:], "setting of augment")
     for pattern, rule in r.groups:
         check_pattern(where, "groups", pattern)
         for name, value in rule.items():
             known_name(name, ("lr_scale", "weight_decay"), "setting of a parameter group")
-            if not is_of_type(value, float): raise TiprError(f"{where}: {name} = {value!r} for {pattern!r}; give a number")
+            if not is_of_type(value, float): raise TiprError(f"{where}: groups: {name} = {value!r} for {pattern!r}; give a number")
     for pattern in r.freeze: check_pattern(where, "freeze", pattern)
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-028
@@ -195,7 +195,10 @@ class Recipe:
             elif kinds[f.name] in (float, float|None) and value is not None: setattr(self, f.name, float(value))
         self.objectives = [named(o) for o in self.objectives]
         self.groups = [named(g) for g in self.groups]
-        parts = [p if isinstance(p, str) else named(p) for p in caption_specs(self.caption_transform)]
+        try: parts = [p if isinstance(p, str) else named(p) for p in caption_specs(self.caption_transform)]
+        except TypeError:
+            raise TiprError(f"recipe {self.name}: caption_transform = {self.caption_transform!r}; give a name, "
+                            "a name and its arguments, or a list of such") from None
         if len(parts) < 2: self.caption_transform = parts[0] if parts else None
         else: self.caption_transform = parts
         check_recipe(self)
