@@ -14,7 +14,8 @@ from tipr_nb.models import clip as C
 from tipr_nb.models import tokens as T
 from tipr_nb.methods import OBJECTIVES, Objective, build_objective, register_objective
 from tipr_nb.models import Features, PersonCLIP, id_loss, interaction_maps, itc_loss, sdm_loss, tal_loss, unit
-from tipr_nb.models import SelfAttention
+from tipr_nb.models import SelfAttention, gather_features, overlay
+from tipr_nb.models import weights as W
 from tipr_nb.core import TiprError
 from tipr_nb.data import CLIP_MEAN, CLIP_STD
 
@@ -91,7 +92,7 @@ def test_short_tokenizer():
 
 def test_words_kept_whole():
     full, words = open_clip.SimpleTokenizer(), T.clothing_words()
-    ours = T.make_tokenizer("tipr-tiny", B.arch_config("tipr-tiny"))
+    ours = T.make_tokenizer(B.arch_config("tipr-tiny"))
     assert len(words) == len(set(words)) and all(w == w.lower() and w.isalpha() for w in words)
     cut = [w for w in words if len(ours.encode(w)) > len(full.encode(w))]
     assert not cut and ours.vocab_size == 4096 == max(ours.decoder) + 1
@@ -405,10 +406,10 @@ def test_addons_travel_and_nobody_has_to_know_them(tmp_path):
     assert any(p is gate.weight for p in m.parameters())
     m.save_pretrained(tmp_path/"a")
     plain = PersonCLIP.from_pretrained(tmp_path/"a")
-    assert set(plain.spare) == {"gate.weight", "gate.bias"} and not plain.addons
+    assert set(plain.unclaimed_addons) == {"gate.weight", "gate.bias"} and not plain.addons
     plain.save_pretrained(tmp_path/"b")
     late = PersonCLIP.from_pretrained(tmp_path/"b")
-    assert torch.equal(late.attach("gate", nn.Linear(32, 1)).weight, gate.weight) and not late.spare
+    assert torch.equal(late.attach("gate", nn.Linear(32, 1)).weight, gate.weight) and not late.unclaimed_addons
     late.load_weights(tmp_path/"a/model.safetensors")
     assert "gate" in late.addons and json.loads((tmp_path/"b/config.json").read_text())["addons"] == ["gate"]
     fails("add-on 'gate'", PersonCLIP.from_pretrained(tmp_path/"a").attach, "gate", nn.Linear(32, 2))
@@ -457,11 +458,11 @@ def test_names_that_lead_nowhere_fail_at_once(tmp_path):
 
 
 def test_openai_weights_move_to_quickgelu():
-    with pytest.warns(UserWarning, match="ViT-B-16-quickgelu"): assert C.match_activation("ViT-B-16", "openai")[0] == "ViT-B-16-quickgelu"
+    with pytest.warns(UserWarning, match="ViT-B-16-quickgelu"): assert W.match_activation("ViT-B-16", "openai")[0] == "ViT-B-16-quickgelu"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert C.match_activation("ViT-B-16-quickgelu", "openai")[0] == "ViT-B-16-quickgelu"
-        assert C.match_activation("ViT-B-16", "laion2b_s34b_b88k")[0] == "ViT-B-16"
+        assert W.match_activation("ViT-B-16-quickgelu", "openai")[0] == "ViT-B-16-quickgelu"
+        assert W.match_activation("ViT-B-16", "laion2b_s34b_b88k")[0] == "ViT-B-16"
 
 
 def test_open_clip_weights_at_a_tall_size(tmp_path, monkeypatch):
@@ -628,7 +629,7 @@ def test_objectives_by_name(nano):
     assert clf.lr_scale == 5 and clf.classifier.weight.shape == (500, 32) and abs(clf.classifier.weight.std() - .001) < 1e-4 and clf.classifier.bias.eq(0).all()
     f = nano(batch(nano))
     assert torch.equal(build_objective("ITC", nano, 5)(f, None, nano), itc_loss(f.image, f.text, scale=f.scale))
-    fails("did you mean SDM", build_objective, "sdn", nano, 5)
+    fails("did you mean 'SDM'", build_objective, "sdn", nano, 5)
     fails("no argument 'tau'", build_objective, "TAL", nano, 5, tau=1)
 
 
@@ -649,7 +650,7 @@ def _worker(rank, world, meeting, out):
     objectives = [build_objective(n, m, 3) for n in ("ITC", "SDM", "ID", "TAL")]
     whole = batch(m, 6)
     mine = slice(rank*6//world, (rank+1)*6//world)
-    f = C.gather_features(m(SimpleNamespace(images=whole.images[mine], tokens=whole.tokens[mine], ids=whole.ids[mine])))
+    f = gather_features(m(SimpleNamespace(images=whole.images[mine], tokens=whole.tokens[mine], ids=whole.ids[mine])))
     assert f.ids.tolist() == whole.ids.tolist() and f.local == mine and len(f.text_tokens) == 6//world
     loss = sum(o(f, None, m) for o in objectives)
     loss.backward()
@@ -671,7 +672,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_gather_is_nothing_alone():
     f = Features(*(torch.randn(2, 3) for _ in range(4)), torch.arange(2), torch.tensor(1.))
-    assert C.gather_features(f) is f and f.local == slice(0, 2)
+    assert gather_features(f) is f and f.local == slice(0, 2)
 
 
 def test_interaction_maps():

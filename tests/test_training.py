@@ -340,7 +340,7 @@ class TestBadInput:
         aside.mkdir(parents=True)
         (aside/"metrics.json").write_text("{}")
         (tmp_path/".last-00000004.xyz").mkdir()
-        c.mend()
+        c.recover()
         assert [p.name for p in tmp_path.iterdir()] == ["best"] and (tmp_path/"best"/"metrics.json").exists()
 
 
@@ -507,14 +507,14 @@ import os, signal, sys
 sys.argv = ["parallel_run.py"]
 sys.path.insert(0, {str(HERE)!r})
 import tipr_nb.training.loop as loop, parallel_run
-real, calls = loop.save_tensors, []
+real, calls = loop.write_safetensors, []
 def dies(path, tensors):
     calls.append(path)
     real(path, tensors)
     if len(calls) == {call - 1}:
         path.write_bytes(path.read_bytes()[:100])
         os.kill(os.getpid(), signal.SIGKILL)
-loop.save_tensors = dies
+loop.write_safetensors = dies
 parallel_run.main({str(home/"people")!r}, {str(tmp_path/"a")!r}, '[["ITC", {{}}], ["ID", {{}}]]', 1, 2)
 """
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE.parent), TIPR_CACHE=str(home/"cache"), TIPR_QUIET="1")

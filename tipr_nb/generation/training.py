@@ -26,7 +26,7 @@ from ..synth import draw_person
 from ..synth import world_records
 from ..models import PersonCLIP, read_safetensors
 from .pipelines import (UNet2DConditionModel, fit_codec, hf_text_tower, make_pipeline, quiet_libraries)
-from ..models import Checkpoints, History, pack_optimizer, save_tensors, unpack_optimizer
+from ..models import Checkpoints, History, pack_optimizer, unpack_optimizer, write_safetensors
 
 # %% ../../nbs/04_generation/03_training.ipynb #cell-008
 STUDIO = Camera("studio", "crossing", blur=0., noise=0.)
@@ -274,15 +274,15 @@ class GeneratorRun:
         "Write a checkpoint; the one before goes when it is whole."
         def write(folder:Path):
             tensors, groups = pack_optimizer(self.optimizer)
-            save_tensors(folder/"weights.safetensors", {k: p for k, p in self.weights.items()})
-            save_tensors(folder/"average.safetensors", self.average)
-            save_tensors(folder/"optimizer.safetensors", tensors)
+            write_safetensors(folder/"weights.safetensors", {k: p for k, p in self.weights.items()})
+            write_safetensors(folder/"average.safetensors", self.average)
+            write_safetensors(folder/"optimizer.safetensors", tensors)
             write_json(folder/"state.json", dict(step=self.step, groups=groups, recipe=dataclasses.asdict(self.r), captions=len(self.pairs)))
         self.kept.save_last(self.step, write)
 
     def resume(self) -> bool: # whether there was something to resume
         "Go on from the newest checkpoint; one of another run is refused."
-        self.kept.mend()
+        self.kept.recover()
         if (path := self.kept.newest()) is None: return False
         state, mine = read_json(path/"state.json", "delete this checkpoint"), dataclasses.asdict(self.r)
         for k in mine:

@@ -69,7 +69,7 @@ def attach_gate(encoder:PersonCLIP, start:float=PICTURE_WEIGHT) -> nn.Module:
 
 def gate_of(encoder:PersonCLIP) -> nn.Module|None:
     "The gate of a model that has one, else None."
-    return attach_gate(encoder) if _GATE in encoder.addons or any(k.startswith(f"{_GATE}.") for k in encoder.spare) else None
+    return attach_gate(encoder) if _GATE in encoder.addons or any(k.startswith(f"{_GATE}.") for k in encoder.unclaimed_addons) else None
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-028
 def picture_feature(encoder:PersonCLIP, images:Tensor, # (b, 3, h, w) normalised pictures

@@ -14,76 +14,103 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/03_models/02_losses.ipynb #cell-005
-def unit(x:Tensor # (..., d)
-        ) -> Tensor: # (..., d) float32, or float64 as it came
+def _at_least_float32(x: Tensor) -> Tensor:
+    "float64 as it came, everything else as float32."
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def unit(
+    x: Tensor,  # (..., d)
+) -> Tensor:  # (..., d) float32, or float64 as it came
     "Scaled to length one, in full precision whatever autocast says."
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return F.normalize(_at_least_float32(x), dim=-1)
 
 # %% ../../nbs/03_models/02_losses.ipynb #cell-008
-def _full_precision(loss:Callable) -> Callable:
+def _full_precision(loss: Callable) -> Callable:
     "Run a loss in float32 (float64 stays), outside autocast."
+
     @functools.wraps(loss)
     def run(image, text, *args, **kwargs):
         with torch.autocast(image.device.type, enabled=False):
-            return loss(*(x if x.dtype == torch.float64 else x.float() for x in (image, text)), *args, **kwargs)
+            return loss(_at_least_float32(image), _at_least_float32(text), *args, **kwargs)
+
     return run
 
 # %% ../../nbs/03_models/02_losses.ipynb #cell-011
 @_full_precision
-def itc_loss(image:Tensor # (b, d) unit
-            , text:Tensor # (b, d) unit
-            , ids:Tensor|None=None # (b,) given, all pairs of an identity share the target; None, only the pair counts
-            , scale:Tensor|float=1/.07 # inverse temperature
-            ) -> Tensor: # ()
+def itc_loss(
+    image: Tensor,  # (b, d) unit
+    text: Tensor,  # (b, d) unit
+    ids: Tensor
+    | None = None,  # (b,) given, all pairs of an identity share the target; None, only the pair counts
+    scale: Tensor | float = 1 / 0.07,  # inverse temperature
+) -> Tensor:  # ()
     "Image-text contrast, InfoNCE in both directions, mean of the two (van den Oord 2018; CLIP 2021)."
     logits = scale * image @ text.T
-    same = torch.eye(len(image), device=image.device, dtype=image.dtype) if ids is None else (ids[:, None] == ids).to(image.dtype)
-    target = same/same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2
+    if ids is None:
+        same = torch.eye(len(image), device=image.device, dtype=image.dtype)
+    else:
+        same = (ids[:, None] == ids).to(image.dtype)
+    target = same / same.sum(1, keepdim=True)
+    to_text = F.cross_entropy(logits, target)
+    to_image = F.cross_entropy(logits.T, target)
+    return (to_text + to_image) / 2
 
 # %% ../../nbs/03_models/02_losses.ipynb #cell-014
 @_full_precision
-def sdm_loss(image:Tensor # (b, d) unit
-            , text:Tensor # (b, d) unit
-            , ids:Tensor # (b,) identities
-            , temperature:float=.02 # of the predicted distribution
-            , eps:float=1e-8 # keeps the log of an empty target finite
-            ) -> Tensor: # ()
-    "Similarity distribution matching: KL(prediction || same-identity distribution), both directions added (IRRA, CVPR 2023)."
+def sdm_loss(
+    image: Tensor,  # (b, d) unit
+    text: Tensor,  # (b, d) unit
+    ids: Tensor,  # (b,) identities
+    temperature: float = 0.02,  # of the predicted distribution
+    eps: float = 1e-8,  # keeps the log of an empty target finite
+) -> Tensor:  # ()
+    "Similarity distribution matching: KL(prediction || same identity), both directions added (IRRA, CVPR 2023)."
     same = (ids[:, None] == ids).to(image.dtype)
-    log_target = (same/same.sum(1, keepdim=True) + eps).log()
+    target = same / same.sum(1, keepdim=True)
+    log_target = (target + eps).log()
+
     def divergence(logits):
         log_p = logits.log_softmax(1)
-        return (log_p.exp()*(log_p - log_target)).sum(1).mean()
-    logits = image @ text.T/temperature
+        return (log_p.exp() * (log_p - log_target)).sum(1).mean()
+
+    logits = image @ text.T / temperature
     return divergence(logits) + divergence(logits.T)
 
 # %% ../../nbs/03_models/02_losses.ipynb #cell-017
 @_full_precision
-def id_loss(image_raw:Tensor # (b, d) not normalised
-           , text_raw:Tensor # (b, d) not normalised
-           , ids:Tensor # (b,) class of each pair, 0..n_ids-1
-           , classifier:Callable[[Tensor], Tensor] # (b, d) -> (b, n_ids), one for both
-           ) -> Tensor: # ()
+def id_loss(
+    image_raw: Tensor,  # (b, d) not normalised
+    text_raw: Tensor,  # (b, d) not normalised
+    ids: Tensor,  # (b,) class of each pair, 0..n_ids-1
+    classifier: Callable[[Tensor], Tensor],  # (b, d) -> (b, n_ids), one for both
+) -> Tensor:  # ()
     "Identity classification of both raw features by one classifier, mean of the two cross-entropies (CMPC; IRRA)."
-    return (F.cross_entropy(classifier(image_raw), ids) + F.cross_entropy(classifier(text_raw), ids))/2
+    of_images = F.cross_entropy(classifier(image_raw), ids)
+    of_texts = F.cross_entropy(classifier(text_raw), ids)
+    return (of_images + of_texts) / 2
 
 # %% ../../nbs/03_models/02_losses.ipynb #cell-020
 @_full_precision
-def tal_loss(image:Tensor # (b, d) unit
-            , text:Tensor # (b, d) unit
-            , ids:Tensor # (b,) identities
-            , temperature:float=.015 # of positives' weights and of the log-sum-exp
-            , margin:float=.1 # by which positives should lead
-            , reduction:str="sum" # over the batch: 'sum' as released, or 'mean'
-            ) -> Tensor: # ()
+def tal_loss(
+    image: Tensor,  # (b, d) unit
+    text: Tensor,  # (b, d) unit
+    ids: Tensor,  # (b,) identities
+    temperature: float = 0.015,  # of positives' weights and of the log-sum-exp
+    margin: float = 0.1,  # by which positives should lead
+    reduction: str = "sum",  # over the batch: 'sum' as released, or 'mean'
+) -> Tensor:  # ()
     "Triplet alignment loss: soft positives against a log-sum-exp of all negatives, both directions (RDE, CVPR 2024)."
-    same, least = ids[:, None] == ids, torch.finfo(image.dtype).min/4
+    same = ids[:, None] == ids
+    least = torch.finfo(image.dtype).min / 4
+
     def one_way(sim):
-        logits = sim/temperature
+        logits = sim / temperature
         alpha = logits.masked_fill(~same, least).softmax(1).detach()
-        hardest = temperature*logits.masked_fill(same, least).logsumexp(1)
-        return (margin - (alpha*sim).sum(1) + hardest).clamp(min=0)
+        positive = (alpha * sim).sum(1)
+        hardest = temperature * logits.masked_fill(same, least).logsumexp(1)
+        return (margin - positive + hardest).clamp(min=0)
+
     sim = image @ text.T
     loss = one_way(sim) + one_way(sim.T)
     return loss.sum() if reduction == "sum" else loss.mean()

@@ -6,7 +6,9 @@
 __all__ = ['merges_of', 'choose_merges', 'clothing_words', 'ShortTokenizer', 'vocab_and_merges', 'require_hub', 'make_tokenizer']
 
 # %% ../../nbs/03_models/01_tokens.ipynb #cell-002
-import functools, math, os
+import functools
+import math
+import os
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -20,75 +22,136 @@ ensure_torchvision()
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 # %% ../../nbs/03_models/01_tokens.ipynb #cell-007
-def merges_of(word:str # lower case
-             , ranks:dict[tuple[str, str], int] # merge -> its place in CLIP's order
-             ) -> list[tuple[str, str]]:
+def merges_of(
+    word: str,  # lower case
+    ranks: dict[tuple[str, str], int],  # merge -> its place in CLIP's order
+) -> list[tuple[str, str]]:
     "The merges that build a word, in the order they are made (Sennrich et al. 2016)."
-    parts, made = [*word[:-1], word[-1] + "</w>"], []
-    while len(parts) > 1 and (best := min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, math.inf))) in ranks:
+    parts = [*word[:-1], word[-1] + "</w>"]
+    made = []
+    while len(parts) > 1:
+        pairs = zip(parts, parts[1:])
+        best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))
+        if best not in ranks:
+            break
         made.append(best)
-        i = 0
-        while i < len(parts) - 1:
-            if (parts[i], parts[i+1]) == best: parts[i:i+2] = ["".join(best)]
-            i += 1
+        parts = _apply_merge(parts, best)
     return made
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-009
-def choose_merges(ranks:dict[tuple[str, str], int], words:Sequence[str], n:int) -> list[tuple[str, str]]:
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-008
+def _apply_merge(parts: list[str], merge: tuple[str, str]) -> list[str]:
+    "Join every place where the two halves of a merge stand side by side."
+    joined: list[str] = []
+    left = list(parts)
+    while left:
+        pair = tuple(left[:2])
+        size = 2 if pair == merge else 1
+        joined.append("".join(left[:size]))
+        left = left[size:]
+    return joined
+
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-010
+def choose_merges(
+    ranks: dict[tuple[str, str], int],  # merge -> its place in CLIP's order
+    words: Sequence[str],  # to keep whole
+    n: int,  # merges to keep
+) -> list[tuple[str, str]]:
     "`n` merges in CLIP's order: those that keep `words` whole, then the most frequent."
     kept = {m for w in words for m in merges_of(w, ranks)}
     for m in ranks:
-        if len(kept) >= n: break
+        if len(kept) >= n:
+            break
         kept.add(m)
-    return sorted(kept, key=lambda m: ranks[m])[:n]
+    in_order = sorted(kept, key=lambda m: ranks[m])
+    return in_order[:n]
 
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-012
 @functools.cache
 def clothing_words() -> tuple[str, ...]:
     "Words of dress and looks that our own architectures keep whole."
-    return tuple((files("tipr_nb")/"archs/words.txt").read_text().split())
+    text = (files("tipr_nb") / "archs/words.txt").read_text()
+    return tuple(text.split())
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-011
-_MARKS = ["<start_of_text>", "<end_of_text>"]
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-014
+_START = "<start_of_text>"
+_END = "<end_of_text>"
+_BYTE_TOKENS = 512  # each byte, within a word and at its end
+
 
 class ShortTokenizer(SimpleTokenizer):
     "CLIP's byte-pair tokenizer with a part of its merges, so that a small text tower has a small vocabulary."
-    def __init__(self, vocab_size:int # 512 byte tokens, the merges, start and end of text
-                 , context_length:int=77 # most tokens of a caption
-                 , whole:Sequence[str]=() # words to keep in one piece, as far as the vocabulary goes
-                ):
-        super().__init__(context_length=context_length)
-        n, ranks, ids = vocab_size - 514, vars(self)["bpe_ranks"], vars(self)["encoder"]
-        if not 0 < n <= len(ranks): raise TiprError(f"vocab_size {vocab_size}: must lie between 515 and {len(ranks) + 514}")
-        merges = choose_merges(ranks, whole, n)
-        words = [w for w, i in ids.items() if i < 512] + ["".join(m) for m in merges] + _MARKS
-        self.encoder, self.decoder = {w: i for i, w in enumerate(words)}, dict(enumerate(words))
-        self.bpe_ranks, self.vocab_size = {m: i for i, m in enumerate(merges)}, vocab_size
-        self.sot_token_id, self.eot_token_id = self.all_special_ids = [self.encoder[m] for m in _MARKS]
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-017
-def vocab_and_merges(tokenizer:SimpleTokenizer # ours or open_clip's
-                    ) -> tuple[dict[str, int], list[tuple[str, str]]]: # word -> id, merges in order
-    "The ids and merges of a CLIP tokenizer under the names that Hugging Face's `CLIPTokenizer` uses."
-    names = dict(zip(_MARKS, ("<|startoftext|>", "<|endoftext|>")))
-    return {names.get(w, w): i for w, i in tokenizer.encoder.items()}, list(tokenizer.bpe_ranks)
+    def __init__(
+        self,
+        vocab_size: int,  # 512 byte tokens, the merges, start and end of text
+        context_length: int = 77,  # most tokens of a caption
+        whole: Sequence[str] = (),  # words to keep in one piece, as far as the vocabulary goes
+    ):
+        super().__init__(context_length=context_length)
+        ranks = vars(self)["bpe_ranks"]
+        ids = vars(self)["encoder"]
+        n = vocab_size - _BYTE_TOKENS - 2
+        if not 0 < n <= len(ranks):
+            raise TiprError(
+                f"vocab_size {vocab_size}: must lie between 515 and {len(ranks) + _BYTE_TOKENS + 2}"
+            )
+        merges = choose_merges(ranks, whole, n)
+        words = [w for w, i in ids.items() if i < _BYTE_TOKENS]
+        words += ["".join(m) for m in merges]
+        words += [_START, _END]
+        self.vocab_size = vocab_size
+        self.encoder = {w: i for i, w in enumerate(words)}
+        self.decoder = dict(enumerate(words))
+        self.bpe_ranks = {m: i for i, m in enumerate(merges)}
+        self.sot_token_id = self.encoder[_START]
+        self.eot_token_id = self.encoder[_END]
+        self.all_special_ids = [self.sot_token_id, self.eot_token_id]
 
 # %% ../../nbs/03_models/01_tokens.ipynb #cell-020
-def require_hub(repo:str, *names:str # any of these files will do
-               ):
+def vocab_and_merges(
+    tokenizer: SimpleTokenizer,  # ours or open_clip's
+) -> tuple[dict[str, int], list[tuple[str, str]]]:  # word -> id, merges in order
+    "The ids and merges of a CLIP tokenizer under the names that Hugging Face's `CLIPTokenizer` uses."
+    names = {_START: "<|startoftext|>", _END: "<|endoftext|>"}
+    vocab = {names.get(w, w): i for w, i in tokenizer.encoder.items()}
+    return vocab, list(tokenizer.bpe_ranks)
+
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-023
+def require_hub(
+    repo: str,  # hub id or folder
+    *names: str,  # any of these files will do
+):
     "Fail at once where a hub repository (or folder) is not on this machine and the hub is out of reach."
     from huggingface_hub import try_to_load_from_cache
     from tipr_nb.core import _hub_answers
-    if Path(repo).is_dir() or any(isinstance(try_to_load_from_cache(repo, n), str) for n in names): return
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") or not _hub_answers():
-        raise TiprError(f"{repo}: not in the local hub cache and the hub cannot be reached; run `hf download {repo}` where there is a network, or load a folder with PersonCLIP.from_pretrained")
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-022
-def make_tokenizer(arch:str, cfg:dict # open_clip configuration
-                  ) -> Callable[[Sequence[str]], Tensor]: # captions -> (b, context) ids
-    "The tokenizer of an architecture: Hugging Face's where it names one, else CLIP's, shortened where the vocabulary is."
+    if Path(repo).is_dir():
+        return
+    kept = [try_to_load_from_cache(repo, n) for n in names]
+    if any(isinstance(file, str) for file in kept):
+        return
+    if not _hub_answers():
+        raise TiprError(
+            f"{repo}: not in the local hub cache and the hub cannot be reached; run `hf download {repo}` "
+            "where there is a network, or load a folder with PersonCLIP.from_pretrained"
+        )
+
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-025
+_CLIP_WORDS = 49408  # tokens of CLIP's own vocabulary
+
+
+def make_tokenizer(
+    cfg: dict,  # open_clip configuration
+) -> Callable[[Sequence[str]], Tensor]:  # captions -> (b, context) ids
+    "The tokenizer of an architecture: Hugging Face's where it names one, else CLIP's, whole or shortened."
     text = cfg["text_cfg"]
-    n, length = text.get("vocab_size", 49408), text.get("context_length", 77)
+    words = text.get("vocab_size", _CLIP_WORDS)
+    length = text.get("context_length", 77)
+    options = text.get("tokenizer_kwargs") or {}
     if name := text.get("hf_tokenizer_name"):
         require_hub(name, "tokenizer.json", "tokenizer_config.json")
-        return HFTokenizer(name, context_length=length, tokenizer_mode=text.get("tokenizer_mode"), **text.get("tokenizer_kwargs") or {})
-    return ShortTokenizer(n, length, clothing_words()) if n < 49408 else SimpleTokenizer(context_length=length, **text.get("tokenizer_kwargs") or {})
+        mode = text.get("tokenizer_mode")
+        return HFTokenizer(name, context_length=length, tokenizer_mode=mode, **options)
+    if words < _CLIP_WORDS:
+        return ShortTokenizer(words, length, clothing_words())
+    return SimpleTokenizer(context_length=length, **options)

@@ -98,7 +98,7 @@ def _alone(path:Path):
 def _prepare(t:Trainer, resume:str):
     "Start over, or mend what a kill left; never mix two runs."
     if resume == "never": t.checkpoints.clear()
-    t.checkpoints.mend()
+    t.checkpoints.recover()
     over = "choose another folder, or resume='never' to start over"
     if (t.path/"recipe.json").exists():
         old, new = Recipe.load(t.path/"recipe.json").to_dict(), t.recipe.to_dict()

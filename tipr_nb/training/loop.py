@@ -25,7 +25,7 @@ from ..models import Features, PersonCLIP, gather_features, read_safetensors
 from .memory import add_lora, average_gradients, cached_backward, check_cacheable, merged
 from ..evaluation import evaluate
 from .recipes import Recipe, named
-from ..models import Checkpoints, History, pack_optimizer, safetensors_errors, save_tensors, unpack_optimizer
+from ..models import Checkpoints, History, pack_optimizer, unpack_optimizer, write_safetensors
 from .runs import data_hash, environment, git_commit, weights_hash
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-009
@@ -407,16 +407,16 @@ class Keeping(Steps):
         self.saved_at = time.perf_counter()
 
     def write_best(self, folder:Path):
-        with safetensors_errors(): merged(self.encoder).save_pretrained(folder)
+        merged(self.encoder).save_pretrained(folder)
         write_json(folder/"metrics.json", self.best)
 
     def write_state(self, folder:Path):
-        with safetensors_errors(): merged(self.raw.encoder).save_pretrained(folder)
-        if self.recipe.lora: save_tensors(folder/"adapted.safetensors", self.raw.encoder.state_dict())     # to go on from; model.safetensors is the same model, merged
+        merged(self.raw.encoder).save_pretrained(folder)
+        if self.recipe.lora: write_safetensors(folder/"adapted.safetensors", self.raw.encoder.state_dict())     # to go on from; model.safetensors is the same model, merged
         tensors, groups = pack_optimizer(self.optimizer)
-        save_tensors(folder/"objectives.safetensors", self.raw.objectives.state_dict())
-        save_tensors(folder/"optimizer.safetensors", tensors)
-        if self.ema is not None: save_tensors(folder/"ema.safetensors", self.ema.state_dict())
+        write_safetensors(folder/"objectives.safetensors", self.raw.objectives.state_dict())
+        write_safetensors(folder/"optimizer.safetensors", tensors)
+        if self.ema is not None: write_safetensors(folder/"ema.safetensors", self.ema.state_dict())
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         write_json(folder/"state.json", dict(step=self.step, seconds=self.seconds, train_seconds=self.train_seconds, evaluated=self.evaluated, processes=self.world, precisions=self.precisions,
                                              sums={k: float(v) for k, v in self.sums.items()}, summed=self.summed, groups=groups, scaler=scaler))
