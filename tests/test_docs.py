@@ -132,7 +132,7 @@ def test_ruff_finds_nothing():
 def copy(tmp_path):
     root = tmp_path / "copy"
     for name in ("settings.ini", "pyproject.toml", "CITATION.cff", "_quarto.yml", "README.md"): (root / name).parent.mkdir(parents=True, exist_ok=True); shutil.copy(ROOT / name, root / name)
-    for name in ("index.ipynb", "00_core.ipynb", "09_interop/03_convert.ipynb", "datasets/rstpreid.ipynb"):
+    for name in ("index.ipynb", "00_core.ipynb", "09_interop/04_loading.ipynb", "datasets/rstpreid.ipynb"):
         (root / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / "nbs" / name, root / "nbs" / name)
     (root / "nbs/images").mkdir()

@@ -2,12 +2,11 @@
 from .checkpoints import read_checkpoint as read_checkpoint
 from .checkpoints import read_pickle as read_pickle
 from .checkpoints import read_script as read_script
-from .convert import ImageTower as ImageTower
-from .convert import convert_file as convert_file
-from .convert import load_peer as load_peer
-from .convert import save_hf as save_hf
-from .convert import save_onnx as save_onnx
-from .convert import save_open_clip as save_open_clip
+from .exports import ImageTower as ImageTower
+from .exports import convert_file as convert_file
+from .exports import save_hf as save_hf
+from .exports import save_onnx as save_onnx
+from .exports import save_open_clip as save_open_clip
 from .hub import export_dataset as export_dataset
 from .hub import import_dataset as import_dataset
 from .hub import markdown_table as markdown_table
@@ -18,6 +17,8 @@ from .hub import push_to_hub as push_to_hub
 from .hub import read_run as read_run
 from .hub import upload as upload
 from .hub import write_split as write_split
+from .loading import Origin as Origin
+from .loading import load_peer as load_peer
 from .peers import IMAGENET as IMAGENET
 from .peers import PEERS as PEERS
 from .peers import from_hf as from_hf
@@ -26,3 +27,6 @@ from .peers import model_config as model_config
 from .peers import name_arch as name_arch
 from .peers import recognise as recognise
 from .peers import to_hf as to_hf
+from .weights import KnownWeights as KnownWeights
+from .weights import known_weights as known_weights
+from .weights import open_weights as open_weights

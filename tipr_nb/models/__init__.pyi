@@ -26,5 +26,7 @@ from .storage import read_metadata as read_metadata
 from .storage import read_safetensors as read_safetensors
 from .storage import unpack_optimizer as unpack_optimizer
 from .storage import write_safetensors as write_safetensors
+from .timm_towers import register_tower as register_tower
+from .timm_towers import siglip_name as siglip_name
 from .tokens import vocab_and_merges as vocab_and_merges
 from .weights import OpenClipFolder as OpenClipFolder

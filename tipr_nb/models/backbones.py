@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core import TiprError, ensure_torchvision, known_name
 from .attention import SelfAttention
+from .timm_towers import register_tower
 from .tokens import require_hub
 
 # %% ../../nbs/03_models/04_backbones.ipynb #cell-003
@@ -180,6 +181,7 @@ def build_clip(
         vision["image_size"] = tuple(image_size)
     if is_timm:
         vision["timm_model_pretrained"] = False
+        register_tower(vision["timm_model_name"])
     hub_name = text.get("hf_model_name")
     if hub_name:
         require_hub(hub_name, "config.json")

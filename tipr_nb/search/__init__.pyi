@@ -13,13 +13,12 @@ from .app import search_box as search_box
 from .app import search_page as search_page
 from .app import serve as serve
 from .app import warmed as warmed
-from .boxes import column_name as column_name
 from .boxes import find_photos as find_photos
-from .boxes import read_table as read_table
-from .boxes import tidy_table as tidy_table
+from .detectors import find_detector as find_detector
 from .detectors import looks_like_scene as looks_like_scene
 from .detectors import open_ahead as open_ahead
 from .detectors import open_photo as open_photo
+from .detectors import PersonCrop as PersonCrop
 from .detectors import scene_warning as scene_warning
 from .engines import build_faiss as build_faiss
 from .engines import calibrate as calibrate
@@ -44,11 +43,13 @@ from .milvus import Milvus as Milvus
 from .milvus import milvus_expression as milvus_expression
 from .milvus import MilvusEngine as MilvusEngine
 from .photos import decode_picture as decode_picture
+from .photos import EXCLUDED as EXCLUDED
 from .photos import is_picture as is_picture
 from .photos import MAX_PIXELS as MAX_PIXELS
 from .photos import open_picture as open_picture
 from .photos import PhotoError as PhotoError
 from .photos import walk_folder as walk_folder
+<<<<<<< HEAD
 from .practice import colour_archive as colour_archive
 from .practice import colour_figure as colour_figure
 from .practice import ColourModel as ColourModel
@@ -69,6 +70,11 @@ from .storage import load_features as load_features
 from .storage import read_manifest as read_manifest
 from .storage import read_skipped as read_skipped
 from .storage import Snapshot as Snapshot
+=======
+from .tables import column_name as column_name
+from .tables import read_table as read_table
+from .tables import tidy_table as tidy_table
+>>>>>>> main
 from .towers import as_numpy as as_numpy
 from .towers import clean_text as clean_text
 from .towers import export_text_tower as export_text_tower

@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterable, Mapping, Protocol, Sequence, TYPE_CH
 import numpy as np
 from ..core import TiprError, atomic_path, need, os_errors, progress, read_json, write_json
 from .photos import MAX_PIXELS, Photo, Photos
-from .boxes import column_name, tidy_table
+from .tables import column_name, tidy_table
 from .detectors import Opened, looks_like_scene, open_ahead, scene_warning
 from .filters import column_kind
 from .engines import FAISS_KINDS, build_faiss
