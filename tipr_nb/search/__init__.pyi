@@ -49,7 +49,6 @@ from .photos import MAX_PIXELS as MAX_PIXELS
 from .photos import open_picture as open_picture
 from .photos import PhotoError as PhotoError
 from .photos import walk_folder as walk_folder
-<<<<<<< HEAD
 from .practice import colour_archive as colour_archive
 from .practice import colour_figure as colour_figure
 from .practice import ColourModel as ColourModel
@@ -70,11 +69,9 @@ from .storage import load_features as load_features
 from .storage import read_manifest as read_manifest
 from .storage import read_skipped as read_skipped
 from .storage import Snapshot as Snapshot
-=======
 from .tables import column_name as column_name
 from .tables import read_table as read_table
 from .tables import tidy_table as tidy_table
->>>>>>> main
 from .towers import as_numpy as as_numpy
 from .towers import clean_text as clean_text
 from .towers import export_text_tower as export_text_tower
