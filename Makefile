@@ -13,7 +13,7 @@ ALL := dev,search,app,milvus,onnx,peft,hub
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-full setup lock docs nbs readme address check clean
+.PHONY: help demo test test-full setup lock docs nbs notebook readme address check clean
 
 help:
 	@echo "make demo       train a retriever on the embedded benchmark and write $(OUT)/index.html"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-full  the same and the long tests: kills, faults, several processes"
 	@echo "make setup      everything installed in $(VENV), nothing run"
 	@echo "make nbs        run all notebooks in place and keep their outputs (FLAGS=slow,gpu adds flagged cells)"
+	@echo "make notebook NB=nbs/05_methods/08_cmt.ipynb   the whole round of a changed notebook: export, run, export again, README and llms.txt"
 	@echo "make docs       build the site with Quarto into _docs (without Quarto: process the notebooks only)"
 	@echo "make readme     README.md from nbs/index.ipynb and nbs/llms.txt from all;  make lock: constraints.txt anew;  make clean"
 
@@ -59,6 +60,16 @@ test-full: test
 
 nbs: $(VENV)/.dev
 	$(BIN)/python scripts/run_nbs.py nbs $(if $(FLAGS),--flags $(FLAGS))
+
+# Running a notebook renames its cells, which stand in the exported module, so it is exported before and after.
+notebook: $(VENV)/.dev
+	@test -n "$(NB)" || { echo "name the notebook: make notebook NB=nbs/05_methods/08_cmt.ipynb (several in quotes)"; exit 2; }
+	$(BIN)/nbdev_export
+	$(BIN)/python scripts/run_nbs.py $(NB) $(if $(FLAGS),--flags $(FLAGS))
+	$(BIN)/nbdev_export
+	$(BIN)/python scripts/make_readme.py
+	$(BIN)/python scripts/make_llms.py
+	$(BIN)/python scripts/check_sync.py
 
 readme: $(VENV)/.dev
 	$(BIN)/python scripts/make_readme.py

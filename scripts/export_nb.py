@@ -1,4 +1,4 @@
-"""Export one notebook to its module, leaving the others and the index alone: `python scripts/export_nb.py nbs/00_core.ipynb`."""
+"""Export one notebook to its module, leaving the others and the index alone: `python scripts/export_nb.py nbs/00_core/01_errors.ipynb`."""
 import sys
 from nbdev.export import nb_export
 

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 
-import tipr_nb.generation.pictures as pictures_module
+import tipr_nb.generation.generator as generator_module
 from tipr_nb.core import TiprError, read_json, write_json
 from tipr_nb.models import PersonCLIP
 from tipr_nb.generation import (GeneratorRecipe, GeneratorRun, Pairs, colour_accuracy, colour_hits, diffusion_loss, noise_steps, region_colour,
     small_pipeline, states_of, train_generator, world_portraits)
-from tipr_nb.generation import (PersonGenerator, Pictures, caption_seed, check_caption, generate_split, open_pictures, pictures_for, words_lost)
+from tipr_nb.generation import (PersonGenerator, Pictures, add_pictures, caption_seed, check_caption, generate_split, open_pictures, pictures_for, words_lost)
 from tipr_nb.generation import PatchCodec, check_pipeline, fit_codec, hf_text_tower, load_pipeline, toy_pipeline
 
 CAPTIONS = ["a woman in a red coat", "a man with a blue backpack", "somebody in white trousers", "a tall man", "a girl in green"]
@@ -93,7 +93,7 @@ def test_hub_id_offline():
 
 
 def test_without_shipped_weights(monkeypatch):
-    monkeypatch.setattr(pictures_module, "shipped_weights", dict)
+    monkeypatch.setattr(generator_module, "shipped_weights", dict)
     with pytest.raises(TiprError, match="embedded generator") as e: PersonGenerator.from_pretrained()
     assert one_line(e)
 
@@ -167,6 +167,114 @@ def test_save_and_load(generator, tmp_path):
     assert (again.steps, again.guidance) == (2, 2.)
     from safetensors import safe_open
     with safe_open(tmp_path/"saved"/"unet"/"diffusion_pytorch_model.safetensors", "pt") as f: assert f.get_tensor(next(iter(f.keys()))).dtype == torch.float16
+
+
+@pytest.mark.parametrize("prompt, says", [("a {caption} {", "stray brace"), ("} {caption}", "stray brace"), ("{caption} {place}", "place"), ("{caption} {}", "means nothing"), ("{caption!r:>{n}}", "n"), ("none", "no {caption}")])
+def test_stray_braces_in_a_prompt(toy, generator, prompt, says):
+    for make in (lambda: PersonGenerator(generator.pipeline, prompt=prompt), lambda: PersonGenerator.from_pretrained(toy, device="cpu", prompt=prompt)):
+        with pytest.raises(TiprError, match="prompt=") as e: make()
+        assert one_line(e) and says in str(e.value)
+    assert PersonGenerator(generator.pipeline, prompt="{{sharp}} {caption}").prompt.format(caption="x") == "{sharp} x"
+
+
+def test_nan_stops_with_one_line_and_leaves_the_folder_free(toy, generator, tmp_path):
+    damaged = PersonGenerator.from_pretrained(toy, device="cpu", steps=1, batch_size=2)
+    with torch.no_grad(): damaged.pipeline.unet.conv_in.weight[0] = float("nan")
+    with pytest.raises(TiprError, match="NaN.*float32") as e: damaged.generate("a man")
+    assert one_line(e)
+    with pytest.raises(TiprError, match="NaN"): generate_split(damaged, split(CAPTIONS), tmp_path/"p", report=lambda _: None)
+    assert not files(tmp_path/"p")
+    pics = generate_split(generator, split(CAPTIONS), tmp_path/"p", report=lambda _: None)        # other settings may have the folder
+    assert len(files(pics.folder)) == 5 and read_json(pics.folder/"manifest.json")["settings"] == generator.settings()
+    with pytest.raises(TiprError, match="were made with"): generate_split(damaged, split(CAPTIONS), tmp_path/"p", report=lambda _: None)
+    assert read_json(pics.folder/"manifest.json")["settings"] == generator.settings()
+
+
+def test_a_folder_taken_meanwhile_is_not_mixed(generator, tmp_path, monkeypatch):
+    "Two generators start on one empty folder; the one whose first picture comes later is refused."
+    other = PersonGenerator(generator.pipeline, steps=1, guidance=2., batch_size=2)
+    real = PersonGenerator.draw
+    def late(self, captions, seeds):
+        monkeypatch.setattr(PersonGenerator, "draw", real)
+        generate_split(other, split(CAPTIONS), tmp_path/"p", report=lambda _: None)
+        return real(self, captions, seeds)
+    monkeypatch.setattr(PersonGenerator, "draw", late)
+    with pytest.raises(TiprError, match="steps=1"): generate_split(generator, split(CAPTIONS), tmp_path/"p", report=lambda _: None)
+    assert files(tmp_path/"p") == files(generate_split(other, split(CAPTIONS), tmp_path/"q", report=lambda _: None).folder)
+
+
+def test_black_pictures_never_count(generator, tmp_path, monkeypatch):
+    from PIL import Image
+    real, told = PersonGenerator.draw, []
+    def some_black(self, captions, seeds):
+        return [Image.new("RGB", im.size) if c == CAPTIONS[0] else im for c, im in zip(captions, real(self, captions, seeds))]
+    monkeypatch.setattr(PersonGenerator, "draw", some_black)
+    pics = generate_split(generator, split(CAPTIONS), tmp_path/"p", report=told.append)
+    assert len(files(pics.folder)) == 4 and not pics.has(CAPTIONS[0]) and any("1 pictures came out black" in line for line in told)
+    pics.path(CAPTIONS[0]).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (32, 96)).save(pics.path(CAPTIONS[0]))            # as an older version kept them
+    assert not pics.has(CAPTIONS[0])
+    monkeypatch.setattr(PersonGenerator, "draw", lambda self, captions, seeds: [Image.new("RGB", (32, 96)) for _ in captions])
+    with pytest.raises(TiprError, match="came out black") as e: generate_split(generator, split(["nobody"]), tmp_path/"q", report=told.append)
+    assert one_line(e)
+    monkeypatch.setattr(PersonGenerator, "draw", real)
+    assert len(files(generate_split(generator, split(CAPTIONS), tmp_path/"p", report=told.append).folder)) == 5
+
+
+def test_leftovers_are_swept(generator, tmp_path):
+    pics = generate_split(generator, split(CAPTIONS), tmp_path, report=lambda _: None)
+    place = pics.path(CAPTIONS[0]).parent
+    for name, age in ((".a_0.1.tmp", 7200), (".b_0.2.tmp", 0)):
+        (place/name).write_bytes(b"half")
+        os.utime(place/name, (os.path.getmtime(place/name) - age,)*2)
+    generate_split(generator, split(CAPTIONS), tmp_path, report=lambda _: None)
+    assert [p.name for p in place.glob(".*.tmp")] == [".b_0.2.tmp"]            # another process may be writing that one
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"settings": 3, "per_caption": 1}', '{"settings": {}, "per_caption": "2"}', '{"settings": {}, "per_caption": 0}'])
+def test_odd_manifests(tmp_path, manifest):
+    (tmp_path/"manifest.json").write_text(manifest)
+    with pytest.raises(TiprError, match="manifest.json") as e: open_pictures(tmp_path)
+    assert one_line(e)
+
+
+@pytest.mark.parametrize("table", [b"", b"\xff\xfe", b"a,b\n1,2\n", b'"never closed'])
+def test_a_damaged_table_of_captions_is_made_anew(generator, tmp_path, table):
+    generate_split(generator, split(CAPTIONS), tmp_path, report=lambda _: None)
+    want = (tmp_path/"captions.csv").read_bytes()
+    (tmp_path/"captions.csv").write_bytes(table)
+    generate_split(generator, split(CAPTIONS), tmp_path, report=lambda _: None)
+    assert (tmp_path/"captions.csv").read_bytes() == want
+
+
+def test_a_fresh_picture_each_epoch(generator, tmp_path):
+    pics = generate_split(generator, split(CAPTIONS[:2]), tmp_path, per_caption=3, report=lambda _: None)
+    field, seen = pics.field(split(CAPTIONS[:2]), (96, 32), choose="epoch"), []
+    for epoch in (0, 1, 2, 3):
+        field.set_epoch(epoch)
+        seen.append(field(np.array([0, 1])))
+        assert torch.equal(seen[-1], field(np.array([0, 1])))                 # no dice
+    assert torch.equal(seen[0], seen[3]) and all((seen[a][i] != seen[b][i]).any() for a, b in ((0, 1), (1, 2), (0, 2)) for i in (0, 1))
+    with pytest.raises(TiprError, match="epoch"): pics.field(split(CAPTIONS), (96, 32), choose="epok")
+    short = generate_split(generator, split(["a woman"]), tmp_path/"short", report=lambda _: None)
+    first = short.field(split(CAPTIONS[:1]), (96, 32), wording=lambda c: " ".join(c.split()[:2]))(np.array([0]))
+    assert (first[0].permute(1, 2, 0).numpy() == np.asarray(short.open("a woman"))).all()
+
+
+@pytest.mark.parametrize("identities, ids", [("person", [0, 0, 1]), ("own", [2, 2, 3]), ("caption", [2, 3, 4])])
+def test_pictures_as_further_pairs(generator, tmp_path, identities, ids):
+    from tipr_nb.data import Split
+    pixels = np.arange(2*96*32*3, dtype=np.uint8).reshape(2, 96, 32, 3)
+    people = Split("train", [Path("a.jpg"), Path("b.jpg")], [0, 1], CAPTIONS[:3], [0, 0, 1], [0, 0, 1], dict(family=np.array([7, 9]), pixels=pixels, box=np.ones((2, 4))), dict(kind=np.array(["x", "y", "z"])))
+    pics = generate_split(generator, people, tmp_path, report=lambda _: None)
+    grown = add_pictures(people, pics, identities)
+    assert grown.captions == CAPTIONS[:3]*2 and grown.caption_ids.tolist() == [0, 0, 1, *ids] and grown.images[2:] == [pics.path(c) for c in CAPTIONS[:3]]
+    assert sorted(set(grown.image_ids.tolist())) == list(range(grown.n_ids)) and grown.caption_image.tolist() == [0, 0, 1, 2, 3, 4]
+    assert grown.image_columns["family"].tolist() == [7, 9, 7, 7, 9] and grown.caption_columns["kind"].tolist() == list("xyzxyz")
+    assert np.isnan(grown.image_columns["box"][2:]).all() and (grown.image_columns["pixels"][2] == np.asarray(pics.open(CAPTIONS[0]))).all()
+    with pytest.raises(TiprError, match="own"): add_pictures(people, pics, "nobody")
+    pics.path(CAPTIONS[0]).unlink()
+    with pytest.raises(TiprError, match="1 of the captions"): add_pictures(people, pics)
 
 
 # folders of pictures
@@ -269,7 +377,7 @@ def test_reading_pictures(generator, tmp_path):
 @pytest.mark.full
 def test_two_real_processes(toy, generator, tmp_path):
     want = files(generate_split(generator, split(CAPTIONS), tmp_path/"one", report=lambda _: None).folder)
-    code = "import sys; from types import SimpleNamespace as S; from tipr_nb.pictures import *; generate_split(PersonGenerator.from_pretrained(sys.argv[1], device='cpu', steps=2, guidance=2., batch_size=2), S(captions=eval(sys.argv[3])), sys.argv[2])"
+    code = "import sys; from types import SimpleNamespace as S; from tipr_nb.generation import *; generate_split(PersonGenerator.from_pretrained(sys.argv[1], device='cpu', steps=2, guidance=2., batch_size=2), S(captions=eval(sys.argv[3])), sys.argv[2])"
     env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29617", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     jobs = [subprocess.Popen([sys.executable, "-c", code, str(toy), str(tmp_path/"two"), repr(CAPTIONS)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
     assert all(j.wait(300) == 0 for j in jobs) and files(tmp_path/"two") == want
@@ -338,6 +446,20 @@ def test_refuses_another_run(held, tmp_path):
     with pytest.raises(TiprError, match="precision"): GeneratorRecipe(precision="fp8")
 
 
+def test_what_a_kill_left_is_swept(held, tmp_path):
+    r = GeneratorRecipe(updates=1, batch_size=4, warmup=1)
+    train_generator(tiny(held), held, tmp_path, r)
+    for name in (".last-00000009.xy1", ".run.json.ab2", ".history.jsonl.q"): (tmp_path/name).mkdir()
+    (tmp_path/".keep.me").mkdir()
+    train_generator(tiny(held), held, tmp_path, r)
+    assert [p.name for p in tmp_path.glob(".*")] == [".keep.me"]
+    last = max(tmp_path.glob("last-*"))
+    for text in ("[]", "{}", "{"):
+        (last/"state.json").write_text(text)
+        with pytest.raises(TiprError, match="to start again") as e: train_generator(tiny(held), held, tmp_path, r)
+        assert one_line(e)
+
+
 def test_finetunes_real_layout_with_lora(tmp_path, held):
     pipe, _ = load_pipeline(toy_pipeline(tmp_path/"kl", codec="kl"), device="cpu")
     run = train_generator(pipe, held, tmp_path/"run", GeneratorRecipe(updates=2, batch_size=2, warmup=1, lora=2, ema=None))
@@ -353,7 +475,7 @@ def test_shipped_generator_follows_captions(held):
     pictures = generator.generate([held.captions[i] for i in index])
     found = colour_accuracy(pictures, held, index)
     assert (found.accuracy >= 70).all() and (found.accuracy - found.shuffled >= 40).all(), found
-    kept = pictures_module.shipped_weights()["generator-synth-world"]
+    kept = generator_module.shipped_weights()["generator-synth-world"]
     table = [line.split("|")[1:5] for line in (kept/"README.md").read_text().splitlines() if " colour |" in line]
     assert [float(a) for _, _, a, _ in table] >= [70., 70.] and {p.suffix for p in kept.rglob("*") if p.stat().st_size > 1e6} == {".safetensors"}
     assert sum(p.stat().st_size for p in kept.rglob("*") if p.is_file()) < 10e6 and generator.steps == 10

@@ -1,4 +1,5 @@
 "synth: the frozen benchmark, what a view shows, captions, building on disk, bad input."
+
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -7,20 +8,23 @@ import pytest
 from PIL import Image
 import PIL
 
-from tipr_nb.synth import benchmark as synth
-from tipr_nb.synth import worlds
+from tipr_nb import synth
+from tipr_nb.synth import benchmark, oracles, people, worlds
 from tipr_nb.core import TiprError
 
-SMALL = "bd8225119eb1030bf3eec225aa80ba0554a39054902654d678e5d87cb267f40a"      # content of n_ids=60
+SMALL = "bd8225119eb1030bf3eec225aa80ba0554a39054902654d678e5d87cb267f40a"  # content of n_ids=60
 SEALED = "98bbd72f1d49a681926fd4bd66c159c3e6be072cc81f0c17b06f6d486d5d2191"
-WORLD = "584b7e6f8528c66ed804f45aac6d40064e05ac9e1bb3b790b392d057715f42f8"      # content of the first 600 photos
-PIXELS = "d2e22c36d48630a0fa61496d4ccdefbf686b949cde181b944b986cf5d0921c01"     # every 250th photo of v1, before JPEG
-PIXELS_384 = "6eedddc643ed325e550b0cd2a9b1850b226413e18b34c310ba8943e03b89ecfb"  # every 2000th at 384x128
+WORLD = "584b7e6f8528c66ed804f45aac6d40064e05ac9e1bb3b790b392d057715f42f8"  # content of the first 600 photos
+PIXELS = "d2e22c36d48630a0fa61496d4ccdefbf686b949cde181b944b986cf5d0921c01"  # every 250th photo of v1, before JPEG
+PIXELS_384 = (
+    "6eedddc643ed325e550b0cd2a9b1850b226413e18b34c310ba8943e03b89ecfb"  # every 2000th at 384x128
+)
 WORLD_PIXELS = "8fb739a4175b4c0a1a3eb95b0ac3a73950e0a7e106721cb83f104e5d3f59d6a5"
 
 
 @pytest.fixture(scope="module")
-def v1(): return synth.synth_pedes_records()
+def v1():
+    return synth.synth_pedes_records()
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +33,33 @@ def small(tmp_path_factory):
 
 
 def test_v1_is_frozen(v1):
-    assert synth.content_hash(v1) == synth.V1_HASH == "d8785df4bf82bfe1a10482180dccb629be79dd9afb9d40aef35c96151cf63428"
-    assert synth.content_hash(synth.synth_pedes_records(60)) == SMALL
+    assert (
+        worlds.content_hash(v1)
+        == worlds.V1_HASH
+        == "d8785df4bf82bfe1a10482180dccb629be79dd9afb9d40aef35c96151cf63428"
+    )
+    assert worlds.content_hash(synth.synth_pedes_records(60)) == SMALL
 
 
 def test_pixels_are_frozen(v1):
     "Exact with the Pillow the benchmark was frozen with; drawing and filters may move by a grey level elsewhere."
-    if PIL.__version__.split(".")[0] != "12": pytest.skip(f"frozen with Pillow 12, this is {PIL.__version__}")
-    assert synth.pixel_hash(synth.SYNTH_PEDES, v1[::250]) == PIXELS
-    assert synth.pixel_hash(synth.SYNTH_PEDES, v1[::2000], (384, 128)) == PIXELS_384
+    if PIL.__version__.split(".")[0] != "12":
+        pytest.skip(f"frozen with Pillow 12, this is {PIL.__version__}")
+    assert worlds.pixel_hash(synth.SYNTH_PEDES, v1[::250]) == PIXELS
+    assert worlds.pixel_hash(synth.SYNTH_PEDES, v1[::2000], (384, 128)) == PIXELS_384
 
 
 def test_world_and_sealed_gallery_are_frozen():
     records = synth.world_records(600)
-    assert synth.content_hash(records) == WORLD
-    if PIL.__version__.startswith("12."): assert synth.pixel_hash(synth.SYNTH_WORLD, records[::30]) == WORLD_PIXELS
-    assert synth.content_hash(synth.annotate(synth.SYNTH_SEALED, "test", 300, (4, 4), 1, synth.N_GALLERIES)) == SEALED
+    assert worlds.content_hash(records) == WORLD
+    if PIL.__version__.startswith("12."):
+        assert worlds.pixel_hash(synth.SYNTH_WORLD, records[::30]) == WORLD_PIXELS
+    assert (
+        worlds.content_hash(
+            synth.annotate(worlds.SYNTH_SEALED, "test", 300, (4, 4), 1, worlds.N_GALLERIES)
+        )
+        == SEALED
+    )
 
 
 def test_sizes(v1):
@@ -58,16 +73,18 @@ def test_sizes(v1):
     train = [r for r in v1 if r["split"] == "train"]
     assert 2.4 < len(train) / 3000 < 2.6
     cameras = {}
-    for r in v1: cameras.setdefault(r["id"], []).append(r["camera"])
+    for r in v1:
+        cameras.setdefault(r["id"], []).append(r["camera"])
     assert all(len(set(c)) == len(c) for c in cameras.values())
 
 
 def test_lookalikes_in_every_split_and_same_gallery(v1):
     for split in ("train", "val", "test"):
         kinds = {r["lookalike"] for r in v1 if r["split"] == split}
-        assert kinds == {"none", *synth.LOOKALIKES}
+        assert kinds == {"none", *people.LOOKALIKES}
     families = {}
-    for r in v1: families.setdefault(r["family"], []).append(r)
+    for r in v1:
+        families.setdefault(r["family"], []).append(r)
     for members in families.values():
         ids = {r["id"]: r["attributes"] for r in members}
         assert len({r["gallery"] for r in members}) == 1
@@ -76,67 +93,128 @@ def test_lookalikes_in_every_split_and_same_gallery(v1):
             assert len({json.dumps(a) for a in ids.values()}) == len(ids)
             differ = {f for f in synth.FIELDS if len({a[f] for a in ids.values()}) > 1}
             assert differ == set(members[0]["differs"])
-            if members[0]["lookalike"] == "left_right": assert differ <= {"bag_side", "held_side"}
-            if members[0]["lookalike"] == "colour_swap": assert differ <= {"upper_colour", "lower_colour", "shoe_colour"}
+            if members[0]["lookalike"] == "left_right":
+                assert differ <= {"bag_side", "held_side"}
+            if members[0]["lookalike"] == "colour_swap":
+                assert differ <= {"upper_colour", "lower_colour", "shoe_colour"}
 
 
 def test_annotators_held_out(v1):
-    who = {s: {c["annotator"] for r in v1 if r["split"] == s for c in r["captions"]} for s in ("train", "val", "test")}
-    assert len(who["train"]) == 8 and who["val"] == who["train"] and len(who["test"]) == 4 and not who["test"] & who["train"]
+    who = {
+        s: {c["annotator"] for r in v1 if r["split"] == s for c in r["captions"]}
+        for s in ("train", "val", "test")
+    }
+    assert (
+        len(who["train"]) == 8
+        and who["val"] == who["train"]
+        and len(who["test"]) == 4
+        and not who["test"] & who["train"]
+    )
     world = {w.name for w in synth.SYNTH_WORLD.annotators["world"]}
     plans = lambda writers: {p for w in writers for p in w.plans}
     assert not world & (who["train"] | who["test"])
-    assert not plans(synth.SYNTH_WORLD.annotators["world"]) & (plans(worlds._TRAIN_WRITERS) | plans(worlds._TEST_WRITERS))
+    assert not plans(synth.SYNTH_WORLD.annotators["world"]) & (
+        plans(worlds._TRAIN_WRITERS) | plans(worlds._TEST_WRITERS)
+    )
     looks = lambda w: {(c.tint, c.exposure) for c in w.cameras}
     assert not looks(synth.SYNTH_WORLD) & looks(synth.SYNTH_PEDES)
 
 
 def test_captions_tell_only_what_is_seen(v1):
     for r in v1[::7]:
-        seen = synth.observe(r["attributes"], r["view"], r["occluder"])
-        assert set(r["visible"]) == set(synth.describable(seen))
+        seen = people.observe(r["attributes"], r["view"], r["occluder"])
+        assert set(r["visible"]) == set(people.describable(seen))
         for c in r["captions"]:
             said = {f: v for f, v in c["mentioned"].items() if f in synth.FIELDS}
             assert all(seen.get(f) == v for f, v in said.items())
             share = sum(f in r["visible"] for f in said) / len(r["visible"])
             assert abs(share - c["completeness"]) < 1e-3
-            if c["kind"] == "complete": assert c["completeness"] >= .9
-            else: assert .25 <= c["completeness"] <= .7
+            if c["kind"] == "complete":
+                assert c["completeness"] >= 0.9
+            else:
+                assert 0.25 <= c["completeness"] <= 0.7
 
 
 def test_captions_are_grammatical(v1):
-    wrong = re.compile(r"\ban? (a|an|the) |\ba [aeiou](?!ne-)|\ban [^aeiouA]|  | [,.]|\.\.|\band and\b|[Nn]one\b|\b(\w+) \2\b|[Tt]hey (is|has|wears|carries|holds|does)\b|, \.")
-    bad = [c["caption"] for r in v1 for c in r["captions"] if wrong.search(c["caption"]) or not c["caption"][0].isupper() or not c["caption"].endswith(".")]
+    wrong = re.compile(
+        r"\ban? (a|an|the) |\ba [aeiou](?!ne-)|\ban [^aeiouA]|  | [,.]|\.\.|\band and\b|[Nn]one\b|\b(\w+) \2\b|[Tt]hey (is|has|wears|carries|holds|does)\b|, \."
+    )
+    bad = [
+        c["caption"]
+        for r in v1
+        for c in r["captions"]
+        if wrong.search(c["caption"])
+        or not c["caption"][0].isupper()
+        or not c["caption"].endswith(".")
+    ]
     assert not bad, bad[:3]
     texts = [c["caption"] for r in v1 for c in r["captions"]]
-    assert len(set(texts)) > .9 * len(texts)
-    assert any("two bags" in t for t in texts) and any("not wearing a hat" in t for t in texts) and any("left hand" in t for t in texts)
+    assert len(set(texts)) > 0.9 * len(texts)
+    assert (
+        any("two bags" in t for t in texts)
+        and any("not wearing a hat" in t for t in texts)
+        and any("left hand" in t for t in texts)
+    )
 
 
 def test_left_and_right():
-    a = synth.sample_person(synth.SYNTH_PEDES, 0).attributes | dict(held="handbag", held_side="left", held_colour="red", bag="none", bag_colour="none", bag_side="none", upper="coat", upper_colour="grey", lower="trousers", lower_colour="navy")
+    a = synth.sample_person(synth.SYNTH_PEDES, 0).attributes | dict(
+        held="handbag",
+        held_side="left",
+        held_colour="red",
+        bag="none",
+        bag_colour="none",
+        bag_side="none",
+        upper="coat",
+        upper_colour="grey",
+        lower="trousers",
+        lower_colour="navy",
+    )
     who = synth.Person(a, "mild", "office", 1)
+
     def centre(view):
         _, regions = synth.draw_person(who, view, seed=3, return_regions=True)
         return np.nonzero(regions["held"])[1].mean() if regions["held"].any() else None
-    assert centre("front") > 16 > centre("back")                 # their left is the picture's right when they face us
+
+    assert (
+        centre("front") > 16 > centre("back")
+    )  # their left is the picture's right when they face us
     assert centre("left") is not None and centre("right") is None
-    assert "held" in synth.observe(a, "left") and "held" not in synth.observe(a, "right")
-    assert "held" not in synth.observe(a, "front", "person right") and "held" in synth.observe(a, "front", "person left")
+    assert "held" in people.observe(a, "left") and "held" not in people.observe(a, "right")
+    assert "held" not in people.observe(a, "front", "person right") and "held" in people.observe(
+        a, "front", "person left"
+    )
 
 
 def test_what_a_view_hides():
-    a = synth.sample_person(synth.SYNTH_PEDES, 0).attributes | dict(upper="t-shirt", pattern="logo", pattern_colour="white", glasses="glasses", hat="none", shoes="boots")
-    assert "pattern" in synth.observe(a, "front") and "pattern" not in synth.observe(a, "back")
-    assert "glasses" not in synth.observe(a, "back") and "shoes" not in synth.observe(a, "front", "bench")
-    assert "hair" not in synth.observe(a | dict(hat="hood", upper="hoodie"), "front")
+    a = synth.sample_person(synth.SYNTH_PEDES, 0).attributes | dict(
+        upper="t-shirt",
+        pattern="logo",
+        pattern_colour="white",
+        glasses="glasses",
+        hat="none",
+        shoes="boots",
+    )
+    assert "pattern" in people.observe(a, "front") and "pattern" not in people.observe(a, "back")
+    assert "glasses" not in people.observe(a, "back") and "shoes" not in people.observe(
+        a, "front", "bench"
+    )
+    assert "hair" not in people.observe(a | dict(hat="hood", upper="hoodie"), "front")
 
 
 def test_what_is_visible_is_drawn(v1):
     for r in [r for r in v1 if r["split"] == "train"][:240:2]:
         _, regions = synth.draw_record(synth.SYNTH_PEDES, r, return_regions=True)
-        for region, name in (("held", "held"), ("bag", "bag"), ("shoes", "shoes"), ("scarf", "scarf"), ("hat", "hat"), ("inner", "inner")):
-            if name in r["visible"]: assert regions[region].sum() >= 3, (r["file_path"], name, r["attributes"][name])
+        for region, name in (
+            ("held", "held"),
+            ("bag", "bag"),
+            ("shoes", "shoes"),
+            ("scarf", "scarf"),
+            ("hat", "hat"),
+            ("inner", "inner"),
+        ):
+            if name in r["visible"]:
+                assert regions[region].sum() >= 3, (r["file_path"], name, r["attributes"][name])
 
 
 def test_painted_colours_can_be_read_back():
@@ -145,36 +223,55 @@ def test_painted_colours_can_be_read_back():
         who = synth.sample_person(synth.SYNTH_PEDES, i)
         img, regions = synth.draw_person(who, "back", seed=i, return_regions=True)
         if who.attributes["pattern"] == "plain" and regions["upper"].sum() > 20:
-            right.append(synth.nearest_colour(np.median(np.asarray(img)[regions["upper"]], 0)) == who.attributes["upper_colour"])
-    assert len(right) > 10 and np.mean(right) > .7
-    assert synth.nearest_colour((250, 10, 10)) == "red" and synth.nearest_colour([(0, 0, 0), (255, 255, 255)]) == ["black", "white"]
+            right.append(
+                synth.nearest_colour(np.median(np.asarray(img)[regions["upper"]], 0))
+                == who.attributes["upper_colour"]
+            )
+    assert len(right) > 10 and np.mean(right) > 0.7
+    assert synth.nearest_colour((250, 10, 10)) == "red" and synth.nearest_colour(
+        [(0, 0, 0), (255, 255, 255)]
+    ) == ["black", "white"]
 
 
 def test_prior_has_structure():
     people = [synth.sample_person(synth.SYNTH_PEDES, i) for i in range(1500)]
     share = lambda ok, given: np.mean([ok(p.attributes) for p in people if given(p)])
-    assert share(lambda a: a["shoes"] == "sneakers", lambda p: p.role == "jogger") > .8
-    assert share(lambda a: a["upper"] == "coat", lambda p: p.season == "winter") > 10 * share(lambda a: a["upper"] == "coat", lambda p: p.season == "summer")
+    assert share(lambda a: a["shoes"] == "sneakers", lambda p: p.role == "jogger") > 0.8
+    assert share(lambda a: a["upper"] == "coat", lambda p: p.season == "winter") > 10 * share(
+        lambda a: a["upper"] == "coat", lambda p: p.season == "summer"
+    )
 
 
 def test_oracles(v1):
     part = [r for r in v1 if r["gallery"] == 0 and r["id"] <= 3300 + 100]
     table = synth.oracle_table(part)
     r1 = table.groupby("kind")[["mention", "bayes"]].mean()
-    assert r1.loc["complete", "mention"] > .93 and r1.loc["complete", "bayes"] > .98
-    assert .6 < r1.loc["incomplete", "mention"] < .95
-    assert r1.loc["incomplete", "bayes"] > r1.loc["incomplete", "mention"] + .02
+    assert r1.loc["complete", "mention"] > 0.93 and r1.loc["complete", "bayes"] > 0.98
+    assert 0.6 < r1.loc["incomplete", "mention"] < 0.95
+    assert r1.loc["incomplete", "bayes"] > r1.loc["incomplete", "mention"] + 0.02
     ids = np.array([r["id"] for r in part])
-    np.testing.assert_allclose(synth.rank1(np.zeros((1, 4)), np.array([1]), np.array([1, 1, 2, 3])), [.5])
+    np.testing.assert_allclose(
+        oracles.rank1(np.zeros((1, 4)), np.array([1]), np.array([1, 1, 2, 3])), [0.5]
+    )
     assert len(table) == 2 * len(ids)
 
 
 def test_build_layout(small):
-    raw, side = json.loads((small / "reid_raw.json").read_text()), json.loads((small / "attributes.json").read_text())
-    assert {r["split"] for r in raw} == {"train", "val", "test"} and set(raw[0]) == {"split", "captions", "file_path", "processed_tokens", "id"}
+    raw, side = (
+        json.loads((small / "reid_raw.json").read_text()),
+        json.loads((small / "attributes.json").read_text()),
+    )
+    assert {r["split"] for r in raw} == {"train", "val", "test"} and set(raw[0]) == {
+        "split",
+        "captions",
+        "file_path",
+        "processed_tokens",
+        "id",
+    }
     assert all(len(r["captions"]) == 2 for r in raw) and min(r["id"] for r in raw) == 1
     assert set(side) == {r["file_path"] for r in raw}
-    for r in raw: assert [c["caption"] for c in side[r["file_path"]]["captions"]] == r["captions"]
+    for r in raw:
+        assert [c["caption"] for c in side[r["file_path"]]["captions"]] == r["captions"]
     assert Image.open(small / "imgs" / raw[0]["file_path"]).size == (32, 96)
     manifest = json.loads((small / "manifest.json").read_text())
     assert manifest["content"] == SMALL and manifest["n_images"] == len(raw)
@@ -188,17 +285,29 @@ def test_second_call_finds_it_done(small):
 
 def test_workers_do_not_matter(small, tmp_path):
     other = synth.make_synth_pedes(tmp_path / "two", n_ids=60, workers=2)
-    files = lambda root: {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    files = lambda root: {
+        p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()
+    }
     assert files(other) == files(small)
 
 
 def test_world_arrays(tmp_path):
-    pixels, captions, ids = synth.world_arrays(300, workers=1)
-    assert pixels.shape == (300, 96, 32, 3) and pixels.dtype == np.uint8 and len(captions) == 300 and set(map(len, captions)) == {3}
+    pixels, captions, ids = benchmark.world_arrays(300, workers=1)
+    assert (
+        pixels.shape == (300, 96, 32, 3)
+        and pixels.dtype == np.uint8
+        and len(captions) == 300
+        and set(map(len, captions)) == {3}
+    )
     assert ids.min() == 0 and ids.max() == 149 and (np.bincount(ids) == 2).all()
-    again, texts, ids2 = synth.world_arrays(300, workers=2, path=tmp_path / "w")
-    assert isinstance(again, np.memmap) and np.array_equal(again, pixels) and texts == captions and np.array_equal(ids, ids2)
-    more, _, _ = synth.world_arrays(20, workers=1)
+    again, texts, ids2 = benchmark.world_arrays(300, workers=2, path=tmp_path / "w")
+    assert (
+        isinstance(again, np.memmap)
+        and np.array_equal(again, pixels)
+        and texts == captions
+        and np.array_equal(ids, ids2)
+    )
+    more, _, _ = benchmark.world_arrays(20, workers=1)
     assert np.array_equal(more, pixels[:20])
     folder = synth.make_synth_world(tmp_path / "world", 20, workers=1)
     raw = json.loads((folder / "reid_raw.json").read_text())
@@ -209,31 +318,46 @@ def test_world_arrays(tmp_path):
 def test_sealed_gallery_is_other_people(tmp_path, v1):
     root = synth.make_sealed_gallery(tmp_path / "sealed", n_ids=10, workers=1)
     side = json.loads((root / "attributes.json").read_text())
-    assert len(side) == 40 and {r["split"] for r in side.values()} == {"test"} and {r["gallery"] for r in side.values()} == {5}
+    assert (
+        len(side) == 40
+        and {r["split"] for r in side.values()} == {"test"}
+        and {r["gallery"] for r in side.values()} == {5}
+    )
     known = {json.dumps(r["attributes"]) for r in v1}
     assert sum(json.dumps(r["attributes"]) in known for r in side.values()) == 0
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda d: synth.make_synth_pedes(d / "a", n_ids=5), "too small"),
-    (lambda d: synth.make_synth_pedes(d / "a", n_ids=(10, 2, 7)), "multiple of 5"),
-    (lambda d: synth.make_synth_pedes(d / "a", n_ids=60, image_size=(96,)), "(height, width)"),
-    (lambda d: synth.make_synth_pedes(d / "a", n_ids=60, image_size=(9000, 32)), "between"),
-    (lambda d: synth.make_synth_world(d / "a", 1), "at least 2"),
-    (lambda d: synth.draw_person(synth.sample_person(synth.SYNTH_PEDES), "above"), "view='above'"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda d: synth.make_synth_pedes(d / "a", n_ids=5), "too small"),
+        (lambda d: synth.make_synth_pedes(d / "a", n_ids=(10, 2, 7)), "multiple of 5"),
+        (lambda d: synth.make_synth_pedes(d / "a", n_ids=60, image_size=(96,)), "(height, width)"),
+        (lambda d: synth.make_synth_pedes(d / "a", n_ids=60, image_size=(9000, 32)), "between"),
+        (lambda d: synth.make_synth_world(d / "a", 1), "at least 2"),
+        (
+            lambda d: synth.draw_person(synth.sample_person(synth.SYNTH_PEDES), "above"),
+            "view='above'",
+        ),
+    ],
+)
 def test_bad_arguments(tmp_path, call, words):
-    with pytest.raises(TiprError) as e: call(tmp_path)
+    with pytest.raises(TiprError) as e:
+        call(tmp_path)
     assert words in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "a").exists()
 
 
 def test_other_folders_are_not_touched(small, tmp_path):
-    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(TiprError, match="choose another folder"): synth.make_synth_pedes(tmp_path / "mine", n_ids=60)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(TiprError, match="choose another folder"):
+        synth.make_synth_pedes(tmp_path / "mine", n_ids=60)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
-    with pytest.raises(TiprError, match="another build"): synth.make_synth_pedes(small, n_ids=61)
+    with pytest.raises(TiprError, match="another build"):
+        synth.make_synth_pedes(small, n_ids=61)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(TiprError, match="is a file"): synth.make_synth_pedes(tmp_path / "file", n_ids=60)
+    with pytest.raises(TiprError, match="is a file"):
+        synth.make_synth_pedes(tmp_path / "file", n_ids=60)
 
 
 @pytest.mark.full
@@ -241,8 +365,13 @@ def test_killed_build_leaves_nothing_half_made(tmp_path):
     root = tmp_path / "v1"
     code = f"from tipr_nb.synth import make_synth_pedes; make_synth_pedes({str(root)!r}, n_ids=1200, workers=1)"
     p = subprocess.Popen([sys.executable, "-c", code])
-    while p.poll() is None and not list(tmp_path.glob(".v1.*/v1/imgs/train/*")): time.sleep(.05)
-    p.send_signal(signal.SIGKILL); p.wait()
+    while p.poll() is None and not list(tmp_path.glob(".v1.*/v1/imgs/train/*")):
+        time.sleep(0.05)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     assert not root.exists()
-    assert synth.make_synth_pedes(root, n_ids=60, workers=1) == root and (root / "manifest.json").exists()
+    assert (
+        synth.make_synth_pedes(root, n_ids=60, workers=1) == root
+        and (root / "manifest.json").exists()
+    )
     assert not [q for q in tmp_path.glob(".v1.*") if q.is_dir()]

@@ -165,13 +165,13 @@ def test_kinds_of_queries(nano, few):
     assert torch.allclose(asked["caption + picture"], enhance(text, drawn, .3), atol=1e-6)
     ids, whole = torch.as_tensor(split.caption_ids), query_kinds(nano, split, painter, 1.)      # at weight 1 the second feature is alone
     second = {k: a["features"].text for k, (a, _) in whole.items()}
-    for k, source in (("+ somebody's picture", drawn), ("+ somebody's caption", text)):
+    for k, source in (("+ shuffled picture", drawn), ("+ shuffled caption", text)):
         at = torch.cdist(second[k], source).argmin(1)
         assert (at != torch.arange(len(at))).all() and len(set(at.tolist())) == len(at)
         assert torch.allclose(asked[k], enhance(text, source[at], .3), atol=1e-5)
     mate = torch.cdist(second["+ second caption"], text).argmin(1)
     assert (ids[mate] == ids).all() and (mate != torch.arange(len(mate))).all()
-    assert query_kinds(nano, split, Colours(), .3)["+ somebody's picture"][0]["features"].text.equal(asked["+ somebody's picture"])
+    assert query_kinds(nano, split, Colours(), .3)["+ shuffled picture"][0]["features"].text.equal(asked["+ shuffled picture"])
     attach_gate(nano, .4)
     gated, columns = query_kinds(nano, split, painter, .3)["caption + picture, gate"]
     assert abs(columns["weight"] - .4) < 1e-4
@@ -205,7 +205,7 @@ def test_hook_of_the_grid(few, tmp_path, monkeypatch):
     t = run_grid(spec, tmp_path/"gea.csv", dataset=few, verbose=False)
     assert asked[0] == ["val", "test"] and asked[1] == ["train", "val", "test"] and ("field", "train", 3) in asked
     good = t[t.status == "done"]
-    assert set(good["query"]) == {"caption", "caption + picture", "+ somebody's picture", "picture alone", "+ somebody's caption", "+ second caption"}
+    assert set(good["query"]) == {"caption", "caption + picture", "+ shuffled picture", "picture alone", "+ shuffled caption", "+ second caption"}
     assert (good.groupby("row").size() == 6*3).all() and (good.query_ms > 0).all() and good.weight[good["query"] == "caption"].eq(0).all()
     assert "shufle" in t[t.row == "bad"].reason.iloc[0] and "did you mean 'shuffle'" in t[t.row == "bad"].reason.iloc[0]
 
@@ -231,3 +231,29 @@ def test_gradient_flows_through_text_photo_and_picture(nano):
     f = nano(batch)
     TGTE(nano, 3)(f, batch, nano).backward()
     assert batch.extra["generated"].grad.abs().sum() > 0 and nano.clip.text_projection.grad.abs().sum() > 0
+
+
+def test_any_encoder_can_be_enriched_and_shows_its_pictures():
+    class Mean:
+        "A model of two methods: mean colours of pictures, and of words."
+        def encode_image(self, images): return np.stack([np.asarray(im, np.float32).mean((0, 1))/255 for im in images])
+        def encode_text(self, captions): return np.array([[1, .1, .1] if "red" in c else [.1, .1, 1] for c in captions], np.float32)
+    painter = Colours()
+    query = QueryEnricher(Mean(), painter, weight=.5)
+    got = query.encode_text(CAPTIONS[:2])
+    g = torch.as_tensor(Mean().encode_image(painter.generate(CAPTIONS[:2])))
+    assert torch.allclose(got, enhance(torch.as_tensor(Mean().encode_text(CAPTIONS[:2])), g, .5)) and query.model.__class__ is Mean
+    drawn = painter.n
+    assert [im.getpixel((0, 0)) for im in query.imagined] == [im.getpixel((0, 0)) for im in Colours().generate(CAPTIONS[:2])] and painter.n == drawn
+    assert QueryEnricher(Mean(), painter).gate is None and query.device == torch.device("cpu") and not query.training
+
+
+def test_pictures_to_show_are_kept_within_bounds(monkeypatch):
+    from tipr_nb.methods import enricher
+    monkeypatch.setattr(enricher, "_KEPT", 3)
+    painter = Colours()
+    query = QueryEnricher(PersonCLIP("tipr-nano"), painter, weight=.5)
+    for i in range(5): query.encode_text([f"person {i}", f"person {i + 1}"])
+    assert len(query._drawn) <= 3 and painter.n == 6 and len(query.known) == 6
+    query.encode_text(["person 0"])
+    assert painter.n == 6 and len(query.imagined) == 1 and painter.n == 7      # the feature was known, its picture is drawn again to be shown

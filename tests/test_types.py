@@ -16,7 +16,7 @@ def exempt() -> list[str]:
     return [m for o in tomllib.loads(SETTINGS.read_text())["tool"]["mypy"]["overrides"] if o.get("ignore_errors") for m in o["module"]]
 
 
-@pytest.mark.parametrize("door", ["", ".data", ".synth", ".models", ".generation", ".methods", ".evaluation", ".training", ".search", ".interop"])
+@pytest.mark.parametrize("door", ["", ".core", ".data", ".synth", ".models", ".generation", ".methods", ".evaluation", ".training", ".search", ".interop"])
 def test_every_offered_name_is_there_once(door):
     package = importlib.import_module(f"tipr_nb{door}")
     assert len(set(package.__all__)) == len(package.__all__)

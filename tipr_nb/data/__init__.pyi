@@ -13,13 +13,17 @@ from .crops import CLIP_STD as CLIP_STD
 from .crops import EvalTransform as EvalTransform
 from .crops import ImageCache as ImageCache
 from .crops import ImageFiles as ImageFiles
+from .crops import PICTURE_FORMATS as PICTURE_FORMATS
 from .crops import TrainTransform as TrainTransform
 from .crops import has_side as has_side
 from .crops import image_batches as image_batches
 from .crops import normalise as normalise
+from .crops import picture_formats as picture_formats
+from .crops import picture_header as picture_header
 from .crops import read_image as read_image
 from .crops import stack_images as stack_images
 from .crops import swap_sides as swap_sides
+from .crops import to_rgb as to_rgb
 from .crops import uniforms as uniforms
 from .loaders import Batch as Batch
 from .loaders import CAPTION_TRANSFORMS as CAPTION_TRANSFORMS

@@ -12,6 +12,10 @@ from .gif import Fusion as Fusion
 from .gif import GIF as GIF
 from .gif import fusion_of as fusion_of
 from .gif import reliance as reliance
+from .masking import FLAVOURS as FLAVOURS
+from .masking import PEERS_MASK as PEERS_MASK
+from .masking import TokenMasker as TokenMasker
+from .masking import read_vocabulary as read_vocabulary
 from .objectives import OBJECTIVES as OBJECTIVES
 from .objectives import Objective as Objective
 from .objectives import build_objective as build_objective

@@ -50,11 +50,13 @@ def picture_features(model, # anything with encode_image; a `PersonCLIP` for the
 # %% ../../nbs/05_methods/05_enricher.ipynb #cell-010
 @torch.no_grad()
 def _encode(model, pictures:Sequence, text:Tensor|None, share:float) -> Tensor: # (b, d) unit
-    if not share: return model.encode_image(pictures)
+    if not share: return torch.as_tensor(model.encode_image(pictures))
     x, _ = EvalTransform(model.image_size)(pictures)
     return picture_feature(model, x.to(model.device), text, share)
 
 # %% ../../nbs/05_methods/05_enricher.ipynb #cell-014
+_KEPT = 256   # pictures kept to be shown
+
 class QueryEnricher:
     "A model whose captions are enriched by pictures of them; stands wherever a `PersonCLIP` encodes."
     def __init__(self, model:PersonCLIP,
@@ -69,9 +71,11 @@ class QueryEnricher:
         self.generator = generator
         self.share = share
         self.path = Path(cache) if cache else None
-        self.gate = gate_of(model) if weight is None else None
+        self.gate = gate_of(model) if weight is None and hasattr(model, "addons") else None
         self.weight = PICTURE_WEIGHT if weight is None else weight
         self.known:dict[str, Tensor] = {}   # caption -> feature of its picture
+        self.asked:list[str] = []           # the captions encoded last
+        self._drawn:dict[str, Any] = {}     # pictures drawn lately, for `imagined`
         if self.path and self.path.exists(): self._load()
 
     @property
@@ -82,12 +86,17 @@ class QueryEnricher:
     @property
     def device(self) -> torch.device:
         "Where the model is."
-        return self.model.device
+        return getattr(self.model, "device", torch.device("cpu"))
+
+    @property
+    def imagined(self) -> list:
+        "The pictures of the captions that were encoded last."
+        return self.generate(self.asked)
 
     @property
     def training(self) -> bool:
         "Whether the model is in training mode."
-        return self.model.training
+        return getattr(self.model, "training", False)
 
     def train(self, mode:bool=True) -> "QueryEnricher":
         "Put the model into training mode, or out of it."
@@ -106,8 +115,9 @@ class QueryEnricher:
     def encode_text(self, captions:str|Sequence[str]) -> Tensor: # (b, d) unit
         "Enriched features of captions; pictures are generated for those not seen before."
         captions = [captions] if isinstance(captions, str) else list(captions)
-        text = self.model.encode_text(captions)
+        text = torch.as_tensor(self.model.encode_text(captions))
         if self.weight == 0 and self.gate is None: return text
+        self.asked = captions
         return self.mix(text, self.pictures(captions, text))
 
     def mix(self, text:Tensor, pictures:Tensor) -> Tensor: # (b, d) unit, both -> (b, d) unit
@@ -117,7 +127,14 @@ class QueryEnricher:
 
     def pictures(self, captions:Sequence[str], text:Tensor) -> Tensor: # (b, d) unit
         "Features of the captions' pictures, from memory where they are known."
-        return picture_features(self.model, self.generator, captions, cache=self.known, text=text, share=self.share)
+        return picture_features(self.model, self, captions, cache=self.known, text=text, share=self.share)
+
+    def generate(self, captions:Sequence[str]) -> list:
+        "The generator's pictures of captions; the last few hundred are kept."
+        new = [c for c in dict.fromkeys(captions) if c not in self._drawn]
+        if len(self._drawn) + len(new) > _KEPT: self._drawn = {c: self._drawn[c] for c in captions if c in self._drawn}
+        if new: self._drawn.update(zip(new, self.generator.generate(new)))
+        return [self._drawn[c] for c in captions]
 
     def mark(self) -> str:
         "What the kept features depend on."
@@ -144,4 +161,4 @@ class QueryEnricher:
         tensors = read_safetensors(self.path)
         with safe_open(self.path, "pt") as f: meta = f.metadata() or {}
         if meta.get("mark") != self.mark(): raise TiprError(f"{self.path}: holds picture features of another model, generator or form; choose another file, or delete it")
-        self.known = dict(zip(json.loads(meta["captions"]), tensors["features"].to(self.model.device)))
+        self.known = dict(zip(json.loads(meta["captions"]), tensors["features"].to(self.device)))

@@ -79,3 +79,5 @@ from .towers import model_fingerprint as model_fingerprint
 from .towers import TextTokens as TextTokens
 from .towers import TextTower as TextTower
 from .towers import tokenizer_json as tokenizer_json
+from .video import find_media as find_media
+from .video import read_moment as read_moment

@@ -40,7 +40,7 @@ def read_utf(path:str|Path) -> str:
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-012
 WHOLE = r"^-?(0|[1-9]\d{0,17})$"
-NUMBER = r"^[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?$"
+NUMBER = r"^[+-]?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?$"   # more digits than a float holds stay text
 TRUTH = r"^(true|True|TRUE|false|False|FALSE)$"
 MOMENT = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)?)?$"
 
@@ -298,7 +298,8 @@ def mot_rows(text:str, path:str|Path="the file") -> Rows:
         raise TiprError(f"{path}: neither a table with names in its first line nor a MOT file of numbers") from None
     short = next((i for i, v in enumerate(values) if len(v) < 6 or not all(map(math.isfinite, v))), None)
     if short is not None:
-        raise TiprError(f"{path}: row {short + 1}: a MOT file has frame, id, left, top, width, height; correct that row")
+        columns = "frame, id, left, top, width, height"
+        raise TiprError(f"{path}: row {short + 1}: a MOT file has {columns}; correct that row")
     truth = all(len(v) > 6 and v[6] in (0, 1) and v[1] > 0 for v in values)
     kept = [v for v in values if not (truth and v[6] == 0)]
     people = [v for v in kept if not (truth and len(v) > 7 and v[7] > 0 and v[7] not in MOT_PEOPLE)]

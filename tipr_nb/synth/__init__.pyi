@@ -2,10 +2,11 @@
 from .benchmark import make_sealed_gallery as make_sealed_gallery
 from .benchmark import make_synth_pedes as make_synth_pedes
 from .benchmark import make_synth_world as make_synth_world
-from .benchmark import oracle_table as oracle_table
+from .benchmark import world_arrays as world_arrays
 from .bodies import image_grid as image_grid
 from .bodies import inline as inline
 from .drawing import draw_person as draw_person
+from .oracles import oracle_table as oracle_table
 from .people import COLOURS as COLOURS
 from .people import Camera as Camera
 from .people import FIELDS as FIELDS
