@@ -170,7 +170,7 @@ def joined_filter(where:str, chosen:Mapping[str, Sequence[str]]) -> str:
     parts += [f"{name} in {list(map(str, values))!r}" for name, values in chosen.items() if values]
     return parts[0][1:-1] if len(parts) == 1 and where and where.strip() else " and ".join(parts)
 
-# %% ../../nbs/08_search/16_app.ipynb #8ed1610b
+# %% ../../nbs/08_search/16_app.ipynb #cell-022
 def search_box(gallery:Gallery
               , k:int=12 # people shown
               ):
@@ -196,7 +196,7 @@ def search_box(gallery:Gallery
     for name, part in dict(ask=ask, text=text, where=where, out=out).items(): setattr(box, name, part)
     return box
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-022
+# %% ../../nbs/08_search/16_app.ipynb #cell-025
 _CSS = """
 .gradio-container{max-width:1480px!important}
 #people .grid-wrap{max-height:none!important;overflow:visible} #people .grid-container{grid-template-columns:repeat(auto-fill,minmax(106px,1fr))!important}
@@ -233,14 +233,14 @@ def search_page(gallery:Gallery # to be searched
         _wire(gr, blocks, page, lists, parts, dict(keys=keys, query=query, like=like, note=note, people=people), closer)
     return blocks
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-023
+# %% ../../nbs/08_search/16_app.ipynb #cell-026
 def _private_folder():
     "Gradio keeps thumbnails and uploads as files: in a folder that this user alone can read and that goes with the process."
     if "GRADIO_TEMP_DIR" in os.environ: return
     os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="tipr-page-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-024
+# %% ../../nbs/08_search/16_app.ipynb #cell-027
 def _question_column(gr, page, lists, examples):
     "The components of a question."
     out = dict(q=gr.Textbox(label="Sentence", info="several about the same person: one per line", lines=4, elem_id="q", autofocus=True), without=gr.Textbox(label="Without", placeholder="a hat", elem_id="without"))
@@ -269,7 +269,7 @@ def _closer(gr):
         facts, more = gr.HTML(), gr.Button("More like this", elem_id="more_like")
     return dict(column=column, person=person, heat=heat, facts=facts, more=more, chosen=gr.State(""))
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-025
+# %% ../../nbs/08_search/16_app.ipynb #cell-028
 def _wire(gr, blocks, page, lists, parts, shown, closer):
     "Connect events to the page's answers."
     from gradio import Request, SelectData   # Gradio reads these two annotations
@@ -310,7 +310,7 @@ def _note(answer, question=None):
     link = f'<a href="{html.escape(question.link())}">link to this question</a>' if answer.keys and answer.linked else ""
     return f'<p class="{"wrong" if answer.wrong else "note"}">{html.escape(answer.note)}{link}</p>'
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-028
+# %% ../../nbs/08_search/16_app.ipynb #cell-031
 def serve(gallery:Gallery, *, host:str="127.0.0.1" # address to listen on
          , port:int=7860, enriched:Callable[[], Gallery]|None=None, examples:Sequence[str]=EXAMPLES, title:str="People search"
          , wait:bool=True # until Ctrl-C; else return at once
@@ -341,7 +341,7 @@ def check_port(host:str, port:int):
         try: s.bind((host, port))
         except OSError as e: raise TiprError(f"port {port} on {host}: {'in use' if e.errno == 98 else e.strerror}; choose another with port= (--port)") from None
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-031
+# %% ../../nbs/08_search/16_app.ipynb #cell-034
 def find_chromium() -> str|None:
     "Debian's Chromium, or another that is installed."
     return next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)

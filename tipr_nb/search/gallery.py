@@ -15,19 +15,21 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from ..core import TiprError, atomic_path, load_object, need, write_json
-from .boxes import find_photos
+from ..core import TiprError, atomic_path, need, write_json
+from .photos import EXCLUDED
+from .detectors import find_detector
+from .video import find_media
 from .filters import Selection
 from .engines import ExactEngine, FaissEngine, overlap
 from .milvus import MilvusEngine
 from .towers import TextTower, as_numpy, model_fingerprint
-from .storage import (ITEM_TYPES, KEY, Snapshot, check_sums, indexing_lock, person_key, read_manifest, read_skipped, shown_name,
+from .storage import (ITEM_TYPES, KEY, Snapshot, check_sums, film_folder, indexing_lock, person_key, read_manifest, read_skipped, shown_name,
     snapshot_folder, tower_folder)
 from .indexing import IndexReport, build_engine, detector_name, index_photos
 from .queries import check_reranker, mix_query, reranked
 from .reports import Hit, Hits, read_picture
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-005
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-006
 DEFAULT_MODEL = "synth-pedes"   # weights shipped with the package, for galleries that name no others
 
 def load_model(model:Any # a loaded model, or a folder, alias or hub id
@@ -51,7 +53,7 @@ def model_for(folder:str|Path|None=None # a gallery, or where one will be
     with contextlib.suppress(TiprError): return read_manifest(folder).get("model") or DEFAULT_MODEL
     return DEFAULT_MODEL
 
-# %% ../../nbs/08_search/15_gallery.ipynb #ea27cefb
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-008
 class QueryEncoder:
     "Encodes questions for one gallery: by its text tower, or by its model where that is loaded or needed."
     def __init__(self, folder:Path # the gallery
@@ -106,7 +108,7 @@ class QueryEncoder:
         "Pictures with which the model enriched the last sentences, if it is one that does."
         return list(getattr(self.loaded, "imagined", None) or []) or None
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-007
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-011
 class EngineSet:
     "The engines of one snapshot, opened when first asked for, and the filters asked lately."
     def __init__(self, files:Snapshot):
@@ -148,7 +150,7 @@ class EngineSet:
         for engine in self._open.values(): engine.close()
         self._open = {"exact": ExactEngine(self.files.features)}
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-008
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-013
 @dataclass
 class View:
     "One snapshot, ready to be asked."
@@ -216,7 +218,7 @@ class View:
         if values.valid is not None: codes[~values.valid] = codes.max(initial=0) + 1 + np.arange((~values.valid).sum())
         return codes
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-009
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-014
 def root_of(file:str, name:str # of the file below its root, as text
            ) -> Path:
     "The root folder, from the exact name and the number of parts below it."
@@ -228,7 +230,7 @@ def file_stamp(folder:Path) -> tuple|None:
     except FileNotFoundError: return None
     return s.st_mtime_ns, s.st_size, s.st_ino
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-011
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-017
 GIVEN = "<given in Python>"       # a table or function that cannot be read again from a path or a name
 CUTTING = ("boxes", "detector")   # options that decide what is cut out of a photo
 
@@ -249,18 +251,20 @@ class Making:
     def cut(self) -> str:
         "How people are cut out, in words."
         if "boxes" in self.options: return "by boxes"
-        if "detector" in self.options: return f"by the detector {self.options['detector']}"
+        if "detector" in self.options: return f"by the detector {_detector_words(self.options['detector'])}"
         return "not at all: one person per picture"
 
     def to_dict(self) -> dict: return dict(sources=self.sources, options=self.options)
 
+def _detector_words(noted): return noted if isinstance(noted, str) else ", ".join(str(v) for v in noted.values())
+
 def _noted(name, value):
     "An option as the manifest keeps it."
-    if name == "detector": return value if isinstance(value, str) else detector_name(value)
+    if name == "detector" and not isinstance(value, str): return getattr(value, "settings", None) or detector_name(value)
     if isinstance(value, (str, os.PathLike)) and name in ("boxes", "metadata"): return os.path.abspath(value)
     return value if isinstance(value, (str, int, float, bool, list, dict)) else GIVEN
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-013
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-019
 def remembered(folder:str|Path|None) -> list[Making]:
     "How a gallery was made: one entry per set of sources."
     if folder is None: return []
@@ -288,7 +292,7 @@ def agreed(new:Making, earlier:Sequence[Making], folder:Any # for the message
                         "or add --recut (recut=True) to cut everybody anew")
     return merged
 
-# %% ../../nbs/08_search/15_gallery.ipynb #13d3017b
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-021
 def usable_options(making:Making, given:Mapping, folder:Any) -> tuple[dict, list[str]]: # options for `find_photos` and `index_photos`; warnings
     "Remembered options made real again: tables that are still there, detectors found by name."
     out = {k: v for k, v in given.items() if v is not None}
@@ -302,14 +306,14 @@ def usable_options(making:Making, given:Mapping, folder:Any) -> tuple[dict, list
         else: out[name] = value
     return out, warnings
 
-def _detector_again(name, folder):
-    "A detector by the name that the gallery kept."
-    if ":" not in str(name): raise TiprError(f"{folder}: its people were found by the detector {name}; give that detector again, or recut=True (--recut)")
-    found = load_object(name, "detector")
-    with contextlib.suppress(AttributeError, TypeError): found.name = name
-    return found
+def _detector_again(noted, folder):
+    "A detector by what the gallery kept of it."
+    if isinstance(noted, dict): return find_detector(**noted)
+    try: return find_detector(noted)
+    except TiprError as e:
+        raise TiprError(f"{folder}: its people were found by the detector {noted}; give that detector again, or recut=True (--recut) ({e})") from None
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-015
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-024
 class Gallery:
     "People in photos, ready to be searched."
     _temporary: Any = None   # the folder of a gallery that was built without one; it goes with the object
@@ -489,6 +493,12 @@ class Gallery:
              , metadata:Any=None # table of facts by file name
              , pattern:str|None=None # regular expression on names; named groups become columns
              , detector:Any=None # picture -> [(x0, y0, x1, y1), ...]
+             , exclude:Sequence[str]|None=None # patterns of names to leave out, beside those that are always left out
+             , box_format:str|None=None # what a column called bbox holds: xyxy, xywh or cxcywh
+             , every:float|str|None=None # seconds between moments of films; None: films are left out
+             , start:Any=None # when a film starts whose name does not say it
+             , camera:str|None=None # of the films; None: from their names
+             , track:bool|None=None # follow people through films; None: yes
              , engine:str|None=None # exact, flat, ivf, hnsw, milvus; None: as the gallery has it, exact in a new one
              , engine_options:Mapping|None=None # quantise, nlist, recall, uri, index, ...
              , add:bool=False # keep people of photos that `images` does not mention
@@ -498,17 +508,20 @@ class Gallery:
              ) -> "Gallery":
         "Index photos and open the gallery; on an existing one, only what changed is encoded, and options left out are those of the last time."
         rebuild = kwargs.get("rebuild", False)
-        given = dict(boxes=boxes, metadata=metadata, pattern=pattern, detector=detector)
+        if isinstance(detector, str): detector = find_detector(detector)
+        given = dict(boxes=boxes, metadata=metadata, pattern=pattern, detector=detector, exclude=None if exclude is None else list(exclude),
+                     box_format=box_format, every=every, start=start, camera=camera, track=track)
         earlier = [] if rebuild else remembered(folder)
         making = agreed(Making.of(images, **given), earlier, folder, add, recut)
         options, warnings = usable_options(making, given, folder)
-        detector = options.pop("detector", None)
-        photos = find_photos(images, **options)
+        if "exclude" in options: options["exclude"] = [*EXCLUDED, *options["exclude"]]
+        if folder is not None and "every" in options: options["keep"] = film_folder(Path(folder))
+        photos = find_media(images, **options)
         encoder, source = load_model(model_for(folder, model, rebuild), loader)
         temporary:Any = tempfile.TemporaryDirectory(prefix="tipr-gallery-") if folder is None else None
         place = Path(temporary.name if folder is None else folder)
         others = [m for m in earlier if add and m.sources != making.sources]
-        report = index_photos(place, photos, encoder, source=source, detector=detector, keep=add,
+        report = index_photos(place, photos, encoder, source=source, detector=options.get("detector"), keep=add,
                               engines=None if engine is None else {engine: dict(engine_options or {})},
                               made=[m.to_dict() for m in (*others, making)], **kwargs)
         report.warnings += warnings
@@ -544,7 +557,7 @@ class Gallery:
         found = self.engine(engine).search(queries, k, allowed)[1]
         return overlap(found, self.engine("exact").search(queries, k, allowed)[1])
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-016
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-026
 @dataclass
 class Query:
     "What is asked of a gallery; fields as the arguments of `Gallery.search`."
@@ -570,7 +583,7 @@ class Query:
         if self.image is None: return []
         return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
 
-# %% ../../nbs/08_search/15_gallery.ipynb #018fa719
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-027
 def count_wanted(k:Any) -> int:
     "How many people are wanted, checked."
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise TiprError(f"k={k!r}: ask for one person or more")
@@ -588,7 +601,7 @@ def _check_weight(name, value):
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= value <= 1:
         raise TiprError(f"{name}={value!r}: a weight between 0 and 1")
 
-# %% ../../nbs/08_search/15_gallery.ipynb #d599ce54
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-029
 @dataclass
 class Examples:
     "Example pictures of a question."
@@ -627,7 +640,7 @@ def read_example(path:Any # a file of the user's
         name = shown_name(str(path))
         raise TiprError(str(e).partition("; was it moved")[0] if str(e).startswith(name) else f"{name}: {e}") from None
 
-# %% ../../nbs/08_search/15_gallery.ipynb #a205abe5
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-030
 def answer(view:View, question:Query
           , text:np.ndarray|None=None # (m, d) features of its sentences, where they are known
           ) -> Hits:
@@ -654,7 +667,7 @@ def answer(view:View, question:Query
     few = [] if len(hits) == question.k else [f"only {len(hits)} people {'pass the filter' if question.where else 'are there'}"]
     return Hits(hits, asked, seconds, few, imagined, query)
 
-# %% ../../nbs/08_search/15_gallery.ipynb #cell-018
+# %% ../../nbs/08_search/15_gallery.ipynb #cell-032
 class Nearest:
     "The rows nearest to a query: ranked again if wanted, copies and groups folded, examples left out."
     def __init__(self, view:View, query:np.ndarray # (d,) unit

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIGURE_COLOURS', 'colour_figure', 'colour_archive', 'ColourModel']
 
-# %% ../../nbs/08_search/10_practice.ipynb #46bc34c3
+# %% ../../nbs/08_search/10_practice.ipynb #cell-003
 import time
 from pathlib import Path
 from typing import Any, Iterable, Sequence
@@ -13,7 +13,7 @@ from typing import Any, Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-# %% ../../nbs/08_search/10_practice.ipynb #0b8348dd
+# %% ../../nbs/08_search/10_practice.ipynb #cell-006
 FIGURE_COLOURS = {"red": (180, 40, 40), "blue": (50, 80, 180), "green": (40, 120, 60),
                   "yellow": (220, 180, 50), "black": (30, 30, 30), "white": (235, 235, 235)}
 
@@ -30,7 +30,7 @@ def colour_figure(coat:str, # one of `FIGURE_COLOURS`
     pen.rectangle((w*.26, h*.56, w*.74, h*.96), fill=FIGURE_COLOURS[trousers])
     return picture
 
-# %% ../../nbs/08_search/10_practice.ipynb #31867b5a
+# %% ../../nbs/08_search/10_practice.ipynb #cell-009
 def colour_archive(folder:str|Path, # `folder/c1/red-blue-0.png` and so on
                    repeat:int=1 # pictures of each pair
                   ) -> Path: # the folder
@@ -46,7 +46,7 @@ def colour_archive(folder:str|Path, # `folder/c1/red-blue-0.png` and so on
         picture.save(file)
     return Path(folder)
 
-# %% ../../nbs/08_search/10_practice.ipynb #b059d469
+# %% ../../nbs/08_search/10_practice.ipynb #cell-012
 class ColourModel:
     "Mean colours of coat and trousers as a feature; stands in for a trained model in lessons and tests."
     image_size = (32, 16)

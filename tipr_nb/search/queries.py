@@ -6,20 +6,20 @@
 __all__ = ['RERANKERS', 'unit_rows', 'mix_query', 'query_words', 'smoothed_scores', 'expanded_query', 'check_reranker',
            'reranked']
 
-# %% ../../nbs/08_search/13_queries.ipynb #4f1ccf22
+# %% ../../nbs/08_search/13_queries.ipynb #cell-003
 from typing import Any, Mapping
 
 import numpy as np
 from ..core import TiprError
 
-# %% ../../nbs/08_search/13_queries.ipynb #212bf91e
+# %% ../../nbs/08_search/13_queries.ipynb #cell-006
 def unit_rows(x:Any # (n, d) or (d,)
              ) -> np.ndarray: # (n, d) float32
     "Rows of unit length."
     x = np.atleast_2d(np.asarray(x, np.float32))
     return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
-# %% ../../nbs/08_search/13_queries.ipynb #94a0fb25
+# %% ../../nbs/08_search/13_queries.ipynb #cell-008
 def mix_query(text:np.ndarray|None=None # (m, d) features of sentences about the person
              , image:np.ndarray|None=None # (n, d) features of example pictures
              , without:np.ndarray|None=None # (p, d) features of what should be absent
@@ -36,7 +36,7 @@ def mix_query(text:np.ndarray|None=None # (m, d) features of sentences about the
 
 def _mean(features): return unit_rows(unit_rows(features).mean(0))[0]
 
-# %% ../../nbs/08_search/13_queries.ipynb #c971fed2
+# %% ../../nbs/08_search/13_queries.ipynb #cell-010
 def query_words(query:Mapping # text, image, without
                ) -> str:
     "A query in words: sentences, pictures, and what should not be there."
@@ -45,7 +45,7 @@ def query_words(query:Mapping # text, image, without
     if query.get("without"): parts.append("without " + ", ".join(query["without"]))
     return ", ".join(p for p in parts if p)
 
-# %% ../../nbs/08_search/13_queries.ipynb #cf65bffd
+# %% ../../nbs/08_search/13_queries.ipynb #cell-013
 def smoothed_scores(scores:np.ndarray # (m,) of the candidates
                    , features:np.ndarray # (m, d) unit, of the candidates
                    , n:int=4 # pictures averaged, the candidate itself included
@@ -58,7 +58,7 @@ def smoothed_scores(scores:np.ndarray # (m,) of the candidates
     of_neighbours = (weights*scores[near]).sum(1)/np.maximum(weights.sum(1), 1e-9)
     return (1 - fraction)*scores + fraction*of_neighbours
 
-# %% ../../nbs/08_search/13_queries.ipynb #9e67fc3e
+# %% ../../nbs/08_search/13_queries.ipynb #cell-015
 def expanded_query(query:np.ndarray # (d,) unit
                   , features:np.ndarray # (m, d) unit, candidates, best first
                   , scores:np.ndarray # (m,)
@@ -70,7 +70,7 @@ def expanded_query(query:np.ndarray # (d,) unit
     best = unit_rows((weights[:, None]*features[:n]).sum(0))[0]
     return unit_rows((1 - fraction)*query + fraction*best)[0]
 
-# %% ../../nbs/08_search/13_queries.ipynb #d7f89af1
+# %% ../../nbs/08_search/13_queries.ipynb #cell-017
 RERANKERS = ("neighbours", "expand")
 
 def check_reranker(how:str|None):

@@ -6,7 +6,7 @@
 __all__ = ['Box', 'printable', 'read_picture', 'Hit', 'framed', 'Hits', 'text_table', 'hits_csv', 'hits_html', 'image_tag',
            'thumbnail', 'write_private', 'hits_zip']
 
-# %% ../../nbs/08_search/14_reports.ipynb #b3f1548d
+# %% ../../nbs/08_search/14_reports.ipynb #cell-003
 import base64, csv, html, io, json, os, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +18,18 @@ from .photos import open_picture
 from .storage import shown_name
 from .queries import query_words
 
-# %% ../../nbs/08_search/14_reports.ipynb #a14d666d
+# %% ../../nbs/08_search/14_reports.ipynb #cell-004
 if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
 
-# %% ../../nbs/08_search/14_reports.ipynb #1d3f8288
+# %% ../../nbs/08_search/14_reports.ipynb #cell-007
 def printable(value:Any) -> str:
     "A value on one line of a terminal, control characters escaped."
     if value is None: return ""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
-# %% ../../nbs/08_search/14_reports.ipynb #efa950c9
+# %% ../../nbs/08_search/14_reports.ipynb #cell-009
 def read_picture(path:str|Path # a photo, or a frame of a film
                 ) -> "Image.Image": # RGB
     "A picture from the disk; one that is gone or unreadable is a one-line `TiprError`."
@@ -41,7 +41,7 @@ def read_picture(path:str|Path # a photo, or a frame of a film
         raise TiprError(f"{shown_name(str(path))}: cannot be read ({e.strerror}); was it moved since the gallery was indexed?") from None
     return open_picture(data)
 
-# %% ../../nbs/08_search/14_reports.ipynb #790df23e
+# %% ../../nbs/08_search/14_reports.ipynb #cell-011
 Box = tuple[int, int, int, int]   # left, top, right, bottom in pixels
 
 @dataclass
@@ -89,7 +89,7 @@ class Hit:
 
 def _plain(value): return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
-# %% ../../nbs/08_search/14_reports.ipynb #214b8d3a
+# %% ../../nbs/08_search/14_reports.ipynb #cell-012
 def framed(picture:"Image.Image", box:Box|None
           ) -> "Image.Image":
     "A picture with a frame around a box."
@@ -102,7 +102,7 @@ def framed(picture:"Image.Image", box:Box|None
     pen.rectangle([c + d*width for c, d in zip(box, (-1, -1, 1, 1))], outline="#2f6f9f", width=width)
     return out
 
-# %% ../../nbs/08_search/14_reports.ipynb #d023ba05
+# %% ../../nbs/08_search/14_reports.ipynb #cell-014
 class Hits(list):
     "A list of `Hit`, best first, with the query that found them; shows itself as table, JSON or page of pictures."
     def __init__(self, hits:Iterable[Hit]=()
@@ -161,7 +161,7 @@ class Hits(list):
 
     def __repr__(self): return self.table()
 
-# %% ../../nbs/08_search/14_reports.ipynb #4afb1a9f
+# %% ../../nbs/08_search/14_reports.ipynb #cell-015
 def text_table(hits:Hits, width:int=100 # characters of the widest column, twice
               ) -> str:
     "Hits in columns for a terminal."
@@ -177,7 +177,7 @@ def text_table(hits:Hits, width:int=100 # characters of the widest column, twice
     if not hits: lines.append("nobody found")
     return "\n".join([*lines, *(f"note: {n}" for n in hits.notes)])
 
-# %% ../../nbs/08_search/14_reports.ipynb #699e4234
+# %% ../../nbs/08_search/14_reports.ipynb #cell-018
 def hits_csv(hits:Hits) -> str:
     "Hits as CSV text; cells that a spreadsheet would run as formulas are quoted."
     rows = [h.to_dict() | {"box": " ".join(map(str, h.box)) if h.box else None, "duplicates": len(h.duplicates)} for h in hits]
@@ -192,7 +192,7 @@ def _safe_cell(value):
     text = printable(value) if isinstance(value, str) else value
     return f"'{text}" if isinstance(text, str) and text[:1] in ("=", "+", "-", "@") else text
 
-# %% ../../nbs/08_search/14_reports.ipynb #7b990dee
+# %% ../../nbs/08_search/14_reports.ipynb #cell-021
 _STYLE = """
 .tipr{--ink:#1d2329;--soft:#68727c;--line:#dfe3e6;--card:#fff;--bar:#2f6f9f;
   color:var(--ink);font:14px/1.45 system-ui,sans-serif}
@@ -213,7 +213,7 @@ _STYLE = """
 .tipr small{color:var(--soft);display:block}
 """
 
-# %% ../../nbs/08_search/14_reports.ipynb #951a8093
+# %% ../../nbs/08_search/14_reports.ipynb #cell-022
 def hits_html(hits:Hits
              , inline:bool=False # a fragment for a notebook, rather than a page
              , height:int=200 # pixels of a thumbnail
@@ -248,7 +248,7 @@ def _imagined(picture, height):
     words = "imagined from the sentence"
     return f"<figure>{image_tag(picture, height, words)}<figcaption>{words}</figcaption></figure>"
 
-# %% ../../nbs/08_search/14_reports.ipynb #0de5f30f
+# %% ../../nbs/08_search/14_reports.ipynb #cell-023
 def image_tag(picture:"Image.Image", height:int # pixels shown; twice as many are kept
              , words:str # what it shows, for those who cannot see it
              ) -> str:
@@ -266,7 +266,7 @@ def thumbnail(hit:Hit, height:int=200) -> str:
     except TiprError as e: gone = "cannot be read" in str(e)
     return f'<div class="gone">{"the photo is gone" if gone else "not readable"}</div>'
 
-# %% ../../nbs/08_search/14_reports.ipynb #e647cf2b
+# %% ../../nbs/08_search/14_reports.ipynb #cell-026
 def write_private(path:str|Path, text:str):
     "Write text, readable by its owner alone."
     write_text(path, text)

@@ -6,10 +6,10 @@
 __all__ = ['ITEM_TYPES', 'RESERVED', 'HIDDEN', 'KEY', 'FORMAT', 'CHECKED_FILES', 'QUICK_CHECK', 'SKIPPED_TYPES', 'STATE',
            'NO_PERSON', 'item_schema', 'shown_name', 'person_key', 'Damaged', 'read_manifest', 'snapshot_folder',
            'tower_folder', 'Items', 'load_features', 'file_sums', 'check_sums', 'write_skipped', 'read_skipped',
-           'Snapshot', 'journal_schema', 'Journal', 'remove', 'indexing_lock', 'sweep', 'next_generation',
-           'sync_folder']
+           'Snapshot', 'journal_schema', 'Journal', 'remove', 'indexing_lock', 'film_folder', 'sweep',
+           'next_generation', 'sync_folder']
 
-# %% ../../nbs/08_search/11_storage.ipynb #d7412329
+# %% ../../nbs/08_search/11_storage.ipynb #cell-003
 import contextlib, json, os, re, shutil
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,10 +20,10 @@ import numpy as np
 from ..core import TiprError, atomic_path, file_sha256, need, os_errors, read_json, write_json
 from .filters import Column
 
-# %% ../../nbs/08_search/11_storage.ipynb #6e1d65f2
+# %% ../../nbs/08_search/11_storage.ipynb #cell-004
 if TYPE_CHECKING: import pyarrow as pa
 
-# %% ../../nbs/08_search/11_storage.ipynb #0e671a98
+# %% ../../nbs/08_search/11_storage.ipynb #cell-007
 ITEM_TYPES = dict(file="binary", root="string", path="string", size="int64", mtime="int64", sha256="string",
                   request="string", at="int64", x0="int64", y0="int64", x1="int64", y1="int64",
                   width="int64", height="int64", taken="timestamp", same_as="int64")
@@ -38,12 +38,12 @@ def item_schema(extra:Iterable[str]=() # further whole-number columns
     fixed = [(name, arrow[kind]) for name, kind in ITEM_TYPES.items()]
     return pa.schema(fixed + [(name, pa.int64()) for name in extra])
 
-# %% ../../nbs/08_search/11_storage.ipynb #649015e6
+# %% ../../nbs/08_search/11_storage.ipynb #cell-009
 def shown_name(name:str) -> str:
     "A file name as text that can be stored and printed; bytes that are no UTF-8 show as \\x.. escapes."
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
-# %% ../../nbs/08_search/11_storage.ipynb #62e04f7c
+# %% ../../nbs/08_search/11_storage.ipynb #cell-012
 KEY = re.compile(r"[0-9a-f]{24}(-\d+){4}|[0-9a-fp][0-9a-f]{23}")
 
 def person_key(item:Mapping # a row of `items.parquet`
@@ -56,7 +56,7 @@ def person_key(item:Mapping # a row of `items.parquet`
     box = [str(item[c]) for c in ("x0", "y0", "x1", "y1")]
     return "-".join([item["sha256"][:24], *box])
 
-# %% ../../nbs/08_search/11_storage.ipynb #15b576f3
+# %% ../../nbs/08_search/11_storage.ipynb #cell-015
 FORMAT = 2   # written; 1 is read as well
 _GENERATION = re.compile(r"g\d{6,}")
 _MANIFEST_TYPES = dict(fingerprint=str, count=int, dim=int, dtype=str, columns=dict, roots=list, engines=dict, engine=str)
@@ -65,7 +65,7 @@ _AGAIN = "build the gallery again with `tipr index`"
 class Damaged(TiprError):
     "A gallery whose files are torn, missing or do not agree; indexing again makes it new."
 
-# %% ../../nbs/08_search/11_storage.ipynb #5d124ad9
+# %% ../../nbs/08_search/11_storage.ipynb #cell-016
 def read_manifest(folder:str|Path) -> dict:
     "The gallery's `gallery.json`; a folder that holds none, or one of a newer format, is a one-line `TiprError`."
     folder = Path(folder)
@@ -94,7 +94,7 @@ def _check_manifest(folder, manifest):
     if not isinstance(manifest.setdefault("sha256", {}), dict): raise Damaged(f"{folder}: gallery.json has no usable checksums; {_AGAIN}")
     for name in ("skipped", "duplicates"): manifest.setdefault(name, 0)
 
-# %% ../../nbs/08_search/11_storage.ipynb #07bb1e36
+# %% ../../nbs/08_search/11_storage.ipynb #cell-018
 def snapshot_folder(folder:str|Path, manifest:Mapping) -> Path:
     "The folder of the active snapshot."
     return Path(folder)/manifest["generation"]
@@ -105,7 +105,7 @@ def tower_folder(folder:str|Path, manifest:Mapping) -> Path|None: # None: the ga
     if not name: return None
     return Path(folder)/("text" if name is True else name)   # True: written by format 1
 
-# %% ../../nbs/08_search/11_storage.ipynb #61726239
+# %% ../../nbs/08_search/11_storage.ipynb #cell-021
 class Items:
     "The rows of a snapshot: columns for filters, single rows for hits, read when asked for."
     def __init__(self, folder:str|Path # a snapshot
@@ -179,13 +179,13 @@ class Items:
 
     def keys(self): return self.names
 
-# %% ../../nbs/08_search/11_storage.ipynb #6ba53d40
+# %% ../../nbs/08_search/11_storage.ipynb #cell-022
 def _damaged(path, error):
     "Whatever a parser raised, as `Damaged`."
     words = (str(error).splitlines() or [""])[0][:80] or type(error).__name__
     return Damaged(f"{path}: cut short or damaged, not a readable table ({words}); {_AGAIN}")
 
-# %% ../../nbs/08_search/11_storage.ipynb #09c546ae
+# %% ../../nbs/08_search/11_storage.ipynb #cell-024
 def load_features(folder:str|Path # a snapshot
                  , manifest:Mapping
                  ) -> np.ndarray: # (n, d), memory-mapped, read-only
@@ -200,7 +200,7 @@ def load_features(folder:str|Path # a snapshot
     if x.dtype != np.dtype(manifest["dtype"]): raise Damaged(f"{path}: {x.dtype} where gallery.json says {manifest['dtype']}; {_AGAIN}")
     return x
 
-# %% ../../nbs/08_search/11_storage.ipynb #d680797d
+# %% ../../nbs/08_search/11_storage.ipynb #cell-027
 CHECKED_FILES = ("features.npy", "items.parquet")
 QUICK_CHECK = 64 << 20   # bytes that are hashed at every opening
 
@@ -219,7 +219,7 @@ def check_sums(folder:str|Path, manifest:Mapping, most:int|None=None # larger fi
         except OSError: raise Damaged(f"{path}: missing; {_AGAIN}") from None
         if different: raise Damaged(f"{path}: its content has changed since it was written (a damaged disk or copy?); {_AGAIN}")
 
-# %% ../../nbs/08_search/11_storage.ipynb #4cbfae58
+# %% ../../nbs/08_search/11_storage.ipynb #cell-029
 SKIPPED_TYPES = dict(file="binary", path="string", size="int64", mtime="int64", request="string", reason="string", sha256="string")
 
 def write_skipped(path:str|Path, rows:list[dict] # file, reason, and size, mtime and request where they are known
@@ -242,7 +242,7 @@ def read_skipped(folder:str|Path # a snapshot
     if rows and set(SKIPPED_TYPES) - set(rows[0]) - {"sha256"}: raise Damaged(f"{path}: not a list of skipped files; {_AGAIN}")
     return rows
 
-# %% ../../nbs/08_search/11_storage.ipynb #2d75f320
+# %% ../../nbs/08_search/11_storage.ipynb #cell-032
 STATE = ["file", "size", "mtime", "request"]   # what tells whether a photo must be opened again
 NO_PERSON = "no person found in it"
 
@@ -273,13 +273,13 @@ class Snapshot:
         try: return read_skipped(self.folder)
         except Damaged: return []
 
-# %% ../../nbs/08_search/11_storage.ipynb #821689d8
+# %% ../../nbs/08_search/11_storage.ipynb #cell-035
 def journal_schema() -> "pa.Schema":
     "Item rows, plus where the feature lies in the entry (-1: the same content is encoded elsewhere), why a file was skipped, and a detector's confidence."
     pa = need("pyarrow", "search", "a gallery")
     return item_schema(["feature"]).append(pa.field("reason", pa.string())).append(pa.field("confidence", pa.float64()))
 
-# %% ../../nbs/08_search/11_storage.ipynb #77ce80c0
+# %% ../../nbs/08_search/11_storage.ipynb #cell-037
 class Journal:
     "What an indexing has done so far, in `.work`."
     def __init__(self, folder:str|Path # the gallery
@@ -346,13 +346,13 @@ class Journal:
         remove(self.folder)
         self.tables = []
 
-# %% ../../nbs/08_search/11_storage.ipynb #76d28551
+# %% ../../nbs/08_search/11_storage.ipynb #cell-038
 def remove(path:Path):
     "Remove a file or a whole folder, if it is there."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
     else: path.unlink(missing_ok=True)
 
-# %% ../../nbs/08_search/11_storage.ipynb #a2c37f1a
+# %% ../../nbs/08_search/11_storage.ipynb #cell-041
 @contextlib.contextmanager
 def indexing_lock(folder:str|Path # the gallery
                  , wait:float=0. # seconds to wait for another indexer
@@ -376,11 +376,19 @@ def _check_folder(folder):
     "Refuse a folder that holds something else."
     if folder.is_file(): raise TiprError(f"{folder}: a file, not a folder; choose another name for the gallery")
     if not folder.is_dir() or (folder/"gallery.json").exists(): return
-    other = [p.name for p in folder.iterdir() if not re.fullmatch(r"g\d{6,}|text(-\w+)?|\..*", p.name)]
+    other = [p.name for p in folder.iterdir() if not re.fullmatch(r"g\d{6,}|text(-\w+)?|films|\..*", p.name)]
     if other:
         raise TiprError(f"{folder}: holds other files ({sorted(other)[0]}) and no gallery; choose a new folder for the gallery")
 
-# %% ../../nbs/08_search/11_storage.ipynb #7f5ea2bf
+def film_folder(folder:Path # the gallery
+               ) -> Path:
+    "Where a gallery keeps what was detected in films; made if need be."
+    _check_folder(folder)
+    with os_errors(folder):
+        for place in (folder, folder/"films"): place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder/"films"
+
+# %% ../../nbs/08_search/11_storage.ipynb #cell-044
 def sweep(folder:Path):
     "Remove unfinished snapshots, text towers of earlier models, and temporary folders."
     manifest = {}
@@ -399,7 +407,7 @@ def _sweep_hidden(folder):
         for path in place.iterdir():
             if path.is_dir() and path.name.startswith(".") and path.name != ".work": remove(path)
 
-# %% ../../nbs/08_search/11_storage.ipynb #6cfd51f0
+# %% ../../nbs/08_search/11_storage.ipynb #cell-046
 def next_generation(folder:Path) -> str:
     "A name for the next snapshot: `g000007`."
     taken = [int(p.name[1:]) for p in folder.iterdir() if _GENERATION.fullmatch(p.name)]
