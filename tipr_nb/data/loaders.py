@@ -257,7 +257,7 @@ class TokenTable:
     "Token ids of captions, made once for each wording."
     def __init__(self,
         tokenize:Callable[[list[str]], Tensor], # captions -> (b, L) token ids
-        trim:bool|None=None,                    # leave out the padding; None: as the model whose method `tokenize` is says
+        trim:bool|None=None,                    # leave out the padding; None: as the tokenizer's model says
     ):
         owner = getattr(tokenize, "__self__", None)
         self.tokenize = tokenize
@@ -475,7 +475,8 @@ class PairLoader:
         if not self.changes.on_tokens: return {"tokens": self.tokens(captions)}
         rows = self.tokens.rows(captions)
         changed = [self.changes.tokens(r, c, rng) for r, c, rng in zip(rows, captions, streams)]
-        out = {"tokens": pad_rows([new for new, _ in changed], self.tokens.pad), "tokens_original": pad_rows(rows, self.tokens.pad)}
+        pad = self.tokens.pad
+        out = {"tokens": pad_rows([new for new, _ in changed], pad), "tokens_original": pad_rows(rows, pad)}
         if any(labels is not None for _, labels in changed):
             nothing = [np.full(len(new), IGNORED) for new, _ in changed]
             known = [empty if labels is None else labels for (_, labels), empty in zip(changed, nothing)]
@@ -562,7 +563,7 @@ def make_loader(
     pin_memory:bool=False,
     drop_last:bool|None=None,                       # leave out the last odd batch; None: when training
     same_photo:bool=False,                          # let a visit show one photo with both its captions ('identity')
-    trim:bool|None=None,                            # pad captions to the longest of a batch only; None: as the tower allows
+    trim:bool|None=None,                            # pad captions to the longest of a batch; None: as the tower allows
 ) -> PairLoader:
     "Batches of a split, for training or (train=False) in order and untouched."
     if not len(split): raise DatasetError(f"split {split.name} has no captions; load a dataset that has some there")
