@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from ..core import TiprError, atomic_path, need, write_json
+from ..core import TiprError, atomic_path, need
 from .photos import EXCLUDED
 from .detectors import find_detector
 from .video import find_media
@@ -24,7 +24,7 @@ from .engines import ExactEngine, FaissEngine, overlap
 from .milvus import MilvusEngine
 from .towers import TextTower, as_numpy, model_fingerprint
 from .storage import (ITEM_TYPES, KEY, Snapshot, check_sums, film_folder, indexing_lock, person_key, read_manifest, read_skipped, shown_name,
-    snapshot_folder, tower_folder)
+    tower_folder, write_manifest)
 from .indexing import IndexReport, build_engine, detector_name, index_photos
 from .queries import check_reranker, mix_query, reranked
 from .reports import Hit, Hits, read_picture
@@ -474,7 +474,7 @@ class Gallery:
             self.refresh()
             built = build_engine(name, options, self.view.files.folder, self.manifest)
             engines = self.manifest["engines"] | {name: built}
-            write_json(self.folder/"gallery.json", self.manifest | dict(engines=engines, engine=name if default else self.manifest["engine"]))
+            write_manifest(self.folder, self.manifest | dict(engines=engines, engine=name if default else self.manifest["engine"]))
         self.refresh()
         return built.get("built", {})
 
@@ -541,12 +541,11 @@ class Gallery:
         "Copy the gallery to a new folder."
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise TiprError(f"{folder}: is there already; choose a new folder")
-        with self._lock, atomic_path(folder, folder=True) as new:
-            new.chmod(0o700)
+        with self._lock, atomic_path(folder, folder=True, private=True) as new:
             parts = [self.view.files.folder, tower_folder(self.folder, self.manifest)]
             for part in parts:
                 if part is not None and part.is_dir(): shutil.copytree(part, new/part.name)
-            write_json(new/"gallery.json", self.manifest)
+            write_manifest(new, self.manifest)
         return folder
 
     def recall(self, texts:Sequence[str] # your own sentences
