@@ -58,9 +58,16 @@ from .indexing import load_features as load_features
 from .indexing import read_manifest as read_manifest
 from .indexing import read_skipped as read_skipped
 from .milvus import build_milvus as build_milvus
+from .milvus import create_store as create_store
 from .milvus import Milvus as Milvus
 from .milvus import milvus_expression as milvus_expression
 from .milvus import MilvusEngine as MilvusEngine
+from .milvus import MilvusStore as MilvusStore
+from .milvus import open_store as open_store
+from .milvus import StoreEngine as StoreEngine
+from .milvus import StoreFacts as StoreFacts
+from .milvus import sync_store as sync_store
+from .milvus import SyncReport as SyncReport
 from .photos import decode_picture as decode_picture
 from .photos import EXCLUDED as EXCLUDED
 from .photos import is_picture as is_picture

@@ -112,7 +112,7 @@ def _export(encoder, folder, data, fingerprint):
     write_text(folder/"tokenizer.json", data)
     with atomic_path(folder/"text.onnx") as p: export_onnx(encoder, p)
     write_json(folder/"text.json", dict(format=1, fingerprint=fingerprint, dim=encoder.dim, start=tokenizer.sot_token_id, end=tokenizer.eot_token_id,
-                                        context_length=tokenizer.context_length, full=not getattr(encoder, "_trims", True), n_bytes=(folder/"text.onnx").stat().st_size))
+                                        context_length=tokenizer.context_length, full=not getattr(encoder, "trims", True), n_bytes=(folder/"text.onnx").stat().st_size))
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-024
 def export_onnx(encoder:Any, path:str|Path):
@@ -126,7 +126,7 @@ def export_onnx(encoder:Any, path:str|Path):
         def forward(self, tokens): return torch.nn.functional.normalize(self.encoder.text_features(tokens)[0].float(), dim=-1)
     was, dyn = encoder.training, torch.export.Dim.DYNAMIC
     example = encoder.tokenize(["a man in a red coat", "a woman with a backpack"]).to(encoder.device)
-    if not getattr(encoder, "_trims", True): dynamic = {"tokens": {0: dyn}}
+    if not getattr(encoder, "trims", True): dynamic = {"tokens": {0: dyn}}
     else: dynamic = {"tokens": {0: dyn, 1: dyn}}
     with warnings.catch_warnings(), torch.no_grad(), _quiet_exporter():
         warnings.simplefilter("ignore")
