@@ -681,6 +681,25 @@ def test_two_processes_build_one_cache(cuhk, tmp_path):
     assert sums[0] == sums[1] == int(ImageFiles(paths, (48, 16)).batch(range(len(paths))).sum()) and len(list((tmp_path / "shared/images").glob("*.u8"))) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_dying_at_every_point_of_a_cache(tmp_path):
+    "Whatever is left, the next build gives the right pixels and leaves nothing lying about."
+    from crash_points import crashes
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, p in enumerate(paths): Image.new("RGB", (16, 48), (40 * i, 0, 0)).save(p)
+    home = tmp_path / "images"
+    home.mkdir()
+    build = lambda: ImageCache.build(paths, (48, 16), cache_dir=home, workers=1)
+    for changed in (False, True):
+        if changed:
+            build()
+            Image.new("RGB", (16, 48), (7, 0, 0)).save(paths[2])
+        for n in crashes(build, home):
+            assert build().batch(range(5))[:, 0, 0, 0].tolist() == [0, 40, 7 if changed else 80, 120, 160], n
+            assert [p.suffix for p in home.rglob("*") if p.is_file() and p.name != ".writing"].count(".u8") == 1      # a death after the rename leaves an empty folder until the next write
+        shutil.rmtree(home.with_name("images.before"))
+
+
 # one reader of pictures
 
 def stored_pictures(folder: Path) -> dict[str, Path]:
