@@ -8,7 +8,6 @@ __all__ = ['SMALL', 'small_pipeline', 'noise_steps', 'diffusion_loss', 'codes_of
 
 # %% ../../nbs/04_generation/07_training.ipynb #cell-002
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -463,7 +462,6 @@ def train_small(
 ) -> GeneratorRun:
     "Train the small generator from nothing on synth-world; resumable. Ends with a pipeline in `out_dir/pipeline`."
     out = Path(out_dir)
-    _sweep(out)
     pairs = world_portraits(photos, path=out / "portraits")
     run = train_generator(
         small_pipeline(pairs.pictures[:2000], width=width),
@@ -487,15 +485,7 @@ def train_small(
         write_text(tmp / "README.md", generator_card(run, generator, table, n))
     return run
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-036
-def _sweep(out: Path):
-    "Remove what a killed run left half written beside its results."
-    for name in ("pipeline", "whole", "lora", "portraits"):
-        for left in out.glob(f".{name}.*"):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-
-# %% ../../nbs/04_generation/07_training.ipynb #cell-042
+# %% ../../nbs/04_generation/07_training.ipynb #cell-041
 def save_lora(
     run: GeneratorRun,  # trained with recipe.lora above 0
     folder: str | Path,
@@ -516,7 +506,7 @@ def save_lora(
             str(tmp), unet_lora_layers=layers, safe_serialization=True
         )
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-044
+# %% ../../nbs/04_generation/07_training.ipynb #cell-043
 def tune_pipeline(
     source: str | Path,  # a pipeline's folder or hub id, in Stable Diffusion's layout
     split: Split,  # real people with real captions
@@ -529,7 +519,6 @@ def tune_pipeline(
 ) -> tuple[GeneratorRun, Path]:  # the run, and the folder of what it makes
     "Fine-tune a pipeline on a split's photos and captions; resumable."
     out = Path(out_dir)
-    _sweep(out)
     pipeline, _ = load_pipeline(source)
     h, w = image_size or PersonGenerator(pipeline).image_size
     recipe = GeneratorRecipe(updates=updates, batch_size=8, lr=1e-5, seed=seed)

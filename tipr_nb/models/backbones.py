@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POSITION_FILTERS', 'own_archs', 'register_archs', 'arch_config', 'ChannelNorm', 'PatchStem', 'check_image_size',
-           'resize_positions', 'text_tower', 'lean_attention', 'resize_resnet', 'build_clip', 'patch_tokens',
-           'vit_features', 'resnet_features', 'pooled_position', 'token_mask', 'can_trim', 'full_length', 'by_length',
-           'native_text_features', 'hf_text_features']
+           'resize_positions', 'text_tower', 'lean_attention', 'resize_resnet', 'resize_timm_positions', 'build_clip',
+           'patch_tokens', 'vit_features', 'resnet_features', 'pooled_position', 'token_mask', 'can_trim',
+           'full_length', 'stretch_positions', 'resize_text', 'by_length', 'native_text_features', 'hf_text_features']
 
 # %% ../../nbs/03_models/04_backbones.ipynb #cell-002
 import difflib
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ..core import TiprError, ensure_torchvision, known_name
 from .attention import SelfAttention
-from .timm_towers import register_tower
 from .tokens import require_hub
 
 # %% ../../nbs/03_models/04_backbones.ipynb #cell-003
@@ -162,6 +161,28 @@ def resize_resnet(
     visual.image_size = (new[0] * 32, new[1] * 32)
 
 # %% ../../nbs/03_models/04_backbones.ipynb #cell-029
+def resize_timm_positions(
+    visual: nn.Module,  # an image tower
+    state: dict[str, Tensor],  # weights for it, of another image size; changed in place
+    how: str = "bicubic",  # see `resize_positions`
+):
+    "Resample the learned positions of a timm tower (SigLIP's) to this tower's grid."
+    trunk = getattr(visual, "trunk", None)
+    key = "visual.trunk.pos_embed"
+    own = getattr(trunk, "pos_embed", None)
+    if own is None or key not in state or state[key].shape == own.shape:
+        return
+    from timm.layers import resample_abs_pos_embed
+
+    options = POSITION_FILTERS[known_name(how, POSITION_FILTERS, "filter of positions")]
+    prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
+    grid = trunk.patch_embed.grid_size
+    smooth = options.get("antialias", False)
+    state[key] = resample_abs_pos_embed(
+        state[key], grid, num_prefix_tokens=prefix, interpolation=options["mode"], antialias=smooth
+    )
+
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-030
 def build_clip(
     arch: str,  # an open_clip name
     image_size: tuple[int, int],  # (h, w)
@@ -181,7 +202,6 @@ def build_clip(
         vision["image_size"] = tuple(image_size)
     if is_timm:
         vision["timm_model_pretrained"] = False
-        register_tower(vision["timm_model_name"])
     hub_name = text.get("hf_model_name")
     if hub_name:
         require_hub(hub_name, "config.json")
@@ -198,7 +218,7 @@ def build_clip(
     lean_attention(clip)
     return clip
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-032
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-033
 def patch_tokens(
     visual: VisionTransformer,
     images: Tensor,  # (b, 3, h, w)
@@ -218,7 +238,7 @@ def patch_tokens(
     x = visual.conv1(kept.flatten(0, 1)).reshape(b, keep.shape[1], -1)
     return x + positions[keep].to(x.dtype)
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-034
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-035
 def vit_features(
     visual: VisionTransformer,
     images: Tensor,  # (b, 3, h, w)
@@ -241,7 +261,7 @@ def _project(visual: VisionTransformer, x: Tensor) -> Tensor:
     "Into the joint space, where the tower has a projection."
     return x if visual.proj is None else x @ visual.proj
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-038
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-039
 def resnet_features(
     visual: ModifiedResNet,
     images: Tensor,  # (b, 3, h, w)
@@ -262,7 +282,7 @@ def resnet_features(
     tokens = pool.c_proj(x.transpose(1, 2).flatten(2))
     return tokens[:, 0], tokens
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-041
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-042
 def _pool_type(tower: Any) -> str:
     "Where a native text tower reads off its feature: 'argmax', 'eos', 'first' or 'last'."
     return str(getattr(tower, "text_pool_type", None) or getattr(tower, "pool_type", ""))
@@ -282,7 +302,7 @@ def pooled_position(
     last = 0 if kind == "first" else tokens.shape[1] - 1
     return torch.full_like(tokens[:, 0], last)
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-042
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-043
 def token_mask(
     clip: nn.Module,  # open_clip model
     tokens: Tensor,  # (b, L)
@@ -298,7 +318,7 @@ def token_mask(
     words = (tokens != pad).sum(1)
     return places <= words[:, None]  # the first padding is SigLIP's end of text
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-045
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-046
 def can_trim(clip: nn.Module) -> bool:
     "Whether padding behind the last real token changes nothing, so that it can be cut off."
     tower = text_tower(clip)
@@ -308,7 +328,7 @@ def can_trim(clip: nn.Module) -> bool:
         return False
     return _pool_type(tower) in ("argmax", "eos")
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-046
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-047
 def full_length(
     clip: nn.Module,  # open_clip model
     tokens: Tensor,  # (b, L) ids, padded to any length
@@ -320,7 +340,38 @@ def full_length(
     missing = text_tower(clip).context_length - tokens.shape[1]
     return F.pad(tokens, (0, missing), value=pad) if missing > 0 else tokens
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-049
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-050
+_KEPT_POSITIONS = 20  # at the start of a caption, as in Long-CLIP
+
+
+def stretch_positions(
+    positions: Tensor,  # (n, d)
+    length: int,  # wanted
+    keep: int = _KEPT_POSITIONS,  # at the start, left as they are
+) -> Tensor:  # (length, d)
+    "Learned positions of a text tower for another number of tokens."
+    n = len(positions)
+    if length <= n:
+        return positions[:length]
+    keep = min(keep, n - 2)
+    rest = positions[keep:].float().T[None]
+    longer = F.interpolate(rest, size=length - keep, mode="linear", align_corners=True)[0].T
+    return torch.cat([positions[:keep], longer.to(positions.dtype)])
+
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-052
+def resize_text(
+    clip: nn.Module,  # open_clip model
+    length: int,  # most tokens of a caption
+):
+    "Give a causal text tower of open_clip's own kind another context, in place."
+    tower = text_tower(clip)
+    positions = stretch_positions(tower.positional_embedding.detach(), length)
+    tower.positional_embedding = nn.Parameter(positions)
+    tower.context_length = length
+    tower.num_pos = length
+    tower.attn_mask = positions.new_full((length, length), float("-inf")).triu(1)
+
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-055
 def by_length(
     run: Callable[[Tensor], Tensor],  # a causal tower, (b, l, d) -> (b, l, d)
     x: Tensor,  # (b, L, d)
@@ -336,7 +387,7 @@ def by_length(
         parts.append(F.pad(out, (0, 0, 0, x.shape[1] - n)))
     return torch.cat(parts)[order.argsort()]
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-051
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-057
 _SORTED_FROM = 64  # captions in a batch from which sorting pays on a CPU
 
 
@@ -372,7 +423,7 @@ def native_text_features(
     rows = torch.arange(x.shape[0], device=x.device)
     return x[rows, pooled_position(tower, tokens)], x, mask
 
-# %% ../../nbs/03_models/04_backbones.ipynb #cell-055
+# %% ../../nbs/03_models/04_backbones.ipynb #cell-061
 def hf_text_features(
     tower: HFTextEncoder,
     tokens: Tensor,  # (b, L)

@@ -17,14 +17,15 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .. import __version__
-from ..core import (TiprError, read_json, resolve_model, shipped_weights, write_json, write_text)
+from tipr_nb.core import (TiprError, atomic_path, read_json, resolve_model, shipped_weights, write_json,
+    write_text)
 from ..data import CLIP_MEAN, CLIP_STD, EvalTransform
 
 # %% ../../nbs/03_models/08_clip.ipynb #cell-003
 from .attention import SelfAttention
 from .backbones import (arch_config, build_clip, can_trim, check_image_size, full_length,
-    hf_text_features, native_text_features, own_archs, resize_positions, resize_resnet, resnet_features,
-    text_tower, token_mask, vit_features)
+    hf_text_features, native_text_features, own_archs, resize_positions, resize_resnet, resize_text,
+    resize_timm_positions, resnet_features, text_tower, token_mask, vit_features)
 from .features import Features
 from .losses import unit
 from .storage import load_strict, read_safetensors, write_safetensors
@@ -35,6 +36,7 @@ from .weights import OpenClipFolder, fetch_tag, match_activation
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.tokenizer import HFTokenizer
 from open_clip.transformer import VisionTransformer
 
 # %% ../../nbs/03_models/08_clip.ipynb #cell-009
@@ -68,6 +70,9 @@ def _text_walk(clip: nn.Module) -> Callable | None:
     return functools.partial(native_text_features, clip) if plain else None
 
 # %% ../../nbs/03_models/08_clip.ipynb #cell-012
+_TOKENIZER = "tokenizer"  # folder of a checkpoint with a Hugging Face tokenizer
+
+
 class PersonCLIP(
     nn.Module,
     PyTorchModelHubMixin,
@@ -86,6 +91,9 @@ class PersonCLIP(
         | None = None,  # open_clip configuration, for an architecture that it does not list
         mean: Sequence[float] = CLIP_MEAN,  # of the pixels it was trained on
         std: Sequence[float] = CLIP_STD,
+        tokenizer: str
+        | Path
+        | None = None,  # folder of a Hugging Face tokenizer, instead of the one that the configuration names
     ):
         super().__init__()
         cfg = model_cfg or arch_config(arch)
@@ -98,7 +106,7 @@ class PersonCLIP(
         self.patch_size = _patch_size(cfg["vision_cfg"])
         self.image_size = check_image_size(image_size or usual, self.patch_size)
         self.clip: Any = build_clip(arch, self.image_size, cfg)
-        self.tokenizer: Any = make_tokenizer(cfg)
+        self.tokenizer: Any = make_tokenizer(cfg, tokenizer)
         self.addons = nn.ModuleDict()  # modules that travel with the checkpoint, see `attach`
         self.unclaimed_addons: dict[
             str, Tensor
@@ -114,6 +122,7 @@ class PersonCLIP(
         arch: str | None = None,  # the architecture it has to be
         image_size: Sequence[int] | None = None,  # another (h, w): positions are resampled
         positions: str = "bicubic",  # how, see `POSITION_FILTERS`
+        context_length: int | None = None,  # another number of tokens: text positions are stretched
         map_location: str | torch.device = "cpu",
     ) -> Self:
         "Load a checkpoint, in evaluation mode."
@@ -134,10 +143,13 @@ class PersonCLIP(
         pixels = cfg.get("preprocessing", {})
         mean = pixels.get("mean", CLIP_MEAN)
         std = pixels.get("std", CLIP_STD)
-        model = cls(cfg["arch"], cfg["image_size"], cfg.get("model_cfg"), mean, std)
+        tokenizer = folder / _TOKENIZER if (folder / _TOKENIZER).is_dir() else None
+        model = cls(cfg["arch"], cfg["image_size"], cfg.get("model_cfg"), mean, std, tokenizer)
         model.load_weights(folder / "model.safetensors")
         if image_size is not None:
             model.resize(image_size, positions)
+        if context_length is not None:
+            model.resize_context(context_length)
         return model.to(map_location).eval()
 
     @classmethod
@@ -150,28 +162,33 @@ class PersonCLIP(
         image_size: Sequence[int]
         | None = None,  # (h, w); default 384x128, or the architecture's own for ours
         positions: str = "bicubic",  # how positions are resampled, see `POSITION_FILTERS`
+        context_length: int
+        | None = None,  # another number of tokens than the architecture's: text positions are stretched
     ) -> Self:
         "Any open_clip architecture at a tall size: random weights, a published tag's, a file's or a folder's."
+        file: Path | None = None
         if pretrained is None and Path(arch).is_dir():
             found = OpenClipFolder.read(arch)
+            file = found.weights
+            mean = found.mean or CLIP_MEAN
+            std = found.std or CLIP_STD
             model = cls(
-                Path(arch).resolve().name,
-                image_size,
-                found.model_cfg,
-                found.mean or CLIP_MEAN,
-                found.std or CLIP_STD,
+                Path(arch).resolve().name, image_size, found.model_cfg, mean, std, found.tokenizer
             )
-            return model.load_open_clip(found.weights, positions)
-        if pretrained is None:
-            return cls(arch, image_size)
-        if Path(pretrained).is_file():
-            return cls(arch, image_size).load_open_clip(pretrained, positions)
-        arch, tag = match_activation(arch, str(pretrained))
-        file = fetch_tag(arch, tag)
-        model = cls(
-            arch, image_size, None, tag.get("mean") or CLIP_MEAN, tag.get("std") or CLIP_STD
-        )
-        return model.load_open_clip(file, positions)
+        elif pretrained is None:
+            model = cls(arch, image_size)
+        elif Path(pretrained).is_file():
+            file = Path(pretrained)
+            model = cls(arch, image_size)
+        else:
+            arch, tag = match_activation(arch, str(pretrained))
+            file = fetch_tag(arch, tag)
+            model = cls(
+                arch, image_size, None, tag.get("mean") or CLIP_MEAN, tag.get("std") or CLIP_STD
+            )
+        if file is not None:
+            model.load_open_clip(file, positions)
+        return model if context_length is None else model.resize_context(context_length)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -388,6 +405,34 @@ class PersonCLIP(
         self.image_size = size
         return self
 
+    @property
+    def context_length(self) -> int:
+        "Most tokens of a caption; what is longer is cut."
+        return self.tokenizer.context_length
+
+    def resize_context(
+        self,
+        length: int,  # most tokens of a caption from now on; 248 as in Long-CLIP
+    ) -> Self:
+        "Read longer captions: text positions are stretched; short captions keep their features and their cost."
+        tower = text_tower(self.clip)
+        if not self.trims or isinstance(tower, HFTextEncoder):
+            raise TiprError(
+                f"{self.arch}: its text tower reads its padding or is not open_clip's own, "
+                "and has one context for good; use a CLIP architecture such as ViT-B-16"
+            )
+        if length < 3:
+            raise TiprError(
+                f"context_length={length}: give 3 tokens or more; start, words and end of text"
+            )
+        if length == self.context_length:
+            return self
+        cfg = self.model_cfg or arch_config(self.arch)
+        self.model_cfg = cfg | dict(text_cfg=cfg["text_cfg"] | dict(context_length=length))
+        resize_text(self.clip, length)
+        self.tokenizer.context_length = length
+        return self
+
     def attach(self, name: str, module: nn.Module) -> nn.Module:
         "Keep `module` as the add-on `name`: saved with the model, and filled with what the checkpoint brought."
         prefix = f"{name}."
@@ -436,6 +481,9 @@ class PersonCLIP(
         folder = Path(save_directory)
         unclaimed = {f"addons.{k}": v for k, v in self.unclaimed_addons.items()}
         write_safetensors(folder / "model.safetensors", self.state_dict() | unclaimed)
+        if isinstance(self.tokenizer, HFTokenizer):
+            with atomic_path(folder / _TOKENIZER, folder=True) as tmp:
+                self.tokenizer.save_pretrained(str(tmp))
         write_json(folder / "config.json", self.config())
         if not (folder / "README.md").exists():
             card = self.generate_model_card(**(model_card_kwargs or {}))
@@ -470,6 +518,7 @@ class PersonCLIP(
                 continue
             side = math.isqrt(len(state[key]) - 1)
             state[key] = resize_positions(state[key], (side, side), self.grid, positions)
+        resize_timm_positions(self.clip.visual, state, positions)
         if hasattr(self.clip, "text"):
             state = convert_to_custom_text_state_dict(state)
         if "logit_scale" in state:

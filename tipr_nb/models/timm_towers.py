@@ -16,39 +16,52 @@ from ..core import ensure_torchvision
 # %% ../../nbs/03_models/10_timm_towers.ipynb #cell-005
 _NAME = re.compile(r"tipr_siglip_p(\d{1,3})_w(\d{1,5})_d(\d{1,3})_h(\d{1,3})_m(\d{1,6})_(gelu|gelu_tanh)")
 
-def siglip_name(patch:int # side in pixels
-               , width:int # channels of a token
-               , depth:int # blocks
-               , heads:int
-               , mlp:int # hidden units of a block's MLP
-               , act:str="gelu_tanh" # "gelu" or "gelu_tanh"
-               ) -> str:
+
+def siglip_name(
+    patch: int,  # side in pixels
+    width: int,  # channels of a token
+    depth: int,  # blocks
+    heads: int,
+    mlp: int,  # hidden units of a block's MLP
+    act: str = "gelu_tanh",  # "gelu" or "gelu_tanh"
+) -> str:
     "The name of a SigLIP image tower of these sizes."
     return f"tipr_siglip_p{patch}_w{width}_d{depth}_h{heads}_m{mlp}_{act}"
 
 # %% ../../nbs/03_models/10_timm_towers.ipynb #cell-007
-def siglip_tower(name:str # of `siglip_name`
-                , **options # of timm's `VisionTransformer`
-                ) -> nn.Module:
+def siglip_tower(
+    name: str,  # of `siglip_name`
+    **options,  # of timm's `VisionTransformer`
+) -> nn.Module:
     "The tower that a name describes, with random weights."
     ensure_torchvision()
     from timm.models.vision_transformer import VisionTransformer
+
     found = _NAME.fullmatch(name)
-    if found is None: raise ValueError(f"{name}: not a name of siglip_name")
+    if found is None:
+        raise ValueError(f"{name}: not a name of siglip_name")
     patch, width, depth, heads, mlp = (int(n) for n in found.groups()[:5])
-    sizes:dict[str, Any] = dict(patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp/width)
-    return VisionTransformer(**{"img_size": 16*patch} | sizes | options | dict(class_token=False, global_pool="map", act_layer=found[6]))
+    sizes: dict[str, Any] = dict(patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width)
+    return VisionTransformer(
+        **{"img_size": 16 * patch} | sizes | options | dict(class_token=False, global_pool="map", act_layer=found[6])
+    )
 
 # %% ../../nbs/03_models/10_timm_towers.ipynb #cell-009
-def register_tower(name:str # any timm name; ours are registered, others left alone
-                  ):
+def register_tower(
+    name: str,  # any timm name; ours are registered, others left alone
+):
     "Make timm know a tower of ours, so that open_clip can build it."
-    if _NAME.fullmatch(name) is None: return
+    if _NAME.fullmatch(name) is None:
+        return
     ensure_torchvision()
     import timm
-    if timm.is_model(name): return
+
+    if timm.is_model(name):
+        return
+
     def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
         return siglip_tower(name, **options)
+
     build.__name__ = name
     build.__module__ = __name__
     timm.models.register_model(build)

@@ -79,6 +79,7 @@ class OpenClipFolder:
 
     weights: Path  # .safetensors
     model_cfg: dict[str, Any]  # open_clip configuration
+    tokenizer: Path | None = None  # the folder, where a Hugging Face tokenizer lies in it
     mean: tuple[float, ...] | None = None  # of the pixels it was trained on; None: not said
     std: tuple[float, ...] | None = None
 
@@ -99,7 +100,9 @@ class OpenClipFolder:
                 "give a folder that open_clip saved"
             )
         pixels = written.get("preprocess_cfg") or {}
-        found = cls(cls._weights(folder), cls._with_own_tokenizer(model_cfg, folder))
+        found = cls(cls._weights(folder), model_cfg)
+        if (folder / "tokenizer_config.json").exists():
+            found.tokenizer = folder
         if pixels.get("mean"):
             found.mean = tuple(pixels["mean"])
         if pixels.get("std"):
@@ -113,11 +116,3 @@ class OpenClipFolder:
             if (folder / name).exists():
                 return folder / name
         return folder / _WEIGHTS[0]  # not there: `read_safetensors` says so, and what to do
-
-    @staticmethod
-    def _with_own_tokenizer(cfg: dict[str, Any], folder: Path) -> dict[str, Any]:
-        "The configuration with the tokenizer that lies in the folder, so that nothing is fetched."
-        text = cfg["text_cfg"]
-        if not text.get("hf_tokenizer_name") or not (folder / "tokenizer_config.json").exists():
-            return cfg
-        return cfg | dict(text_cfg=text | dict(hf_tokenizer_name=str(folder)))
