@@ -70,7 +70,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     assert done.returncode == 0 and "search" in done.stdout and busy() - before < 1.
 
 
-@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"], ["index"], ["search"], ["app"], ["convert"], ["card"], ["push"], ["data", "export"]])
+@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"], ["index"], ["search"], ["app"], ["convert"], ["card"], ["models"], ["push"], ["data", "export"]])
 def test_every_command_helps(words):
     result = tipr(*words, "--help")
     assert result.exit_code == 0
@@ -99,7 +99,7 @@ def test_wrong_usage(words):
                                                (PermissionError(13, "denied", "runs/x"), 2, "runs/x: no permission"), (MemoryError("alloc of 9 GB"), 2, "smaller batch"), (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried"), 2, "CUDA out of memory")])
 def test_expected_failures_are_one_line(error, code, says):
     app = typer.Typer(pretty_exceptions_enable=False)
-    @cli.command(app)
+    @cli.register_command(app)
     def fail(): raise error
     result = CliRunner().invoke(app, [])
     assert result.exit_code == code and says in result.stderr and result.stderr.count("\n") == 1
@@ -108,7 +108,7 @@ def test_expected_failures_are_one_line(error, code, says):
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(2, "No such file", "inner.bin")])
 def test_bugs_are_not_hidden(error):
     app = typer.Typer(pretty_exceptions_enable=False)
-    @cli.command(app)
+    @cli.register_command(app)
     def fail(): raise error
     assert CliRunner().invoke(app, []).exception is error
 
