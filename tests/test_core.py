@@ -1,4 +1,4 @@
-import errno, os, subprocess, sys
+import errno, os, subprocess, sys, time
 import pytest
 from tipr_nb.core import (TiprError, atomic_path, cache_dir, ensure_torchvision, locked, os_errors, read_json, resolve_model, write_json,
     write_text)
@@ -510,3 +510,29 @@ def test_dying_at_every_point_of_a_locked_json(tmp_path):
         assert read_json(home / "run.json")["step"] in (1, 2)
         job()
         assert read_json(home / "run.json")["step"] == 2 and sorted(os.listdir(home)) == [".run.json.lock", "run.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a forked process's parent")
+def test_a_worker_ends_though_its_parent_was_gone_first():
+    "The parent may be killed before its worker has got as far as to look for it."
+    code = """
+import multiprocessing, time
+from tipr_nb.core import exit_with_parent
+
+def work():
+    time.sleep(1)
+    exit_with_parent()
+    time.sleep(60)
+
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start()
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    parent.stdout.readline()
+    parent.kill()
+    parent.wait()
+    start = time.time()
+    parent.stdout.read()   # until nobody holds the pipe open
+    assert time.time() - start < 4
