@@ -71,8 +71,8 @@ def demo(quick: Annotated[bool, typer.Option("--quick", help="A small copy of th
 
     Example: tipr demo --quick
     """
-    from tipr_nb.demo import Plan, QUICK, run_demo
-    page = run_demo(out, Plan(**QUICK, seed=seed) if quick else Plan(seed=seed), say=tell)
+    from tipr_nb.demo import DemoPlan, QUICK, run_demo
+    page = run_demo(out, DemoPlan(**QUICK, seed=seed) if quick else DemoPlan(seed=seed), say=tell)
     tell(f"\nnumbers: {out/'metrics.json'}\npage:    {page}   <- open this in a browser")
 
 # %% ../nbs/13_cli.ipynb #cell-015
