@@ -59,6 +59,12 @@ def colour_hits(
     table = pd.DataFrame(rows, columns=["caption", "garment", "said", "seen"])
     return table.assign(hit=table.said == table.seen)
 
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-012
+def _nobodys_own(n: int, seed: int) -> np.ndarray:
+    "A random permutation that is a single cycle, so that nobody keeps their own."
+    order = np.random.default_rng(seed).permutation(n)
+    return np.roll(np.arange(n)[order], 1)[np.argsort(order)]
+
 # %% ../../nbs/04_generation/06_alignment.ipynb #cell-011
 def colour_accuracy(
     pictures: Sequence[Any],  # one per caption
@@ -78,11 +84,24 @@ def colour_accuracy(
     table = pd.DataFrame(dict(n=counts, accuracy=percent(right), shuffled=percent(wrong)))
     return table.reindex(list(_GARMENTS))
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-012
-def _nobodys_own(n: int, seed: int) -> np.ndarray:
-    "A random permutation that is a single cycle, so that nobody keeps their own."
-    order = np.random.default_rng(seed).permutation(n)
-    return np.roll(np.arange(n)[order], 1)[np.argsort(order)]
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-017
+def _probe() -> Any:
+    "An untrained linear classifier of pixels."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+
+
+def _pil(chw: np.ndarray) -> Image.Image:
+    "A (3, h, w) array as a PIL image."
+    return Image.fromarray(np.ascontiguousarray(np.asarray(chw).transpose(1, 2, 0)))
+
+
+def _half_size(pictures: Sequence[Image.Image]) -> np.ndarray:  # (n, pixels) in [0, 1]
+    "Pixels of images at half their size."
+    return np.stack([np.asarray(p.reduce(2)).ravel() / 255 for p in pictures])
 
 # %% ../../nbs/04_generation/06_alignment.ipynb #cell-016
 def kind_accuracy(
@@ -114,24 +133,13 @@ def kind_accuracy(
         rows[name] = dict(n=len(asked), accuracy=100 * hit.mean(), shuffled=100 * chance.mean())
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-017
-def _probe() -> Any:
-    "An untrained linear classifier of pixels."
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
-
-
-def _pil(chw: np.ndarray) -> Image.Image:
-    "A (3, h, w) array as a PIL image."
-    return Image.fromarray(np.ascontiguousarray(np.asarray(chw).transpose(1, 2, 0)))
-
-
-def _half_size(pictures: Sequence[Image.Image]) -> np.ndarray:  # (n, pixels) in [0, 1]
-    "Pixels of images at half their size."
-    return np.stack([np.asarray(p.reduce(2)).ravel() / 255 for p in pictures])
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-021
+def _with_ceiling(
+    check: Callable[[list], pd.DataFrame], pictures: list, true: list, what: str
+) -> pd.DataFrame:
+    "A check of images beside the same check of true portraits."
+    table = check(pictures).assign(ceiling=check(true).accuracy)
+    return table.rename(index=lambda name: f"{name} {what}")
 
 # %% ../../nbs/04_generation/06_alignment.ipynb #cell-020
 def follows_text(
@@ -160,11 +168,3 @@ def follows_text(
     if train is not None:
         parts.append(_with_ceiling(kinds, pictures, true, "kind"))
     return pd.concat(parts).assign(pictures_per_second=speed), pictures
-
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-021
-def _with_ceiling(
-    check: Callable[[list], pd.DataFrame], pictures: list, true: list, what: str
-) -> pd.DataFrame:
-    "A check of images beside the same check of true portraits."
-    table = check(pictures).assign(ceiling=check(true).accuracy)
-    return table.rename(index=lambda name: f"{name} {what}")

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-003
-from ..core import (TiprError, atomic_path, cache_dir, fit_threads, known_name, locked, os_errors, progress,
-    read_json, write_json)
+from ..core import (TiprError, atomic_path, cache_dir, exit_with_parent, fit_threads, known_name, locked,
+    os_errors, progress, read_json, write_json)
 from ..data import Split, stack_images
 from .generator import PersonGenerator, caption_seed, check_caption
 
@@ -35,6 +35,14 @@ _BLACK_BYTES = 1024  # a file that could hold nothing but one colour
 def is_black(image: Image.Image) -> bool:
     "Whether an image shows nothing at all."
     return int(np.asarray(image.convert("L")).max()) <= _BLACK_LEVEL
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-009
+def _of_others(captions: list[str], seed: int) -> list[str]:
+    "Another caption for each, the same for equal ones."
+    different: list[str] = sorted(set(captions))
+    order = np.random.default_rng(seed).permutation(different)
+    other = dict(zip(order, np.roll(order, 1)))  # one cycle: nobody keeps their own
+    return [str(other[c]) for c in captions]
 
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-008
 @dataclass
@@ -102,14 +110,6 @@ class Pictures:
             captions = _of_others(captions, shuffle)
         return PictureField(self, captions, tuple(image_size), choose)
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-009
-def _of_others(captions: list[str], seed: int) -> list[str]:
-    "Another caption for each, the same for equal ones."
-    different: list[str] = sorted(set(captions))
-    order = np.random.default_rng(seed).permutation(different)
-    other = dict(zip(order, np.roll(order, 1)))  # one cycle: nobody keeps their own
-    return [str(other[c]) for c in captions]
-
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-011
 @dataclass
 class PictureField:
@@ -169,70 +169,7 @@ def open_pictures(
             )
     return Pictures(folder, made["per_caption"])
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-015
-def generate_split(
-    generator: PersonGenerator,  # what draws
-    split: Any,  # anything with .captions
-    out_dir: str | Path,  # where the images go
-    per_caption: int = 1,  # images of each caption
-    rank: int | None = None,  # this process; None: as `accelerate launch` says
-    world_size: int | None = None,  # how many processes
-    report: Callable[
-        [str], None
-    ] = print,  # gets one line before, one at the first chunk, one at the end
-) -> Pictures:
-    "Draw every caption of a split, resumably, sharing the work with other processes; returns the folder."
-    if per_caption < 1:
-        raise TiprError(f"per_caption={per_caption}: give one or more")
-    if rank is None:
-        rank, world_size = _process()
-    captions = sorted({check_caption(c, f"caption {i}") for i, c in enumerate(split.captions)})
-    if not captions:
-        raise TiprError("the split has no captions to draw")
-    claim = _Claim(Path(out_dir), generator.settings(), per_caption)
-    pictures = claim.take()
-    claim.list_captions(captions)
-    _sweep(pictures.folder)
-    work = [_Order(c, k) for c in captions for k in range(per_caption)]
-    chunks = [work[i : i + generator.batch_size] for i in range(0, len(work), generator.batch_size)]
-    mine = chunks[rank :: world_size or 1]
-    todo = [chunk for chunk in mine if not all(pictures.has(o.caption, o.k) for o in chunk)]
-    n = sum(map(len, todo))
-    which = f" ({rank + 1} of {world_size})" if (world_size or 1) > 1 else ""
-    report(
-        f"{len(captions):,} different captions, {len(work):,} pictures; {n:,} for this process to draw{which}"
-    )
-    if n:
-        generator.warn_of_long(captions)
-    start = time.perf_counter()
-    done = 0
-    black = 0
-    for chunk in progress(todo, "generate"):
-        fit_threads()
-        seeds = [caption_seed(o.caption, generator.seed, o.k) for o in chunk]
-        images = generator.draw([o.caption for o in chunk], seeds)
-        if not done:
-            claim.take()  # it draws: now the folder is ours, or somebody else's
-        for order, image in zip(chunk, images):
-            if is_black(image):
-                black += 1
-            else:
-                _save_picture(image, pictures.path(order.caption, order.k))
-        done += len(chunk)
-        if black == done and done >= _ALL_BLACK:
-            break
-        if done == len(chunk) < n:
-            seconds = time.perf_counter() - start
-            report(
-                f"the first {done} took {seconds:.1f} s: about {_span((n / done - 1) * seconds)} more"
-            )
-    _report_black(black, done, bool(generator.settings()["safety_checker"]), report)
-    if done:
-        seconds = time.perf_counter() - start
-        report(f"{done - black:,} pictures in {_span(seconds)}, {done / seconds:.1f} pictures/s")
-    return pictures
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-016
+# %% ../../nbs/04_generation/04_pictures.ipynb #32ca9904
 _ALL_BLACK = 8  # so many images and all of them black: nothing will come of the rest
 
 
@@ -259,7 +196,9 @@ def _report_black(black: int, done: int, checker: bool, report: Callable[[str], 
 
 
 def _process() -> tuple[int, int]:
-    "Rank and number of processes, as `accelerate launch` and `torchrun` tell them."
+    "Rank and number of processes, as `accelerate launch` and `torchrun` tell them; it ends when they do."
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        exit_with_parent()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -352,6 +291,69 @@ def _sweep(folder: Path):
         except OSError:
             continue
 
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-015
+def generate_split(
+    generator: PersonGenerator,  # what draws
+    split: Any,  # anything with .captions
+    out_dir: str | Path,  # where the images go
+    per_caption: int = 1,  # images of each caption
+    rank: int | None = None,  # this process; None: as `accelerate launch` says
+    world_size: int | None = None,  # how many processes
+    report: Callable[
+        [str], None
+    ] = print,  # gets one line before, one at the first chunk, one at the end
+) -> Pictures:
+    "Draw every caption of a split, resumably, sharing the work with other processes; returns the folder."
+    if per_caption < 1:
+        raise TiprError(f"per_caption={per_caption}: give one or more")
+    if rank is None:
+        rank, world_size = _process()
+    captions = sorted({check_caption(c, f"caption {i}") for i, c in enumerate(split.captions)})
+    if not captions:
+        raise TiprError("the split has no captions to draw")
+    claim = _Claim(Path(out_dir), generator.settings(), per_caption)
+    pictures = claim.take()
+    claim.list_captions(captions)
+    _sweep(pictures.folder)
+    work = [_Order(c, k) for c in captions for k in range(per_caption)]
+    chunks = [work[i : i + generator.batch_size] for i in range(0, len(work), generator.batch_size)]
+    mine = chunks[rank :: world_size or 1]
+    todo = [chunk for chunk in mine if not all(pictures.has(o.caption, o.k) for o in chunk)]
+    n = sum(map(len, todo))
+    which = f" ({rank + 1} of {world_size})" if (world_size or 1) > 1 else ""
+    report(
+        f"{len(captions):,} different captions, {len(work):,} pictures; {n:,} for this process to draw{which}"
+    )
+    if n:
+        generator.warn_of_long(captions)
+    start = time.perf_counter()
+    done = 0
+    black = 0
+    for chunk in progress(todo, "generate"):
+        fit_threads()
+        seeds = [caption_seed(o.caption, generator.seed, o.k) for o in chunk]
+        images = generator.draw([o.caption for o in chunk], seeds)
+        if not done:
+            claim.take()  # it draws: now the folder is ours, or somebody else's
+        for order, image in zip(chunk, images):
+            if is_black(image):
+                black += 1
+            else:
+                _save_picture(image, pictures.path(order.caption, order.k))
+        done += len(chunk)
+        if black == done and done >= _ALL_BLACK:
+            break
+        if done == len(chunk) < n:
+            seconds = time.perf_counter() - start
+            report(
+                f"the first {done} took {seconds:.1f} s: about {_span((n / done - 1) * seconds)} more"
+            )
+    _report_black(black, done, bool(generator.settings()["safety_checker"]), report)
+    if done:
+        seconds = time.perf_counter() - start
+        report(f"{done - black:,} pictures in {_span(seconds)}, {done / seconds:.1f} pictures/s")
+    return pictures
+
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-031
 def pictures_for(
     dataset: Any,  # a PersonDataset
@@ -378,6 +380,29 @@ def pictures_for(
             continue
         generate_split(generator, dataset.splits[name], folder, per_caption, report=report)
     return open_pictures(folder, settings)
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-035
+def _column(name: str, values: np.ndarray, photos: np.ndarray, further: list[Path]) -> np.ndarray:
+    "A column of the split's images for the further ones: as of the photos, but for what depends on pixels."
+    if name == "box":
+        return np.full((len(further), 4), np.nan)  # the whole image
+    if name != "pixels":
+        return values[photos]
+    size: Any = values.shape[1:3]
+    images = []
+    for path in further:
+        with Image.open(path) as im:
+            images.append(im.convert("RGB"))
+    return stack_images(images, size).permute(0, 2, 3, 1).numpy()
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-036
+def _contiguous(known: np.ndarray, new: np.ndarray) -> np.ndarray:
+    "Further identities numbered on from the known ones, without gaps."
+    fresh = np.unique(new[new > known.max()])
+    if not len(fresh):
+        return new
+    numbered = known.max() + 1 + np.searchsorted(fresh, new)
+    return np.where(new > known.max(), numbered, new)
 
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-034
 IDENTITIES = ("person", "own", "caption")  # whose a generated image is
@@ -419,26 +444,3 @@ def add_pictures(
         },
         {name: np.concatenate([v, v[rows]]) for name, v in split.caption_columns.items()},
     )
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-035
-def _column(name: str, values: np.ndarray, photos: np.ndarray, further: list[Path]) -> np.ndarray:
-    "A column of the split's images for the further ones: as of the photos, but for what depends on pixels."
-    if name == "box":
-        return np.full((len(further), 4), np.nan)  # the whole image
-    if name != "pixels":
-        return values[photos]
-    size: Any = values.shape[1:3]
-    images = []
-    for path in further:
-        with Image.open(path) as im:
-            images.append(im.convert("RGB"))
-    return stack_images(images, size).permute(0, 2, 3, 1).numpy()
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-036
-def _contiguous(known: np.ndarray, new: np.ndarray) -> np.ndarray:
-    "Further identities numbered on from the known ones, without gaps."
-    fresh = np.unique(new[new > known.max()])
-    if not len(fresh):
-        return new
-    numbered = known.max() + 1 + np.searchsorted(fresh, new)
-    return np.where(new > known.max(), numbered, new)

@@ -70,6 +70,42 @@ def _text_walk(clip: nn.Module) -> Callable | None:
     return functools.partial(native_text_features, clip) if plain else None
 
 # %% ../../nbs/03_models/08_clip.ipynb #cell-012
+def _check_config(cfg: Any, where: str):
+    "Refuse a `config.json` that is not one of ours, or whose values have other types than ours."
+    if not isinstance(cfg, dict) or "arch" not in cfg:
+        raise TiprError(
+            f"{where}: not a PersonCLIP (no 'arch'); load other projects' checkpoints with tipr_nb.interop.load_peer"
+        )
+    pixels = cfg.get("preprocessing", {})
+    model_cfg = cfg.get("model_cfg")
+    right = {
+        "arch": isinstance(cfg["arch"], str),
+        "image_size": _are_numbers(cfg.get("image_size"), 2),
+        "model_cfg": model_cfg is None
+        or (
+            isinstance(model_cfg, dict)
+            and {"embed_dim", "vision_cfg", "text_cfg"} <= set(model_cfg)
+        ),
+        "preprocessing": isinstance(pixels, dict)
+        and all(_are_numbers(pixels[k], 3) for k in ("mean", "std") if k in pixels),
+    }
+    wrong = [name for name, good in right.items() if not good]
+    if wrong:
+        value = str(cfg.get(wrong[0]))[:60]
+        raise TiprError(
+            f"{where}: {wrong[0]} = {value} is not what a PersonCLIP writes; restore it from a good copy"
+        )
+
+
+def _are_numbers(values: Any, n: int) -> bool:
+    "Whether it is a list of so many numbers."
+    return (
+        isinstance(values, list)
+        and len(values) == n
+        and all(isinstance(v, (int, float)) for v in values)
+    )
+
+# %% ../../nbs/03_models/08_clip.ipynb #b9cc01e4
 _TOKENIZER = "tokenizer"  # folder of a checkpoint with a Hugging Face tokenizer
 
 
@@ -130,11 +166,7 @@ class PersonCLIP(
         alias = f"clip-{source}"
         folder = resolve_model(alias if alias in shipped_weights() else source)
         cfg = read_json(folder / "config.json")
-        if not isinstance(cfg, dict) or "arch" not in cfg:
-            raise TiprError(
-                f"{folder.name}/config.json: not a PersonCLIP (no 'arch'); "
-                "load other projects' checkpoints with tipr_nb.interop.load_peer"
-            )
+        _check_config(cfg, f"{folder.name}/config.json")
         if arch and arch != cfg["arch"]:
             raise TiprError(
                 f"{source}: holds {cfg['arch']}, not {arch}; choose a checkpoint of that architecture, "

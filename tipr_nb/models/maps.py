@@ -20,6 +20,25 @@ from ..core import TiprError
 from .clip import PersonCLIP
 from .losses import unit
 
+# %% ../../nbs/03_models/09_maps.ipynb #cell-007
+def _windows(
+    grid: tuple[int, int],
+    window: tuple[int, int] | None,  # rows and columns of patches
+) -> Tensor:  # (windows, patches) True where a window covers a patch
+    "Every place of a window on a grid of patches."
+    rows, columns = grid
+    h, w = window or (max(1, rows // 3), max(1, columns // 2))
+    fits = 1 <= h <= rows and 1 <= w <= columns
+    if not fits or h * w == rows * columns:
+        raise TiprError(
+            f"interaction_maps: a window of {h}x{w} patches does not lie within {rows}x{columns} and leave some"
+        )
+    places = [(y, x) for y in range(rows - h + 1) for x in range(columns - w + 1)]
+    covered = torch.zeros(len(places), rows, columns, dtype=torch.bool)
+    for k, (y, x) in enumerate(places):
+        covered[k, y : y + h, x : x + w] = True
+    return covered.flatten(1)
+
 # %% ../../nbs/03_models/09_maps.ipynb #cell-006
 def interaction_maps(
     encoder: PersonCLIP,  # with patch tokens
@@ -55,25 +74,6 @@ def interaction_maps(
     both = (missing_words @ missing_patches.T).cpu()
     share = covered.float() / covered.sum(0)
     return (both @ share).view(len(phrases), *encoder.grid)
-
-# %% ../../nbs/03_models/09_maps.ipynb #cell-007
-def _windows(
-    grid: tuple[int, int],
-    window: tuple[int, int] | None,  # rows and columns of patches
-) -> Tensor:  # (windows, patches) True where a window covers a patch
-    "Every place of a window on a grid of patches."
-    rows, columns = grid
-    h, w = window or (max(1, rows // 3), max(1, columns // 2))
-    fits = 1 <= h <= rows and 1 <= w <= columns
-    if not fits or h * w == rows * columns:
-        raise TiprError(
-            f"interaction_maps: a window of {h}x{w} patches does not lie within {rows}x{columns} and leave some"
-        )
-    places = [(y, x) for y in range(rows - h + 1) for x in range(columns - w + 1)]
-    covered = torch.zeros(len(places), rows, columns, dtype=torch.bool)
-    for k, (y, x) in enumerate(places):
-        covered[k, y : y + h, x : x + w] = True
-    return covered.flatten(1)
 
 # %% ../../nbs/03_models/09_maps.ipynb #cell-016
 HEAT = "inferno"  # colour map of every heatmap, its middle part

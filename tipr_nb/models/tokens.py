@@ -21,6 +21,18 @@ from ..core import TiprError, ensure_torchvision
 ensure_torchvision()
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-008
+def _apply_merge(parts: list[str], merge: tuple[str, str]) -> list[str]:
+    "Join every place where the two halves of a merge stand side by side."
+    joined: list[str] = []
+    left = list(parts)
+    while left:
+        pair = tuple(left[:2])
+        size = 2 if pair == merge else 1
+        joined.append("".join(left[:size]))
+        left = left[size:]
+    return joined
+
 # %% ../../nbs/03_models/01_tokens.ipynb #cell-007
 def merges_of(
     word: str,  # lower case
@@ -37,18 +49,6 @@ def merges_of(
         made.append(best)
         parts = _apply_merge(parts, best)
     return made
-
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-008
-def _apply_merge(parts: list[str], merge: tuple[str, str]) -> list[str]:
-    "Join every place where the two halves of a merge stand side by side."
-    joined: list[str] = []
-    left = list(parts)
-    while left:
-        pair = tuple(left[:2])
-        size = 2 if pair == merge else 1
-        joined.append("".join(left[:size]))
-        left = left[size:]
-    return joined
 
 # %% ../../nbs/03_models/01_tokens.ipynb #cell-010
 def choose_merges(
