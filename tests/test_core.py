@@ -451,3 +451,10 @@ def test_the_hub_through_a_proxy(monkeypatch):
     for strange in ("http://127.0.0.1:port", "nonsense", "http://"):
         monkeypatch.setenv("https_proxy", strange)
         assert not hub_answers(.5)
+
+
+def test_messages_have_one_line():
+    from tipr_nb.data import DatasetError
+    assert str(TiprError("a\nb\r\nc\u2028d")) == "a b c d" and str(DatasetError("x\ny")) == "x y" and str(TiprError()) == ""
+    import pickle
+    assert str(pickle.loads(pickle.dumps(DatasetError("x\ny")))) == "x y"

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from tipr_nb.methods import OBJECTIVES, Objective, register_objective
 from tipr_nb.models import PersonCLIP
-from tipr_nb.core import TiprError, read_json, shipped_weights
+from tipr_nb.core import TiprError, load_object, read_json, shipped_weights
 from tipr_nb.training import RECIPES, Recipe, get_recipe
 from tipr_nb.data import dataset_from_arrays
-from tipr_nb.training import (Callback, NaNGuard, Retriever, Trainer, build_encoder, build_objectives, lr_factor, param_groups)
+from tipr_nb.training import (Callback, NaNGuard, Retriever, TrainStep, build_encoder, build_objectives, lr_factor, param_groups)
+from tipr_nb.figures import learning_curve
 from tipr_nb.models import Checkpoints
 from tipr_nb.training import data_hash
 from tipr_nb.training import GridTable, grid_differences, grid_summary, read_grid, run_grid, share_of_ids, train
@@ -136,7 +137,7 @@ class TestTrain:
         again = PersonCLIP.from_pretrained(tmp_path/"r"/"best")
         assert torch.equal(again.encode_text(["a red coat"]), run.model.encode_text(["a red coat"]))
         assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
-        run.plot().figure.savefig(tmp_path/"curve.png")
+        learning_curve(run).savefig(tmp_path/"curve.png")
 
     @pytest.mark.parametrize("settings", [dict(objectives=["SDM", "ID"], sampler="identity"), dict(ema=.9, accumulate=2, batch_size=8, clip_grad=.5, patch_dropout=.25), dict(precision="bf16", optimizer="adam")])
     def test_resume_is_exact(self, people, nano, tmp_path, settings):
@@ -393,7 +394,7 @@ class TestGrid:
             m.setattr(GridTable, "add", die)
             run_grid(grid, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
         steps = []
-        monkeypatch.setattr(Trainer, "train_step", lambda *a: steps.append(1))
+        monkeypatch.setattr(TrainStep, "__call__", lambda *a: steps.append(1))
         t = run_grid(grid, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
         assert not steps and t.r1.notna().all()
 
@@ -416,7 +417,7 @@ class TestGrid:
         spec = dict(grid, seeds=[0], hook="hooks:extra", rows=[dict(name="half", recipe="clip-tiny", train_share=.5)])
         t = run_grid(spec, tmp_path/"t.csv", dataset=people, device="cpu", verbose=False)
         assert (t.ids == 12).all() and (t.query_ms == 1.5).all()
-        with pytest.raises(TiprError, match="hook"): __import__("tipr_nb.training").training._hook("hooks:nothing")
+        with pytest.raises(TiprError, match="hook"): load_object("hooks:nothing", "hook")
 
     def test_files(self, tmp_path):
         (tmp_path/"g.toml").write_text('seeds = [0, 1]\n[set]\nepochs = 3\n[[rows]]\nrecipe = "clip-tiny"\n[[rows]]\nname = "b"\nrecipe = "tal-tiny"\nset = {lr = 1e-4}\n')
@@ -506,15 +507,15 @@ def test_killed_while_a_checkpoint_is_written(home, people, nano, tmp_path, call
 import os, signal, sys
 sys.argv = ["parallel_run.py"]
 sys.path.insert(0, {str(HERE)!r})
-import tipr_nb.training.loop as loop, parallel_run
-real, calls = loop.write_safetensors, []
+import tipr_nb.training.steps as steps, parallel_run
+real, calls = steps.write_safetensors, []
 def dies(path, tensors):
     calls.append(path)
     real(path, tensors)
     if len(calls) == {call - 1}:
         path.write_bytes(path.read_bytes()[:100])
         os.kill(os.getpid(), signal.SIGKILL)
-loop.write_safetensors = dies
+steps.write_safetensors = dies
 parallel_run.main({str(home/"people")!r}, {str(tmp_path/"a")!r}, '[["ITC", {{}}], ["ID", {{}}]]', 1, 2)
 """
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE.parent), TIPR_CACHE=str(home/"cache"), TIPR_QUIET="1")

@@ -373,18 +373,18 @@ def step_seconds(recipe, data, n:int=2 # steps that are timed, after one that is
                 ) -> tuple[float, int]: # seconds a step, steps in all
     "What a training step takes on this machine, as it is now."
     import torch
-    from tipr_nb.training import Steps
+    from tipr_nb.training import Trainer
     def blank(index): return torch.zeros(len(index), 3, *recipe.image_size)
     extra = dict(generated=blank) if "generated" in recipe.extra_fields else None
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        steps = Steps(recipe, data, folder, extra=extra)
-        steps.raw.train()
+        trainer = Trainer(recipe, data, folder, extra=extra)
+        trainer.train_step.retriever.train()
         seconds = []
         for _ in range(n + 1):
             start = time.perf_counter()
-            steps.train_step(steps.loader.batches())
+            trainer.one_step(trainer.loader.batches())
             seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]), steps.total_steps
+    return min(seconds[1:]), trainer.total_steps
 
 # %% ../nbs/12_demo.ipynb #cell-050
 def expected_seconds(plan:Plan, data) -> dict[str, float]: # stage -> seconds

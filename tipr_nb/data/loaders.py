@@ -475,7 +475,8 @@ class PairLoader:
         if not self.changes.on_tokens: return {"tokens": self.tokens(captions)}
         rows = self.tokens.rows(captions)
         changed = [self.changes.tokens(r, c, rng) for r, c, rng in zip(rows, captions, streams)]
-        out = {"tokens": pad_rows([new for new, _ in changed], self.tokens.pad), "tokens_original": pad_rows(rows, self.tokens.pad)}
+        pad = self.tokens.pad
+        out = {"tokens": pad_rows([new for new, _ in changed], pad), "tokens_original": pad_rows(rows, pad)}
         if any(labels is not None for _, labels in changed):
             nothing = [np.full(len(new), IGNORED) for new, _ in changed]
             known = [empty if labels is None else labels for (_, labels), empty in zip(changed, nothing)]

@@ -158,13 +158,13 @@ class ImageFeatures(torch.nn.Module):
 
 def export_image_tower(model: PersonCLIP, path: str | Path):
     "The image tower, pixels (b, 3, h, w) with CLIP's mean and deviation to unit features (b, d), as one ONNX file."
-    from tipr_nb.search.towers import _quiet_exporter
+    from tipr_nb.search import quiet_exporter
 
     need("onnxscript", "onnx", "exporting the image tower")
     was_training = model.training
     example = torch.zeros(2, 3, *model.image_size, device=model.device)
     batch = {"images": {0: torch.export.Dim.DYNAMIC}}
-    with warnings.catch_warnings(), torch.no_grad(), _quiet_exporter():
+    with warnings.catch_warnings(), torch.no_grad(), quiet_exporter():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             ImageFeatures(model).eval(),
@@ -202,10 +202,10 @@ class ImageTower:
         self,
         folder: str | Path,  # what `save_onnx` wrote
     ):
-        from tipr_nb.search.towers import _session
+        from tipr_nb.search import onnx_session
 
         self.facts = read_json(Path(folder) / "image.json", "export the model again")
-        self.session = _session(Path(folder) / "image.onnx")
+        self.session = onnx_session(Path(folder) / "image.onnx")
 
     def encode_image(
         self,

@@ -50,8 +50,8 @@ def query_kinds(model:PersonCLIP, split:Any, pictures:Any, # has generate(captio
     for i in set(map(int, split.caption_ids)):
         own = torch.as_tensor(split.caption_ids == i).nonzero()[:, 0]
         mate[own] = own.roll(1)
-    kinds = {"caption": (f.text, 0.), "caption + picture": (drawn, weight), "+ somebody's picture": (drawn[other], weight), "picture alone": (drawn, 1.),
-             "+ somebody's caption": (f.text[other], weight), "+ second caption": (f.text[mate], weight)}
+    kinds = {"caption": (f.text, 0.), "caption + picture": (drawn, weight), "+ shuffled picture": (drawn[other], weight), "picture alone": (drawn, 1.),
+             "+ shuffled caption": (f.text[other], weight), "+ second caption": (f.text[mate], weight)}
     found = {}
     for name, (second, w) in kinds.items():
         query = enhance(f.text, second, w) if w else f.text
