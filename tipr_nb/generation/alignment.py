@@ -29,7 +29,7 @@ def region_colour(
     names, counts = np.unique(nearest_colour(picture[mask]), return_counts=True)
     return str(names[counts.argmax()])
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-007
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-008
 _GARMENTS = {"upper": 1, "lower": 2}  # -> label in `Pairs.regions`
 _PIXELS = 12  # a smaller region says nothing
 
@@ -59,13 +59,13 @@ def colour_hits(
     table = pd.DataFrame(rows, columns=["caption", "garment", "said", "seen"])
     return table.assign(hit=table.said == table.seen)
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-012
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-011
 def _nobodys_own(n: int, seed: int) -> np.ndarray:
     "A random permutation that is a single cycle, so that nobody keeps their own."
     order = np.random.default_rng(seed).permutation(n)
     return np.roll(np.arange(n)[order], 1)[np.argsort(order)]
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-011
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-013
 def colour_accuracy(
     pictures: Sequence[Any],  # one per caption
     pairs: Pairs,  # with `said` and `regions`
@@ -103,7 +103,7 @@ def _half_size(pictures: Sequence[Image.Image]) -> np.ndarray:  # (n, pixels) in
     "Pixels of images at half their size."
     return np.stack([np.asarray(p.reduce(2)).ravel() / 255 for p in pictures])
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-016
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-019
 def kind_accuracy(
     pictures: Sequence[Any],  # one PIL image per caption
     pairs: Pairs,  # with `said`
@@ -133,7 +133,7 @@ def kind_accuracy(
         rows[name] = dict(n=len(asked), accuracy=100 * hit.mean(), shuffled=100 * chance.mean())
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-021
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-022
 def _with_ceiling(
     check: Callable[[list], pd.DataFrame], pictures: list, true: list, what: str
 ) -> pd.DataFrame:
@@ -141,7 +141,7 @@ def _with_ceiling(
     table = check(pictures).assign(ceiling=check(true).accuracy)
     return table.rename(index=lambda name: f"{name} {what}")
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-020
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-024
 def follows_text(
     generator: Any,  # a PersonGenerator
     pairs: Pairs,  # held-out, with regions

@@ -58,7 +58,7 @@ def words_lost(
         return ""
     return tokenizer.decode(ids[longest - 1 : -1]).strip()
 
-# %% ../../nbs/04_generation/03_generator.ipynb #cell-012
+# %% ../../nbs/04_generation/03_generator.ipynb #cell-013
 def check_prompt(prompt: str) -> str:
     "The template itself, if it has `{caption}` in it and no other braces."
     if not isinstance(prompt, str):
@@ -85,7 +85,7 @@ def check_prompt(prompt: str) -> str:
         )
     return prompt
 
-# %% ../../nbs/04_generation/03_generator.ipynb #533fe8c9
+# %% ../../nbs/04_generation/03_generator.ipynb #cell-016
 def _need_count(name: str, value: Any):
     "Refuse what is not a number of one or more."
     if not isinstance(value, int) or value < 1:
@@ -108,7 +108,7 @@ def _as_size(value: Any) -> tuple[int, ...] | None:
         raise TiprError(f"image_size={value!r}: give (height, width) in pixels")
     return tuple(value)
 
-# %% ../../nbs/04_generation/03_generator.ipynb #16ac8941
+# %% ../../nbs/04_generation/03_generator.ipynb #cell-018
 _KEPT = (
     "image_size",
     "prompt",
@@ -129,7 +129,7 @@ def _kept_settings(file: Path) -> dict:
         )
     return kept
 
-# %% ../../nbs/04_generation/03_generator.ipynb #cell-016
+# %% ../../nbs/04_generation/03_generator.ipynb #cell-020
 def _halve(file: Path):
     "Write a safetensors file again with its floats in float16."
     tensors = read_safetensors(file)
@@ -137,7 +137,7 @@ def _halve(file: Path):
         file, {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     )
 
-# %% ../../nbs/04_generation/03_generator.ipynb #cell-017
+# %% ../../nbs/04_generation/03_generator.ipynb #cell-022
 _PARTS = ("unet", "transformer", "text_encoder", "vae")
 _VALUES = 64  # of each tensor
 
@@ -156,7 +156,7 @@ def weights_print(pipeline: Any) -> str:  # 16 hex digits
             digest.update(some.tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/04_generation/03_generator.ipynb #cell-015
+# %% ../../nbs/04_generation/03_generator.ipynb #cell-024
 SHIPPED = "generator-synth-world"
 _SETTINGS = (
     "prompt",

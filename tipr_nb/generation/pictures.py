@@ -36,7 +36,7 @@ def is_black(image: Image.Image) -> bool:
     "Whether an image shows nothing at all."
     return int(np.asarray(image.convert("L")).max()) <= _BLACK_LEVEL
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-009
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-008
 def _of_others(captions: list[str], seed: int) -> list[str]:
     "Another caption for each, the same for equal ones."
     different: list[str] = sorted(set(captions))
@@ -44,7 +44,7 @@ def _of_others(captions: list[str], seed: int) -> list[str]:
     other = dict(zip(order, np.roll(order, 1)))  # one cycle: nobody keeps their own
     return [str(other[c]) for c in captions]
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-008
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-010
 @dataclass
 class Pictures:
     "A folder of generated images, found by caption."
@@ -110,7 +110,7 @@ class Pictures:
             captions = _of_others(captions, shuffle)
         return PictureField(self, captions, tuple(image_size), choose)
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-011
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-013
 @dataclass
 class PictureField:
     "Images for the captions of a batch, as the training loader wants them."
@@ -140,7 +140,7 @@ class PictureField:
         images = [self.pictures.open(c, k) for c, k in zip(captions, self.which(captions))]
         return stack_images(images, self.image_size)
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-013
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-016
 def open_pictures(
     folder: str | Path,  # what generate_split made
     settings: dict | None = None,  # if given, what the images must have been made with
@@ -169,7 +169,7 @@ def open_pictures(
             )
     return Pictures(folder, made["per_caption"])
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #32ca9904
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-019
 _ALL_BLACK = 8  # so many images and all of them black: nothing will come of the rest
 
 
@@ -210,7 +210,7 @@ def _span(seconds: float) -> str:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-017
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-021
 @dataclass
 class _Claim:
     "A folder, marked as made with these settings."
@@ -266,7 +266,7 @@ def _listed(table: Path) -> set[str]:
     except (OSError, KeyError, UnicodeDecodeError, csv.Error):
         return set()
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-018
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-023
 _LEFT_AFTER = 3600.0  # seconds after which a half-written file has no owner any more
 
 
@@ -291,7 +291,7 @@ def _sweep(folder: Path):
         except OSError:
             continue
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-015
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-025
 def generate_split(
     generator: PersonGenerator,  # what draws
     split: Any,  # anything with .captions
@@ -354,7 +354,7 @@ def generate_split(
         report(f"{done - black:,} pictures in {_span(seconds)}, {done / seconds:.1f} pictures/s")
     return pictures
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-031
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-038
 def pictures_for(
     dataset: Any,  # a PersonDataset
     splits: Sequence[str] = ("train",),  # whose captions
@@ -381,7 +381,7 @@ def pictures_for(
         generate_split(generator, dataset.splits[name], folder, per_caption, report=report)
     return open_pictures(folder, settings)
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-035
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-041
 def _column(name: str, values: np.ndarray, photos: np.ndarray, further: list[Path]) -> np.ndarray:
     "A column of the split's images for the further ones: as of the photos, but for what depends on pixels."
     if name == "box":
@@ -395,7 +395,7 @@ def _column(name: str, values: np.ndarray, photos: np.ndarray, further: list[Pat
             images.append(im.convert("RGB"))
     return stack_images(images, size).permute(0, 2, 3, 1).numpy()
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-036
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-043
 def _contiguous(known: np.ndarray, new: np.ndarray) -> np.ndarray:
     "Further identities numbered on from the known ones, without gaps."
     fresh = np.unique(new[new > known.max()])
@@ -404,7 +404,7 @@ def _contiguous(known: np.ndarray, new: np.ndarray) -> np.ndarray:
     numbered = known.max() + 1 + np.searchsorted(fresh, new)
     return np.where(new > known.max(), numbered, new)
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-034
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-045
 IDENTITIES = ("person", "own", "caption")  # whose a generated image is
 
 

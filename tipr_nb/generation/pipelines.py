@@ -37,7 +37,7 @@ from tipr_nb.generation.codec import (
     PatchCodec,
 )  # also for folders that call this module the codec's home
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-008
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-007
 @torch.no_grad()
 def _copy_tower(hf: Any, t: Any):
     "Copy an open_clip text tower's weights into transformers' layout."
@@ -59,7 +59,7 @@ def _copy_tower(hf: Any, t: Any):
         copy(new.mlp.fc2, old.mlp.c_proj)
     copy(hf.final_layer_norm, t.ln_final)
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-007
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-009
 _ACTIVATIONS = {
     "QuickGELU": "quick_gelu",
     "GELU": "gelu",
@@ -96,7 +96,7 @@ def hf_text_tower(
     pairs: Any = merges  # transformers' annotation knows only files
     return tower.eval(), CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=length)
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-015
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-012
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     "Keep diffusers' and transformers' advice and bars off the screen; errors still come."
@@ -119,7 +119,7 @@ def quiet_libraries() -> Iterator[None]:
         for lib in bars:
             lib.enable_progress_bar()
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-017
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-014
 def make_scheduler(
     **changes,  # of the settings below
 ) -> DDIMScheduler:
@@ -138,7 +138,7 @@ def make_scheduler(
     )
     return DDIMScheduler(**settings | changes)
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-019
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-016
 def make_pipeline(
     vae: nn.Module,
     text_encoder: nn.Module,
@@ -158,7 +158,7 @@ def make_pipeline(
         requires_safety_checker=False,
     )
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-022
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-019
 def _toy_vae() -> AutoencoderKL:
     "Stable Diffusion's class, as small as it goes."
     return AutoencoderKL(
@@ -205,7 +205,7 @@ def toy_pipeline(
         pipeline.save_pretrained(str(folder), safe_serialization=True)
     return Path(folder)
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-013
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-024
 def _check_weights(folder: Path, where: str):
     "The weights of one part: safetensors, and every shard of them."
     found = {p.name for p in folder.iterdir()}
@@ -228,7 +228,7 @@ def _check_weights(folder: Path, where: str):
                 f"{where}: {gone[0]} is missing, one of {len(gone)} files that {index.name} names; {_AGAIN}"
             )
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-012
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-026
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 _WITH_WEIGHTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 _NEEDED = ("vae", "tokenizer", "text_encoder", "scheduler")
@@ -269,7 +269,7 @@ def check_pipeline(
             _check_weights(folder / name, f"{source}/{name}")
     return parts
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-026
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-029
 def _own_device() -> str:
     "This process's GPU, or the CPU."
     if not torch.cuda.is_available():
@@ -289,7 +289,7 @@ def _only_variant(folder: Path, parts: dict) -> bool:
     names = [p.name for p in core.glob("*.safetensors")]
     return bool(names) and all(".fp16." in n for n in names)
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-025
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-031
 _FORMER_HOME = "tipr_nb.pipelines"  # what folders of the first version call the codec's module
 
 
@@ -329,7 +329,7 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), folder
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-027
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-041
 def add_pipeline_lora(
     pipeline: Any,  # of diffusers
     source: str | Path,  # folder or file of LoRA weights, or a hub id

@@ -75,7 +75,7 @@ class Pairs:
         photos = ImageCache.build(split, image_size)
         return cls(photos, list(split.captions), np.asarray(split.caption_image))
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #cell-012
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-011
 def _render_pairs(n_photos: int, seed: int, size: tuple[int, int], regions: bool) -> Pairs:
     "Portraits for the captions of so many records; one picture for captions that want the same view and pose."
     pictures = []
@@ -135,7 +135,7 @@ def _read_pairs(folder: Path, settings: dict) -> Pairs:
         pictures, kept["captions"], np.array(kept["caption_picture"]), kept["said"], regions
     )
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #cell-011
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-015
 def world_portraits(
     n_photos: int,  # records of synth-world; about 1.6 portraits and 3 captions come of each
     seed: int = 0,  # 0: what the shipped generator learned from; 1: held out
