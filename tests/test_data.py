@@ -337,6 +337,29 @@ def test_a_dataset_of_ones_own(tmp_path, monkeypatch, cuhk):
     refused("has no photo", "my_sets:photo", cuhk.root)
 
 
+@pytest.mark.parametrize("fraction", [0., .2, .5, .8])
+def test_wrong_pairs(fraction, tmp_path):
+    folder = layouts.cuhk_pedes(tmp_path, {"train": 12, "val": 3, "test": 4})
+    clean = load_dataset("cuhk-pedes", folder)
+    noisy, again, other = (load_dataset("cuhk-pedes", folder, wrong_pairs=fraction, seed=s) for s in (0, 0, 1))
+    assert noisy.train.captions == again.train.captions and noisy.test.captions == clean.test.captions and noisy.val.captions == clean.val.captions
+    assert sorted(noisy.train.captions) == sorted(clean.train.captions) and np.array_equal(noisy.train.caption_ids, clean.train.caption_ids)
+    if not fraction:
+        assert noisy.train.captions == clean.train.captions and "wrong_pair" not in noisy.train.caption_columns
+        return
+    wrong = noisy.train.caption_columns["wrong_pair"]
+    assert wrong.sum() == round(fraction * len(wrong)) and other.train.captions != noisy.train.captions and f"{100 * fraction:g} % of training captions" in noisy.notes[-1]
+    whose = {}
+    for c, i in zip(clean.train.captions, clean.train.caption_ids): whose.setdefault(c, set()).add(int(i))
+    assert all(w or a == b for w, a, b in zip(wrong, noisy.train.captions, clean.train.captions))
+    assert all(a != b for w, a, b in zip(wrong, noisy.train.captions, clean.train.captions) if w and "walks" not in a)
+
+
+@pytest.mark.parametrize("fraction", [-.1, 1., 1.5, float("nan")])
+def test_wrong_pairs_out_of_range(cuhk, fraction):
+    with pytest.raises(DatasetError, match="wrong_pairs="): cuhk.train.with_wrong_pairs(fraction)
+
+
 # odd values in every field
 
 ODD_FIELDS = {"id digits": (dict(id="7" * 5000), "whole number"), "id huge number": (dict(id=10**400), "whole number"), "id nan": (dict(id=float("nan")), "whole number"), "id list": (dict(id=[1]), "whole number"), "split list": (dict(split=[1]), "split"),
@@ -656,6 +679,25 @@ def test_two_processes_build_one_cache(cuhk, tmp_path):
     sums = [queue.get(timeout=100) for _ in jobs]
     for j in jobs: j.join()
     assert sums[0] == sums[1] == int(ImageFiles(paths, (48, 16)).batch(range(len(paths))).sum()) and len(list((tmp_path / "shared/images").glob("*.u8"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_dying_at_every_point_of_a_cache(tmp_path):
+    "Whatever is left, the next build gives the right pixels and leaves nothing lying about."
+    from crash_points import crashes
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, p in enumerate(paths): Image.new("RGB", (16, 48), (40 * i, 0, 0)).save(p)
+    home = tmp_path / "images"
+    home.mkdir()
+    build = lambda: ImageCache.build(paths, (48, 16), cache_dir=home, workers=1)
+    for changed in (False, True):
+        if changed:
+            build()
+            Image.new("RGB", (16, 48), (7, 0, 0)).save(paths[2])
+        for n in crashes(build, home):
+            assert build().batch(range(5))[:, 0, 0, 0].tolist() == [0, 40, 7 if changed else 80, 120, 160], n
+            assert [p.suffix for p in home.rglob("*") if p.is_file() and p.name != ".writing"].count(".u8") == 1      # a death after the rename leaves an empty folder until the next write
+        shutil.rmtree(home.with_name("images.before"))
 
 
 # one reader of pictures

@@ -257,7 +257,7 @@ class TokenTable:
     "Token ids of captions, made once for each wording."
     def __init__(self,
         tokenize:Callable[[list[str]], Tensor], # captions -> (b, L) token ids
-        trim:bool|None=None,                    # leave out the padding; None: as the model whose method `tokenize` is says
+        trim:bool|None=None,                    # leave out the padding; None: as the tokenizer's model says
     ):
         owner = getattr(tokenize, "__self__", None)
         self.tokenize = tokenize
@@ -563,7 +563,7 @@ def make_loader(
     pin_memory:bool=False,
     drop_last:bool|None=None,                       # leave out the last odd batch; None: when training
     same_photo:bool=False,                          # let a visit show one photo with both its captions ('identity')
-    trim:bool|None=None,                            # pad captions to the longest of a batch only; None: as the tower allows
+    trim:bool|None=None,                            # pad captions to the longest of a batch; None: as the tower allows
 ) -> PairLoader:
     "Batches of a split, for training or (train=False) in order and untouched."
     if not len(split): raise DatasetError(f"split {split.name} has no captions; load a dataset that has some there")

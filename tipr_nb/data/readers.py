@@ -725,6 +725,7 @@ def load_dataset(
     drop_empty:bool=False,                      # leave out empty captions instead of refusing them
     check_files:bool=True,                      # look whether every image is there
     skip_missing:int=0,                         # so many images may be missing; they are left out
+    wrong_pairs:float=0.,                       # fraction of training captions given to other people's images
 ) -> PersonDataset:
     "Load a dataset by name."
     load = find_dataset(name, root)
@@ -733,5 +734,9 @@ def load_dataset(
     if not 0 < val_share < 1: raise DatasetError(f"val_share={val_share}; give a part between 0 and 1")
     if isinstance(skip_missing, bool) or not isinstance(skip_missing, int) or skip_missing < 0:
         raise DatasetError(f"skip_missing={skip_missing!r}; give how many images may be missing, 0 or more")
-    return load(root, val=val, val_share=val_share, seed=seed, need=need, skip=read_skip(skip), drop_empty=drop_empty,
+    data = load(root, val=val, val_share=val_share, seed=seed, need=need, skip=read_skip(skip), drop_empty=drop_empty,
                 check_files=check_files, skip_missing=skip_missing)
+    if wrong_pairs:
+        data.train = data.train.with_wrong_pairs(wrong_pairs, seed)
+        data.notes.append(f"{100*wrong_pairs:g} % of training captions given to other people's images (seed {seed})")
+    return data
