@@ -112,7 +112,7 @@ def vectors(home: Path, n: int, d: int, n_queries: int, repeats: int) -> list[di
         mask = gallery.where(where).mask
         true_rows = exact.search(few, 10, gallery.where(where))[1]
         def ask(v, name, where=where):
-            gallery._selections.clear()          # the filter is decided anew each time
+            gallery.view.engines._selections.clear()          # the filter is decided anew each time
             return gallery.engine(name).search(v, 10, gallery.where(where))[1]
         answers = one_by_one({name: lambda v, name=name, ask=ask: ask(v, name) for name in ("ivf", "exact")}, few)
         rows += [dict(what=f"filter {where} ({mask.mean():.1%}), {name}", ms=t, recall=overlap(found, true_rows)) for name, (t, found) in answers.items()]

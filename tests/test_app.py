@@ -12,7 +12,7 @@ from tipr_nb.search import (Answer, Page, Question, check_port, few_words, find_
 from tipr_nb.core import TiprError
 from tipr_nb.search import parse_filter
 from tipr_nb.search import ColourModel
-from tipr_nb.search import Gallery
+from tipr_nb.search import Gallery, unit_rows
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("question", [Question(), Question("a man & a woman\nin red", "a hat", "camera == 'c2'", 7, 12, "expand", 1), Question("漢字 é “quotes”", where="note == '#?&'")])
+@pytest.mark.parametrize("question", [Question(), Question("a man & a woman\nin red", "a hat", "camera == 'c2'", "0123456789abcdef01234567-1-2-30-60", 12, "expand", 1), Question("漢字 é “quotes”", where="note == '#?&'")])
 def test_questions_survive_the_address(question):
     params = {k: v[0] for k, v in urllib.parse.parse_qs(question.link()[1:], keep_blank_values=True).items()}
     assert Question.of(params) == question
@@ -45,26 +45,29 @@ def test_answers(gallery):
     page = Page(gallery)
     answer = page.ask(Question("a red coat and blue trousers", k=5))
     assert len(answer.tiles) == 5 and answer.tiles[0][1].startswith("1.000 · c") and "5 of 36 people" in answer.note and not answer.wrong
-    like = page.ask(Question(like=answer.rows[0], k=5))
-    assert answer.rows[0] not in like.rows and "most like the one you picked" in like.note
+    like = page.ask(Question(like=answer.keys[0], k=5))
+    assert answer.keys[0] not in like.keys and "most like the one you picked" in like.note
     by_picture = page.ask(Question(k=3), picture=figure("green", "white"))
     assert answer.linked and not by_picture.linked     # no address holds an uploaded picture
-    assert gallery.hits(by_picture.rows[:1])[0].path.name == "green-white-0.png"
-    person, heat, facts = page.look(answer.rows[0], answer.query)
+    assert gallery.find(by_picture.keys[0]).path.name == "green-white-0.png"
+    person, heat, facts = page.look(answer.keys[0], answer.query)
     assert person.height >= 256 and heat.size[1] >= 192 and "red-blue-0.png" in facts and "1.000" in facts
 
 
 def test_an_imagined_picture(gallery):
     class Imagines:
-        def generate(self, texts): return [figure("green", "yellow") for _ in texts]
-    page = Page(gallery, Imagines())
-    with_it, without = page.ask(Question("somebody", k=3, imagine=1), weight=.9), page.ask(Question("somebody", k=3))
+        model = ColourModel()
+        def encode_text(self, texts):
+            self.imagined = [figure("green", "yellow") for _ in texts]
+            return unit_rows(.1*self.model.encode_text(texts) + .9*self.model.encode_image(self.imagined))
+    page = Page(gallery, lambda: Gallery(gallery.folder, Imagines()))
+    with_it, without = page.ask(Question("somebody", k=3, imagine=1)), page.ask(Question("somebody", k=3))
     assert with_it.imagined.size == (48, 96) and without.imagined is None and "imagine=1" in Question("x", imagine=1).link()
-    assert gallery.hits(with_it.rows[:1])[0].path.name == "green-yellow-0.png" and with_it.query @ gallery.features[with_it.rows[0]] == pytest.approx(float(with_it.tiles[0][1].split()[0]), abs=1e-3)
-    assert page.ask(Question(like=3, imagine=1)).imagined is None and Page(gallery).ask(Question("x", imagine=1)).imagined is None
+    assert gallery.find(with_it.keys[0]).path.name == "green-yellow-0.png" and with_it.query @ gallery.features[gallery.find(with_it.keys[0]).row] == pytest.approx(float(with_it.tiles[0][1].split()[0]), abs=1e-3)
+    assert page.ask(Question(like=gallery.hits([3])[0].key, imagine=1)).imagined is None and Page(gallery).ask(Question("x", imagine=1)).imagined is None
 
 
-@pytest.mark.parametrize("question,note", [(Question(), "Type a sentence"), (Question("x", where="camera = 1"), "filter"), (Question(like=10**6), "rows 0 to 35"), (Question("x", where="camera == 'c9'"), "Nobody found"), (Question("x", rerank="magic"), "neighbours or expand")])
+@pytest.mark.parametrize("question,note", [(Question(), "Type a sentence"), (Question("x", where="camera = 1"), "filter"), (Question(like="0"*24), "the gallery has changed; ask again"), (Question("x", where="camera == 'c9'"), "Nobody found"), (Question("x", rerank="magic"), "neighbours or expand")])
 def test_mistakes_become_sentences(gallery, question, note):
     answer = Page(gallery).ask(question)
     assert note in answer.note and "\n" not in answer.note and not answer.tiles
@@ -81,12 +84,12 @@ def test_photos_that_are_gone(tmp_path):
     for p in (tmp_path/"p").rglob("*.png"): p.unlink()
     page = Page(gallery)
     answer = page.ask(Question("a red coat", k=3))
-    assert len(answer.tiles) == 3 and "was it moved" in page.look(answer.rows[0], answer.query)[2]
+    assert len(answer.tiles) == 3 and "was it moved" in page.look(answer.keys[0], answer.query)[2]
 
 
 def test_a_gallery_without_its_model_still_shows_people(gallery):
     orphan = Gallery(gallery.folder)
-    person, heat, facts = Page(orphan).look(0, np.ones(16, np.float32)/4)
+    person, heat, facts = Page(orphan).look(orphan.hits([0])[0].key, np.ones(16, np.float32)/4)
     assert person is not None and heat is None and "does not say where its model is" in facts
 
 

@@ -200,6 +200,198 @@ def test_bidirectional_text_is_never_cut():
     assert m.tokenize(CAPTIONS).shape == (3, 77)
 
 
+def word_tokenizer(folder, pad="[PAD]", **special):
+    "A Hugging Face tokenizer of a few words; [PAD] has id 1."
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2, "red": 3, "blue": 4, "coat": 5, "and": 6, "hat": 7}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A [PAD]", special_tokens=[("[PAD]", 1)])      # SigLIP's end of text is its padding
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[PAD]", unk_token="[UNK]", **special).save_pretrained(folder)
+    return str(folder)
+
+
+TEXT_TOWERS = {    # name -> text_cfg, and whether captions may be padded to the longest
+    "clip": (dict(), True),
+    "clip-eos": (dict(pool_type="eos", eos_id=1023), True),
+    "siglip": (dict(no_causal_mask=True, pool_type="last", proj_bias=True, context_length=16, vocab_size=16, hf_tokenizer_name="WORDS"), False),
+    "clipa": (dict(no_causal_mask=True, pool_type="last", context_length=32), False),
+    "mobileclip-s": (dict(no_causal_mask=True), False),
+    "causal-last": (dict(pool_type="last"), False),
+    "first": (dict(no_causal_mask=True, pool_type="first"), False),
+    "cls": (dict(embed_cls=True, context_length=76), False),
+}
+
+
+@pytest.mark.parametrize("kind", list(TEXT_TOWERS))
+def test_training_sees_the_text_that_evaluation_sees(kind, tmp_path):
+    "The loader's tokens, a cut of them, the captions themselves and open_clip's own forward give one feature."
+    from tipr_nb.data import Split, make_loader
+    text_cfg, trims = TEXT_TOWERS[kind]
+    if "hf_tokenizer_name" in text_cfg: text_cfg = text_cfg | dict(hf_tokenizer_name=word_tokenizer(tmp_path/"words"))
+    torch.manual_seed(0)
+    m = PersonCLIP("other", (96, 32), small(custom_text=True, text_cfg=text_cfg)).eval()
+    nn.init.normal_(m.clip.text.positional_embedding)                  # places differ, as they do in trained towers
+    captions = ["a red coat", "a blue coat and a red hat and a blue hat", "a hat"]
+    for i in range(3): Image.new("RGB", (32, 96), (40*i, 90, 20)).save(tmp_path/f"{i}.png")
+    split = Split("train", [tmp_path/f"{i}.png" for i in range(3)], np.arange(3), captions, np.arange(3), np.arange(3))
+    want, at_evaluation = unit(m.clip.encode_text(m.tokenizer(captions))), m.encode_text(captions)
+    assert (at_evaluation - want).abs().max() < 1e-5 and m.trims is trims
+    for size in (1, 2):
+        for batch in make_loader(split, m.tokenize, (96, 32), size, train=False, cache=False):
+            assert (unit(m.text_features(batch.tokens)[0]) - want[batch.caption_index]).abs().max() < 1e-5
+            assert m.text_features(batch.tokens)[2].shape == batch.tokens.shape and m.token_mask(batch.tokens).any(1).all()
+    cut = m.tokenizer(captions[:1])[:, :8]                               # whoever cuts, and however short
+    assert (unit(m.text_features(cut)[0]) - want[:1]).abs().max() < 1e-5
+    features = m.train()(SimpleNamespace(images=images(1), tokens=cut, ids=torch.zeros(1)))
+    assert features.text_tokens is None or features.text_tokens.shape[1] == features.text_mask.shape[1]
+    assert (features.text.detach() - want[:1]).abs().max() < 1e-5
+
+
+def test_padding_that_is_not_zero_is_kept_by_the_loader(tmp_path):
+    "A Hugging Face text model pads with 1 here; batches of unequal captions give what each gives alone."
+    from transformers import BertConfig
+    from tipr_nb.data import Split, make_loader
+    BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=77, pad_token_id=1).save_pretrained(tmp_path)
+    word_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    m = PersonCLIP("bert-small", (96, 32), small(text_cfg=dict(hf_model_name=str(tmp_path), hf_tokenizer_name=str(tmp_path), hf_proj_type="linear", hf_pooler_type="mean_pooler", context_length=16))).eval()
+    captions = ["a red coat", "a blue coat and a red hat"]
+    for i in range(2): Image.new("RGB", (32, 96)).save(tmp_path/f"{i}.png")
+    split = Split("train", [tmp_path/f"{i}.png" for i in range(2)], np.arange(2), captions, np.arange(2), np.arange(2))
+    batch, = make_loader(split, m.tokenize, (96, 32), 2, train=False, cache=False)
+    assert m.pad_id == 1 and batch.tokens[0].tolist() == [2, 3, 5, 1, 1, 1, 1] or batch.tokens[0, 3:].eq(1).all()
+    alone = torch.cat([m.encode_text([c]) for c in captions])
+    assert (unit(m.text_features(batch.tokens)[0]) - alone).abs().max() < 1e-5
+
+
+def test_stretched_context(tmp_path):
+    torch.manual_seed(0)
+    m = PersonCLIP("tipr-nano").eval()
+    nn.init.normal_(m.clip.positional_embedding)
+    long = "a man in a grey coat " + "with a striped scarf "*20 + "and {} shoes"
+    before, short = m.encode_text([long.format("red")]), m.encode_text(["a red hat"])
+    assert torch.equal(before, m.encode_text([long.format("blue")])) and m.context_length == 77
+    positions = m.clip.positional_embedding.detach().clone()
+    assert m.resize_context(200) is m and m.context_length == 200 and m.tokenize([long]).shape == (1, len(m.tokenizer.encode(long)) + 2)
+    assert torch.allclose(m.encode_text(["a red hat"]), short, atol=1e-6) and torch.equal(m.clip.positional_embedding[:20], positions[:20]) and torch.allclose(m.clip.positional_embedding[-1], positions[-1])
+    assert (m.encode_text([long.format("red")]) - m.encode_text([long.format("blue")])).abs().max() > 1e-6
+    m.save_pretrained(tmp_path/"m")
+    again = PersonCLIP.from_pretrained(tmp_path/"m")
+    assert again.context_length == 200 and torch.equal(again.encode_text([long.format("red")]), m.encode_text([long.format("red")]))
+    back = PersonCLIP.from_pretrained(tmp_path/"m", context_length=40)
+    assert back.context_length == 40 and torch.allclose(back.encode_text(["a hat"]), m.encode_text(["a hat"]), atol=1e-6)
+    f = again.train()(batch(again))
+    itc_loss(f.image, f.text).backward()
+    assert again.clip.positional_embedding.grad[:5].abs().sum() > 0
+    fails("reads its padding", PersonCLIP("other", (96, 32), small(custom_text=True, text_cfg=dict(no_causal_mask=True, pool_type="last"))).resize_context, 128)
+    fails("3 tokens or more", m.resize_context, 2)
+
+
+@pytest.mark.parametrize("positions", ["bicubic", "bilinear"])
+def test_customs_of_resizing_positions(tmp_path, positions):
+    "bicubic as open_clip, bilinear as IRRA's code (an independent sum over the four neighbours)."
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    square = B.CLIP(**small())
+    save_file({k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path/"w.safetensors")
+    m = PersonCLIP("other", (96, 32), small()).load_open_clip(tmp_path/"w.safetensors", positions)
+    got, grid = m.clip.visual.positional_embedding.detach(), square.visual.positional_embedding.detach()[1:].view(4, 4, -1)
+    assert torch.equal(got[0], square.visual.positional_embedding[0])
+    if positions == "bicubic":
+        assert torch.equal(got, B.resize_positions(square.visual.positional_embedding.detach(), (4, 4), (6, 2)))
+        return
+    for r in range(6):
+        for c in range(2):
+            y, x = (min(max((i + .5)*old/new - .5, 0), old - 1) for i, old, new in ((r, 4, 6), (c, 4, 2)))
+            y0, x0 = int(y), int(x)
+            y1, x1 = min(y0 + 1, 3), min(x0 + 1, 3)
+            want = (1-y+y0)*((1-x+x0)*grid[y0, x0] + (x-x0)*grid[y0, x1]) + (y-y0)*((1-x+x0)*grid[y1, x0] + (x-x0)*grid[y1, x1])
+            assert torch.allclose(got[1 + 2*r + c], want, atol=1e-5)
+    assert not torch.allclose(got, B.resize_positions(square.visual.positional_embedding.detach(), (4, 4), (6, 2)), atol=1e-3)
+    fails("filter of positions", m.resize, (64, 64), "bilinaer")
+    assert torch.equal(m.resize((64, 64), positions).clip.visual.positional_embedding.detach(), B.resize_positions(got, (6, 2), (4, 4), positions))
+
+
+def siglip_cfg(words):
+    "SigLIP in small: a timm tower with a map head, a text tower that reads both ways, a tokenizer of Hugging Face's."
+    cfg = small(custom_text=True, init_logit_bias=-10, text_cfg=TEXT_TOWERS["siglip"][0] | dict(hf_tokenizer_name=words, width=24, heads=2, proj_bias=True))
+    cfg["embed_dim"], cfg["vision_cfg"] = 192, dict(timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="none", image_size=64)
+    return cfg
+
+
+def test_a_folder_of_open_clips_with_siglips_towers(tmp_path, monkeypatch):
+    "Loaded at a tall size with its own tokenizer and pixel statistics, saved and loaded again without the first folder."
+    from safetensors.torch import save_file
+    cfg = siglip_cfg(word_tokenizer(tmp_path/"hub"))
+    torch.manual_seed(0)
+    square = B.build_clip("square", (64, 64), cfg)
+    save_file({k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path/"hub/open_clip_model.safetensors")
+    written = dict(model_cfg=cfg | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name="someone/only-on-the-hub")), preprocess_cfg=dict(mean=[.5]*3, std=[.5]*3))
+    (tmp_path/"hub/open_clip_config.json").write_text(json.dumps(written))
+    m = PersonCLIP.from_open_clip(str(tmp_path/"hub"), image_size=(96, 32)).eval()
+    captions = ["a red coat", "a blue hat"]
+    assert (m.mean, m.arch, m.image_size) == ((.5,)*3, "hub", (96, 32)) and m.tokenize(captions).shape == (2, 16)
+    assert torch.allclose(m.encode_text(captions), unit(square.eval().encode_text(m.tokenizer(captions))), atol=1e-5)
+    trunk = m.clip.visual.trunk
+    assert trunk.pos_embed.shape == (1, 1 + 6*2, 192) and torch.equal(trunk.pos_embed[0].detach(), B.resize_positions(square.visual.trunk.pos_embed[0].detach(), (4, 4), (6, 2)))
+    bilinear = PersonCLIP.from_open_clip(str(tmp_path/"hub"), image_size=(96, 32), positions="bilinear").clip.visual.trunk.pos_embed[0]
+    assert torch.equal(bilinear.detach(), B.resize_positions(square.visual.trunk.pos_embed[0].detach(), (4, 4), (6, 2), "bilinear"))
+    m.save_pretrained(tmp_path/"ours")
+    os.rename(tmp_path/"hub", tmp_path/"gone")
+    again = PersonCLIP.from_pretrained(tmp_path/"ours")
+    assert torch.equal(again.encode_text(captions), m.encode_text(captions)) and str(tmp_path) not in (tmp_path/"ours/config.json").read_text()
+    by_path = PersonCLIP("by-path", (96, 32), cfg | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name=str(tmp_path/"gone")))).eval()
+    by_path.save_pretrained(tmp_path/"moved")
+    os.rename(tmp_path/"gone", tmp_path/"away")
+    assert torch.equal(PersonCLIP.from_pretrained(tmp_path/"moved").encode_text(captions), by_path.encode_text(captions)) and str(tmp_path) not in (tmp_path/"moved/config.json").read_text()
+    nobody = PersonCLIP("none", (96, 32), cfg | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name="")))
+    assert nobody.encode_image(images()).shape == (3, 192)
+    fails("without its tokenizer", nobody.encode_text, "a man")
+    again.save_pretrained(tmp_path/"twice")
+    assert torch.equal(PersonCLIP.from_pretrained(tmp_path/"twice").encode_text(captions), m.encode_text(captions))
+
+
+def test_folders_of_open_clip_that_are_odd(tmp_path):
+    for text, says in (("[]", "no model_cfg"), ("{", "not complete JSON"), ('{"model_cfg": {"embed_dim": 3}}', "no model_cfg")):
+        (tmp_path/"open_clip_config.json").write_text(text)
+        fails(says, PersonCLIP.from_open_clip, str(tmp_path))
+    (tmp_path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=small())))
+    (tmp_path/"open_clip_pytorch_model.bin").write_bytes(b"")
+    fails("pickle and is refused", PersonCLIP.from_open_clip, str(tmp_path), image_size=(96, 32))
+
+
+@pytest.mark.parametrize("change", [dict(arch=3), dict(image_size="96x32"), dict(image_size=[96]), dict(image_size=[96, None]), dict(model_cfg=[]), dict(model_cfg={"embed_dim": 3}), dict(preprocessing=[]), dict(preprocessing={"mean": 1}), dict(preprocessing={"std": ["a"]*3})])
+def test_odd_model_configs(nano, tmp_path, change):
+    nano.save_pretrained(tmp_path)
+    cfg = json.loads((tmp_path/"config.json").read_text())
+    (tmp_path/"config.json").write_text(json.dumps(cfg | change))
+    fails(f"config.json: {next(iter(change))} = ", PersonCLIP.from_pretrained, tmp_path)
+    for text in ("[]", "3", "null"):
+        (tmp_path/"config.json").write_text(text)
+        fails("not a PersonCLIP", PersonCLIP.from_pretrained, tmp_path)
+
+
+def test_odd_rows_of_a_history(tmp_path):
+    from tipr_nb.models import History
+    (tmp_path/"h.jsonl").write_text('{"step": 1, "loss": 2}\n[1]\n3\nnull\n{"loss": 1}\n{"step": "x"}\n{"step": 2, "lo')
+    h = History(tmp_path/"h.jsonl")
+    h.rewind(5, 5, False)
+    assert h.rows == [{"step": 1, "loss": 2}]
+    h.add({"step": 2, "loss": 1.})
+    h.load()
+    assert len(h.rows) == 2
+
+
+def test_overlay_takes_pictures_and_arrays():
+    heat = np.zeros((3, 2))
+    heat[0] = 1
+    picture = Image.new("RGB", (32, 96), (90, 120, 60))
+    out = overlay(picture, heat)
+    assert out.shape == (192, 64, 3) and out.dtype == np.uint8 and np.array_equal(out, overlay(np.asarray(picture), heat)) and out[:40].mean(axis=(0, 1))[0] > out[-40:].mean(axis=(0, 1))[0]
+    fails("two axes", overlay, picture, np.zeros(3))
+
+
 def test_text_tower_of_hugging_face(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, PreTrainedTokenizerFast

@@ -79,6 +79,71 @@ def test_map_for_language_models_is_in_step():
     assert text.startswith("# tipr_nb\n\n> ") and all(f"({page(p.relative_to(ROOT / 'nbs'))})" in text for p in notebooks())
 
 
+def site_config() -> dict:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    return yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+
+
+def test_no_format_deletes_its_own_pages():
+    "With `keep-md: false` Quarto removes STEM.html.md, which for a notebook without a number is the CommonMark output itself, and then fails."
+    formats = site_config()["format"]
+    kept = [f for f in formats.values() if isinstance(f, dict)]
+    assert "commonmark" not in formats or not any(f.get("keep-md") is False for f in kept)
+
+
+def test_navigation_names_every_notebook_once():
+    "Each notebook is reached from the sidebar, and what the sidebar names is there."
+    def entries(item):
+        if isinstance(item, str):
+            return [item]
+        if isinstance(item, list):
+            return [e for i in item for e in entries(i)]
+        return entries(item.get("contents", [])) + ([item["href"]] if "href" in item else [])
+    nbs = ROOT / "nbs"
+    named = [p.relative_to(nbs).as_posix() for e in entries(site_config()["website"]["sidebar"]["contents"]) for p in sorted(nbs.glob(e)) or [nbs / f"missing: {e}"]]
+    assert sorted(named) == sorted(p.relative_to(nbs).as_posix() for p in notebooks())
+
+
+def local_addresses(text: str) -> list[str]:
+    "Addresses of one machine: whoever opens the page would knock at a port of their own computer."
+    return re.findall(r"(?:https?|wss?)://(?:127\.0\.0\.1|localhost|0\.0\.0\.0|\[::1\]|192\.168\.[\d.]+|10\.\d+\.[\d.]+)[^\s\"'<>)]*", text)
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_outputs_name_no_local_address(path):
+    for c in cells(path):
+        for out in c.get("outputs", []):
+            shown = {k: v for k, v in out.get("data", {}).items() if not k.startswith("image/")}
+            found = local_addresses(json.dumps([out.get("text"), shown]))
+            live = [a for a in found if not c_prints(out, a)]
+            assert not live, f"the cell that begins {''.join(c['source']).splitlines()[0][:50]!r} stores {live[0]}; keep such output out of the notebook"
+
+
+def c_prints(out: dict, address: str) -> bool:
+    "Whether an address is plain printed text, which no browser opens by itself."
+    printed = json.dumps([out.get("text", ""), out.get("data", {}).get("text/plain", "")])
+    markup = json.dumps([v for k, v in out.get("data", {}).items() if k not in ("text/plain",) and not k.startswith("image/")])
+    return address in printed and address not in markup
+
+
+def dead_anchors(root: Path) -> list[str]:
+    "Links within the processed site to headings that no page has."
+    dead = []
+    for path in (root / "_proc").rglob("*.ipynb"):
+        for link in links(path):
+            target, _, anchor = link.partition("#")
+            if not anchor or re.match(r"(https?|mailto|attachment):", link): continue
+            there = path if not target else next((q for q in (root / "_proc").rglob("*.ipynb") if page(q.relative_to(root / "_proc")) == os.path.normpath(os.path.join(path.parent.relative_to(root / "_proc"), target)).removeprefix("./") or q == (path.parent / target).resolve()), None)
+            if there is not None and anchor not in anchors(there) | ids(there): dead.append(f"{path.name}: {link}")
+    return dead
+
+
+def ids(path: Path) -> set[str]:
+    "Anchors set by hand or by nbdev's documentation of functions."
+    text = "".join("".join(c["source"]) + json.dumps(c.get("outputs", [])) for c in cells(path))
+    return {a or b for a, b in re.findall(r"""\{#([\w.-]+)|id=\\?["']([\w.-]+)""", text)}
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_site_is_processed(tmp_path):
@@ -100,6 +165,7 @@ def test_site_is_processed(tmp_path):
             if re.match(r"(https?|mailto|attachment):", link) or not target or target.lstrip("/") in pages: continue
             there = (path.parent / target).resolve()
             if not there.exists() and not there.with_suffix(".ipynb").exists(): dead.append(f"{path.name}: {link}")
+    dead += dead_anchors(root)
     for path in (root / "_docs").rglob("*.html") if shutil.which("quarto") else []:
         for link in re.findall(r"""<(?:a|img)[^>]+(?:href|src)=["']([^"'#?]+)""", path.read_text(encoding="utf-8")):
             if not re.match(r"(https?|mailto|data|javascript):", link) and not (path.parent / link).exists(): dead.append(f"{path.name}: {link}")
@@ -157,7 +223,7 @@ def test_address_is_filled_in_and_taken_out(copy):
     assert "git_url = https://github.com/someone/tipr_nb\n" in now["settings.ini"] and "doc_baseurl = /tipr_nb\n" in now["settings.ini"] and "user = someone\n" in now["settings.ini"]
     import tomllib
     assert tomllib.loads(now["pyproject.toml"])["project"]["urls"]["Documentation"] == "https://someone.github.io/tipr_nb"
-    assert 'repository-code: "https://github.com/someone/tipr_nb"' in now["CITATION.cff"] and "repo-url: https://github.com/someone/tipr_nb" in now["_quarto.yml"] and "https://someone.github.io/tipr_nb/core.html" in now["nbs/llms.txt"]
+    assert 'repository-code: "https://github.com/someone/tipr_nb"' in now["CITATION.cff"] and "repo-url: https://github.com/someone/tipr_nb" in now["_quarto.yml"] and "https://someone.github.io/tipr_nb/00_core/errors.html" in now["nbs/llms.txt"]
     core = now["nbs/00_core/01_errors.ipynb"]["cells"]
     assert "".join(core[0]["source"]).startswith("# ") and "colab.research.google.com/github/someone/tipr_nb/blob/main/nbs/00_core/01_errors.ipynb" in "".join(core[1]["source"]) and "eval: false" in "".join(core[2]["source"])
     assert "colab-badge" not in json.dumps(now["nbs/datasets/rstpreid.ipynb"]) and "colab-badge" not in json.dumps(now["nbs/index.ipynb"])

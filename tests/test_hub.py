@@ -58,7 +58,7 @@ class Api:
 
 def test_push_creates_a_private_repository_and_sends_all(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setattr("tipr_nb.core.hub_answers", lambda timeout=3.: True)
+    monkeypatch.setattr("tipr_nb.interop.hub.hub_answers", lambda timeout=3.: True)
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     Api.calls = []
     assert push_to_hub(run, "me/nano") == "https://hub/me/nano"
@@ -152,8 +152,8 @@ def test_missing_picture_leaves_nothing(tmp_path):
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
-    import tipr_nb.interop.hub
+    import tipr_nb.interop.parquet
     def absent(module, extra, why): raise TiprError(f"{why} needs {module}; pip install 'tipr_nb[{extra}]'")
-    monkeypatch.setattr(tipr_nb.interop.hub, "need", absent)
+    monkeypatch.setattr(tipr_nb.interop.parquet, "need", absent)
     data = load_dataset("cuhk-pedes", toy_people(tmp_path / "toy", 6, 4))
     with pytest.raises(TiprError, match=r"tipr_nb\[hub\]"): export_dataset(data, tmp_path / "out")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from gallery_pictures import archive, figure
 from tipr_nb.core import TiprError
-from tipr_nb.search import (ColourModel, Generation, Journal, index_photos, indexing_lock, load_features, read_manifest, read_skipped)
+from tipr_nb.search import (ColourModel, Journal, Snapshot, index_photos, indexing_lock, load_features, read_manifest, read_skipped)
 from tipr_nb.search import find_photos
 
 PATTERN = r"(?P<camera>c\d)/"
@@ -21,7 +21,7 @@ def index(gallery, photos, model=None, **kwargs):
 
 
 def rows(gallery, *columns):
-    return Generation.of(Path(gallery)).items.table(list(columns)).to_pylist()
+    return Snapshot.open(gallery).items.table(list(columns)).to_pylist()
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def test_files_on_disk_are_as_documented(shelf, gallery):
 def test_half_precision(shelf, gallery, tmp_path):
     index(gallery, shelf, dtype="float16")
     index(tmp_path/"full", shelf)
-    a, b = Generation.of(gallery).features, Generation.of(tmp_path/"full").features
+    a, b = Snapshot.open(gallery).features, Snapshot.open(tmp_path/"full").features
     assert a.dtype == np.float16 and np.abs(a - b).max() < 1e-3
     index(gallery, shelf)          # keeps its precision
-    assert Generation.of(gallery).features.dtype == np.float16
+    assert Snapshot.open(gallery).features.dtype == np.float16
     with pytest.raises(TiprError, match="kept as float16"): index(gallery, shelf, dtype="float32")
     with pytest.raises(TiprError, match="float32 or float16"): index(gallery, shelf, dtype="int8")
 
@@ -60,7 +60,7 @@ def test_half_precision(shelf, gallery, tmp_path):
 def test_incremental(shelf, gallery, tmp_path):
     model = ColourModel()
     index(gallery, shelf, model, pattern=PATTERN)
-    before = {r["path"]: f for r, f in zip(rows(gallery, "path"), Generation.of(gallery).features)}
+    before = {r["path"]: f for r, f in zip(rows(gallery, "path"), Snapshot.open(gallery).features)}
     model.seen = 0
     report = index(gallery, shelf, model, pattern=PATTERN)
     assert model.seen == 0 and (report.unchanged, report.new, report.changed, report.removed) == (36, 0, 0, 0)
@@ -72,7 +72,7 @@ def test_incremental(shelf, gallery, tmp_path):
     figure("black", "yellow").resize((50, 100)).save(shelf/"c3"/"new.png")
     report = index(gallery, shelf, model, pattern=PATTERN)
     assert model.seen == 2 and (report.new, report.changed, report.unchanged, report.removed, report.duplicates) == (3, 2, 32, 2, 1)
-    after = {r["path"]: (f, r["camera"]) for r, f in zip(rows(gallery, "path", "camera"), Generation.of(gallery).features)}
+    after = {r["path"]: (f, r["camera"]) for r, f in zip(rows(gallery, "path", "camera"), Snapshot.open(gallery).features)}
     assert set(after) == {os.path.relpath(p, shelf) for p in shelf.rglob("*.png")}
     assert all((after[p][0] == before[p]).all() for p in after if p in before and p != "c1/green-red-0.png") and (after["c2/moved.png"][0] == before["c2/red-blue-0.png"]).all()
     assert (after["c3/copy.png"][0] == after["c2/moved.png"][0]).all() and after["c3/copy.png"][1] == "c3"
@@ -81,7 +81,7 @@ def test_incremental(shelf, gallery, tmp_path):
     fresh = tmp_path/"fresh"
     index(fresh, shelf, pattern=PATTERN)
     columns = ["path", "sha256", "camera", "same_as", "width", "height"]
-    assert rows(gallery, *columns) == rows(fresh, *columns) and np.allclose(Generation.of(gallery).features, Generation.of(fresh).features, atol=1e-6)
+    assert rows(gallery, *columns) == rows(fresh, *columns) and np.allclose(Snapshot.open(gallery).features, Snapshot.open(fresh).features, atol=1e-6)
 
 
 def test_add_keeps_the_others(shelf, gallery, tmp_path):
@@ -122,7 +122,7 @@ def test_boxes_and_detectors(gallery, tmp_path):
     report = index(gallery, tmp_path/"s", model, boxes=tmp_path/"b.csv")
     assert (report.people, report.changed, report.warnings, len(report.skipped)) == (12, 3, [], 1) and "outside" in report.skipped[0][1]
     assert [r["track"] for r in rows(gallery, "track")] == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
-    found = Generation.of(gallery)
+    found = Snapshot.open(gallery)
     assert (found.features @ model.encode_text(["green coat black trousers"])[0]).argmax() in (2, 6, 10)
     model.seen = 0
     report = index(gallery, tmp_path/"s", model, boxes=tmp_path/"b.csv")
@@ -237,10 +237,10 @@ def test_damaged_galleries_say_so_and_are_made_anew(shelf, gallery, damage):
     path = gallery/damage if damage == "gallery.json" else gallery/"g000001"/damage
     if damage == "gone": shutil.rmtree(gallery/"g000001")
     else: path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(TiprError) as e: Generation.of(gallery)
+    with pytest.raises(TiprError) as e: Snapshot.open(gallery)
     assert "\n" not in str(e.value) and "tipr index" in str(e.value)
     report = index(gallery, shelf)
-    assert report.people == 36 and "damaged" in report.warnings[0] and len(Generation.of(gallery).items) == 36
+    assert report.people == 36 and "damaged" in report.warnings[0] and len(Snapshot.open(gallery).items) == 36
     assert sorted(p.name for p in gallery.iterdir() if p.is_dir()) == [read_manifest(gallery)["generation"]]
 
 
@@ -256,10 +256,10 @@ def test_a_full_disk_is_one_line(shelf, gallery, monkeypatch):
     figure("white", "white").save(shelf/"new.png")
     import tipr_nb.search.indexing as module
     def full(*args, **kwargs): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(module, "_write_features", full)
+    monkeypatch.setattr(module, "write_features", full)
     with pytest.raises(TiprError, match="no space left"): index(gallery, shelf)
     monkeypatch.undo()
-    assert len(Generation.of(gallery).items) == 36
+    assert len(Snapshot.open(gallery).items) == 36
     model = ColourModel()
     assert index(gallery, shelf, model).people == 37 and model.seen == 0     # the journal kept the new one
 
@@ -286,7 +286,7 @@ def killed_until_done(shelf, gallery, tmp_path, kills, delay, seed):
             try: child.wait(timeout=r.random()*.5)
             except subprocess.TimeoutExpired: child.send_signal(signal.SIGKILL)
             child.communicate()
-            if (gallery/"gallery.json").exists(): assert len(Generation.of(gallery).items) in (36, 72, 108)     # whole or not there
+            if (gallery/"gallery.json").exists(): assert len(Snapshot.open(gallery).items) in (36, 72, 108)     # whole or not there
             continue
         out, err = child.communicate()
         assert out == "done\n", err
@@ -294,9 +294,9 @@ def killed_until_done(shelf, gallery, tmp_path, kills, delay, seed):
 
 
 def same_galleries(a, b):
-    a, b = Generation.of(a), Generation.of(b)
+    a, b = Snapshot.open(a), Snapshot.open(b)
     assert (a.features == b.features).all() and a.items.table().equals(b.items.table())
-    assert {k: v for k, v in a.facts.items() if k not in ("id", "updated", "generation")} == {k: v for k, v in b.facts.items() if k not in ("id", "updated", "generation")}
+    assert {k: v for k, v in a.manifest.items() if k not in ("id", "updated", "generation")} == {k: v for k, v in b.manifest.items() if k not in ("id", "updated", "generation")}
 
 
 def test_killed_and_resumed_is_the_same_gallery(shelf, gallery, tmp_path):
@@ -306,7 +306,7 @@ def test_killed_and_resumed_is_the_same_gallery(shelf, gallery, tmp_path):
     assert sorted(p.name for p in gallery.iterdir()) == sorted(p.name for p in (tmp_path/"calm").iterdir()) or read_manifest(gallery)["generation"] != "g000001"
 
 
-STEPS = ["_encode_new", "_assemble", "_write_skipped", "_sync", "build_engine", "write_json", "drop_engines", "_sweep"]
+STEPS = ["Indexer.encode", "Indexer.write", "write_skipped", "sync_folder", "build_engine", "write_json", "drop_engines", "sweep"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -314,15 +314,16 @@ def test_interrupted_at_every_step(shelf, gallery, step, monkeypatch):
     import tipr_nb.search.indexing as module
     index(gallery, shelf, engines={"ivf": {}})
     figure("white", "white").resize((40, 90)).save(shelf/"c1"/"new.png")
-    real = getattr(module, step)
+    owner, name = (module.Indexer, step.split(".")[1]) if "." in step else (module, step)
+    real = getattr(owner, name)
     for before in (True, False):
         def stop(*args, **kwargs):
             if not before: real(*args, **kwargs)
             raise KeyboardInterrupt
-        monkeypatch.setattr(module, step, stop)
+        monkeypatch.setattr(owner, name, stop)
         with pytest.raises(KeyboardInterrupt): index(gallery, shelf)
-        monkeypatch.setattr(module, step, real)
-        assert len(Generation.of(gallery).items) in (36, 37)
+        monkeypatch.setattr(owner, name, real)
+        assert len(Snapshot.open(gallery).items) in (36, 37)
     assert index(gallery, shelf).people == 37
     facts = read_manifest(gallery)
     assert sorted(p.name for p in gallery.iterdir()) == [".lock", facts["generation"], "gallery.json"] and (gallery/facts["generation"]/"index-ivf.faiss").exists()
@@ -338,7 +339,7 @@ def test_killed_often_while_photos_come_and_go(tmp_path, seed):
     shutil.copy(sorted(shelf.rglob("*.png"))[5], shelf/"c1"/"copy.png")
     killed_until_done(shelf, gallery, tmp_path, kills=0, delay=0, seed=seed)
     index(tmp_path/"calm", shelf, batch_size=4, pattern=PATTERN)
-    a, b = Generation.of(gallery), Generation.of(tmp_path/"calm")
+    a, b = Snapshot.open(gallery), Snapshot.open(tmp_path/"calm")
     assert np.allclose(a.features, b.features, atol=1e-6)
     columns = [c for c in b.items.file.schema_arrow.names if c != "mtime"]
     assert a.items.table(columns).equals(b.items.table(columns))
@@ -365,7 +366,7 @@ def test_journal_of_another_model_is_forgotten(tmp_path):
 
 def test_decoding_overlaps_with_encoding(tmp_path, monkeypatch):
     shelf = archive(tmp_path/"p")
-    import tipr_nb.search.photos as module
+    import tipr_nb.search.detectors as module
     slow = module.decode_picture
     def sleepy(*args, **kwargs):
         time.sleep(.02)

@@ -165,13 +165,13 @@ def test_kinds_of_queries(nano, few):
     assert torch.allclose(asked["caption + picture"], enhance(text, drawn, .3), atol=1e-6)
     ids, whole = torch.as_tensor(split.caption_ids), query_kinds(nano, split, painter, 1.)      # at weight 1 the second feature is alone
     second = {k: a["features"].text for k, (a, _) in whole.items()}
-    for k, source in (("+ somebody's picture", drawn), ("+ somebody's caption", text)):
+    for k, source in (("+ shuffled picture", drawn), ("+ shuffled caption", text)):
         at = torch.cdist(second[k], source).argmin(1)
         assert (at != torch.arange(len(at))).all() and len(set(at.tolist())) == len(at)
         assert torch.allclose(asked[k], enhance(text, source[at], .3), atol=1e-5)
     mate = torch.cdist(second["+ second caption"], text).argmin(1)
     assert (ids[mate] == ids).all() and (mate != torch.arange(len(mate))).all()
-    assert query_kinds(nano, split, Colours(), .3)["+ somebody's picture"][0]["features"].text.equal(asked["+ somebody's picture"])
+    assert query_kinds(nano, split, Colours(), .3)["+ shuffled picture"][0]["features"].text.equal(asked["+ shuffled picture"])
     attach_gate(nano, .4)
     gated, columns = query_kinds(nano, split, painter, .3)["caption + picture, gate"]
     assert abs(columns["weight"] - .4) < 1e-4
@@ -205,7 +205,7 @@ def test_hook_of_the_grid(few, tmp_path, monkeypatch):
     t = run_grid(spec, tmp_path/"gea.csv", dataset=few, verbose=False)
     assert asked[0] == ["val", "test"] and asked[1] == ["train", "val", "test"] and ("field", "train", 3) in asked
     good = t[t.status == "done"]
-    assert set(good["query"]) == {"caption", "caption + picture", "+ somebody's picture", "picture alone", "+ somebody's caption", "+ second caption"}
+    assert set(good["query"]) == {"caption", "caption + picture", "+ shuffled picture", "picture alone", "+ shuffled caption", "+ second caption"}
     assert (good.groupby("row").size() == 6*3).all() and (good.query_ms > 0).all() and good.weight[good["query"] == "caption"].eq(0).all()
     assert "shufle" in t[t.row == "bad"].reason.iloc[0] and "did you mean 'shuffle'" in t[t.row == "bad"].reason.iloc[0]
 

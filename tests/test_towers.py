@@ -109,3 +109,33 @@ def test_a_cached_tower_with_another_tokenizer_is_made_anew(model, tmp_path, mon
     kept.write_text(kept.read_text().replace("coat", "coot"), encoding="utf-8")
     export_text_tower(model, tmp_path/"b")
     assert (tmp_path/"b"/"tokenizer.json").read_text(encoding="utf-8") == tokenizer_json(model.tokenizer)
+
+
+def test_image_tower_without_torch_says_what_the_model_says(model, tmp_path, monkeypatch):
+    from PIL import Image
+    from tipr_nb.search import export_image_tower, image_tower
+    monkeypatch.setenv("TIPR_CACHE", str(tmp_path))
+    fingerprint = model_fingerprint(model)
+    assert image_tower(fingerprint) is None
+    folder = export_image_tower(model)
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((200, 90), (40, 60), model.image_size)] + [Image.new("L", (9, 30))]
+    for batch in (pictures, pictures[:1]):
+        assert np.abs(image_tower(fingerprint).encode_image(batch) - as_numpy(model.encode_image(batch))).max() < 1e-4
+    code = f"from tipr_nb.search import image_tower; from PIL import Image; import sys; image_tower({fingerprint!r}).encode_image([Image.new('RGB', (9, 9))]); print([m for m in ('torch', 'open_clip', 'torchvision') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout.strip() == "[]", out.stderr
+    (folder/"image.onnx").write_bytes(b"half")
+    assert image_tower(fingerprint) is None and not folder.exists()
+    assert export_image_tower(object()) is None
+
+
+def test_a_tower_that_must_not_be_cut_keeps_its_padding(tmp_path, monkeypatch):
+    "Towers without a causal mask see the padding: their export takes sentences at full length."
+    from types import SimpleNamespace
+    from tipr_nb.search import towers
+    seen = []
+    monkeypatch.setattr(towers, "trace_onnx", lambda encoder, forward, example, path, name, dynamic: seen.append(sorted(dynamic)))
+    for trims in (True, False):
+        towers.export_onnx(SimpleNamespace(trims=trims, tokenize=lambda texts: SimpleNamespace(to=lambda device: None), device="cpu"), tmp_path/"x")
+    assert seen == [[0, 1], [0]]

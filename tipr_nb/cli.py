@@ -6,8 +6,8 @@
 __all__ = ['app', 'data_app', 'Out', 'Seed', 'Name', 'NameArg', 'Root', 'Shelf', 'Weights', 'tell', 'warn', 'command', 'demo',
            'open_dataset', 'check_place', 'data_synth', 'data_world', 'parse_size', 'data_check', 'length_bars',
            'save_lengths', 'data_stats', 'generate', 'parse_settings', 'train', 'drawn_extra', 'evaluate', 'load_model',
-           'grid', 'index', 'check_engine', 'best_of', 'named_function', 'search', 'search_page', 'convert', 'card',
-           'push', 'data_export', 'main']
+           'grid', 'index', 'check_engine', 'best_of', 'named_detector', 'enriched', 'row_or_key', 'search',
+           'search_page', 'convert', 'card', 'push', 'data_export', 'main']
 
 # %% ../nbs/13_cli.ipynb #cell-002
 import contextlib, dataclasses, difflib, functools, json, os, sys
@@ -71,8 +71,8 @@ def demo(quick: Annotated[bool, typer.Option("--quick", help="A small copy of th
 
     Example: tipr demo --quick
     """
-    from tipr_nb.demo import Plan, QUICK, run_demo
-    page = run_demo(out, Plan(**QUICK, seed=seed) if quick else Plan(seed=seed), say=tell)
+    from tipr_nb.demo import DemoPlan, QUICK, run_demo
+    page = run_demo(out, DemoPlan(**QUICK, seed=seed) if quick else DemoPlan(seed=seed), say=tell)
     tell(f"\nnumbers: {out/'metrics.json'}\npage:    {page}   <- open this in a browser")
 
 # %% ../nbs/13_cli.ipynb #cell-015
@@ -366,43 +366,53 @@ Shelf = Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of
 Weights = Annotated[Optional[str], typer.Option(help="A trained model: a run's folder, a folder of weights, the name of shipped weights, or a hub id. The gallery's own when left out, or the shipped one for a new gallery.")]
 
 @command(app)
-def index(photos: Annotated[list[str], typer.Argument(metavar="PATH", help="Folders, globs, pictures, or tables (CSV, JSON, Parquet) that list pictures.")],
+def index(photos: Annotated[list[str], typer.Argument(metavar="PATH", help="Folders, globs, pictures, films, or tables (CSV, JSON, Parquet) that list pictures.")],
           gallery: Shelf,
           model: Weights=None,
           pattern: Annotated[Optional[str], typer.Option(help=r"Regular expression on file names; named groups become columns, e.g. '(?P<camera>c\d+)_'.")]=None,
           metadata: Annotated[Optional[Path], typer.Option(help="Table of facts by file name (CSV, JSON, Parquet); its columns can be filtered.")]=None,
-          boxes: Annotated[Optional[Path], typer.Option(help="Table of boxes (path, x0, y0, x1, y1; or COCO): these people are cut out of their photos.")]=None,
-          detector: Annotated[Optional[str], typer.Option(metavar="MODULE:FUNCTION", help="A function of yours from a picture to boxes, for photos without boxes.")]=None,
+          boxes: Annotated[Optional[Path], typer.Option(help="Table of boxes (path, x0, y0, x1, y1; or COCO, MOT, ...): these people are cut out of their photos.")]=None,
+          box_format: Annotated[Optional[str], typer.Option(help="What a column called bbox holds: xyxy, xywh or cxcywh.")]=None,
+          detect: Annotated[Optional[str], typer.Option("--detect", "--detector", metavar="NAME", help="Find people in whole scenes: hog, a hub id or folder of a transformers detector, or MODULE:FUNCTION.")]=None,
+          every: Annotated[Optional[str], typer.Option(help="Index films, too: a moment every 2s, 500ms, 1min.")]=None,
+          start: Annotated[Optional[str], typer.Option(help="When a film starts whose name does not say it, e.g. '2024-05-01 10:00'.")]=None,
+          exclude: Annotated[Optional[list[str]], typer.Option(metavar="PATTERN", help="Names to leave out, e.g. '*.tmp.jpg'; may be given several times.")]=None,
           engine: Annotated[Optional[str], typer.Option(help="exact, flat, ivf, hnsw or milvus; as the gallery has it when left out, exact in a new one.")]=None,
           quantise: Annotated[Optional[str], typer.Option(help="Features inside a FAISS engine: none, fp16 or 8bit.")]=None,
           nlist: Annotated[Optional[int], typer.Option(min=1, help="Cells of the ivf engine.")]=None,
-          recall: Annotated[Optional[float], typer.Option(min=.1, max=1., help="Share of the true ten nearest that ivf and hnsw are calibrated to find.")]=None,
+          recall: Annotated[Optional[float], typer.Option(min=.1, max=1., help="Fraction of the true ten nearest that ivf and hnsw are calibrated to find.")]=None,
           uri: Annotated[Optional[str], typer.Option(help="Address of a Milvus server; a file in the gallery when left out. The token comes from TIPR_MILVUS_TOKEN.")]=None,
           dtype: Annotated[Optional[str], typer.Option(help="Features on the disk: float32 or float16.")]=None,
           batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at a time.")]=64,
           workers: Annotated[Optional[int], typer.Option(min=1, help="Threads that read pictures.")]=None,
           max_pixels: Annotated[Optional[int], typer.Option(min=1, help="Larger pictures are skipped; 100 million when left out.")]=None,
           add: Annotated[bool, typer.Option("--add", help="Keep people whose photos are not under PATH; without it they leave the gallery.")]=False,
+          recut: Annotated[bool, typer.Option("--recut", help="Cut people out as this command says, not as the gallery remembers.")]=False,
           rebuild: Annotated[bool, typer.Option("--rebuild", help="Start anew, e.g. with another model.")]=False,
           wait: Annotated[float, typer.Option(min=0., help="Seconds to wait for another indexer of this gallery.")]=0.,
           skipped: Annotated[bool, typer.Option("--skipped", help="List every file that was skipped, not only the first few.")]=False,
           as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]=False):
     """Make photos searchable, or bring a gallery up to date.
 
-    Only what is new or changed is encoded, what is gone is dropped, and files that cannot be read are listed. Stopped or killed, the same command goes on where it was.
+    Only what is new or changed is encoded, what is gone is dropped, and files that cannot be read are listed. Stopped or killed, the same command goes on where it was. A gallery remembers how it was made: later, PATH alone brings it up to date.
 
     Example: tipr index photos --gallery my-gallery --pattern '(?P<camera>c\\d+)_'
     """
     options = {k: v for k, v in dict(quantise=quantise, nlist=nlist, recall=recall, uri=uri).items() if v is not None}
     engine = check_engine(engine, options)
     from tipr_nb.search import Gallery
-    more = {k: v for k, v in dict(dtype=dtype, workers=workers, max_pixels=max_pixels).items() if v is not None}
-    built = Gallery.build(photos, best_of(model), gallery, boxes=boxes, metadata=metadata, pattern=pattern, detector=named_function(detector), engine=engine, engine_options=options, add=add, rebuild=rebuild, batch_size=batch_size, wait=wait, **more)
+    more = dict(dtype=dtype, workers=workers, max_pixels=max_pixels)
+    more = {k: v for k, v in more.items() if v is not None}
+    built = Gallery.build(photos, best_of(model), gallery, boxes=boxes, metadata=metadata, pattern=pattern, detector=named_detector(detect),
+                          exclude=exclude, box_format=box_format, every=every, start=start, engine=engine, engine_options=options,
+                          add=add, recut=recut, rebuild=rebuild, batch_size=batch_size, wait=wait, **more)
     built.close()
     report:Any = built.report   # there is one: the gallery was just built
-    if as_json: return tell(json.dumps(report.__dict__ | dict(gallery=str(gallery)), ensure_ascii=False))
+    if as_json: return tell(json.dumps(vars(report) | dict(gallery=str(gallery)), ensure_ascii=False))
     few = report.skipped[1:None if skipped else 6]   # the report's own lines name the first
-    tell("\n".join([*report.lines(), *(f"  skipped {path}: {why}" for path, why in few), f"{built!r}", f'next: tipr search "a woman in a red coat" --gallery {gallery}']))
+    listed = [f"  skipped {path}: {why}" for path, why in few]
+    tell("\n".join([*report.lines(), *listed, f"{built!r}", f'next: tipr search "a woman in a red coat" --gallery {gallery}']))
+
 
 # %% ../nbs/13_cli.ipynb #cell-036
 def check_engine(engine:str|None, options:dict) -> str|None:
@@ -420,19 +430,33 @@ def best_of(model:str|None) -> str|None:
     path = Path(model).expanduser()
     return str(path/"best" if (path/"best").is_dir() else path) if path.exists() else model
 
-def named_function(name:str|None # such as "mydetector:people"
+def named_detector(name:str|None # hog, a hub id or folder, or "mydetector:people"
                   ) -> Callable|None:
-    "A function by module and name; modules of the current folder are found too."
+    "A detector by name; modules of the current folder are found too."
     if name is None: return None
-    from importlib import import_module
-    module, _, function = name.partition(":")
+    from tipr_nb.search import find_detector
     sys.path.insert(0, "")
-    try: found = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e: raise TiprError(f"--detector {name}: {e}; write MODULE:FUNCTION, such as mydetector:people") from None
+    try: return find_detector(name)
+    except TiprError as e: raise TiprError(f"--detector {name}: {e}") from None
     finally: sys.path.remove("")
-    if not callable(found): raise TiprError(f"--detector {name}: {type(found).__name__} cannot be called")
-    with contextlib.suppress(AttributeError, TypeError): found.name = name   # a gallery remembers its detector by name
-    return found
+
+
+# %% ../nbs/13_cli.ipynb #enriched-new
+def enriched(gallery:Any # a `Gallery`
+            , generator:str|None=None # folder or hub id; None: the shipped one
+            , weight:float|None=None # of the generated picture; None: the usual one
+            ) -> Any: # `Gallery`
+    "The same gallery, its sentences enriched by generated pictures."
+    from tipr_nb.generation import PersonGenerator
+    from tipr_nb.methods import QueryEnricher
+    from tipr_nb.search import Gallery
+    model = QueryEnricher(gallery.model, PersonGenerator.from_pretrained(generator), weight)
+    return Gallery(gallery.folder, model, gallery.root)
+
+def row_or_key(text:str) -> int|str:
+    "A row number as such; anything else is a key."
+    return int(text) if text.isdigit() and len(text) < 12 else text
+
 
 # %% ../nbs/13_cli.ipynb #cell-039
 _REQUIRED:Any = ...   # Typer's default of an option that must be given
@@ -444,34 +468,43 @@ def search(text: Annotated[Optional[list[str]], typer.Argument(metavar="SENTENCE
            where: Annotated[Optional[str], typer.Option(help="Filter on columns, e.g. \"camera == 'c2' and taken >= '2024-05-01'\".")]=None,
            without: Annotated[Optional[list[str]], typer.Option(help="What should not be there, e.g. 'a hat'; may be given several times.")]=None,
            image: Annotated[Optional[list[Path]], typer.Option(help="A picture of somebody like them; may be given several times, with or without a sentence.")]=None,
-           like: Annotated[Optional[list[int]], typer.Option(metavar="ROW", help="More like this person of the gallery (the `row` of --json); may be given several times.")]=None,
+           like: Annotated[Optional[list[str]], typer.Option(metavar="KEY", help="More like this person of the gallery (the `key` of --json, or a row number); may be given several times.")]=None,
            rerank: Annotated[Optional[str], typer.Option(help="Order the best again: neighbours or expand.")]=None,
            imagine: Annotated[bool, typer.Option("--imagine", help="Let a generator draw the person and search with the drawing too.")]=False,
            generator: Annotated[Optional[str], typer.Option(help="Folder or hub id of that generator; the shipped one when left out.")]=None,
-           weight: Annotated[float, typer.Option(min=0., max=1., help="Share of the imagined picture.")]=.3,
+           weight: Annotated[Optional[float], typer.Option(min=0., max=1., help="Weight of the imagined picture; the usual one when left out.")]=None,
            image_weight: Annotated[float, typer.Option(min=0., max=1., help="Share of --image and --like beside a sentence.")]=.5,
            without_weight: Annotated[float, typer.Option(min=0., max=1., help="How strongly --without pushes away.")]=.25,
+           group: Annotated[Optional[str], typer.Option(metavar="COLUMN", help="One hit per value of a column, e.g. track: the best frame of each.")]=None,
            engine: Annotated[Optional[str], typer.Option(help="Another engine of this gallery than its default.")]=None,
            copies: Annotated[bool, typer.Option("--copies", help="Show pictures with the same bytes one by one.")]=False,
            model: Annotated[Optional[str], typer.Option(help="Where the gallery's model is now, if it moved.")]=None,
            root: Annotated[Optional[Path], typer.Option(help="Where the photos are now, if they moved.")]=None,
            as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]=False,
-           page: Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Write a contact sheet: one file with the pictures inside.")]=None):
+           page: Annotated[Optional[Path], typer.Option("--html", metavar="FILE", help="Write a page: one file with the pictures inside.")]=None,
+           table: Annotated[Optional[Path], typer.Option("--csv", metavar="FILE", help="Write the hits for a spreadsheet.")]=None,
+           archive: Annotated[Optional[Path], typer.Option("--zip", metavar="FILE", help="Write pictures, table and page in one archive.")]=None):
     """Find people in a gallery by a sentence, a picture, or both.
 
     A hit is somebody dressed like that, not an identification. Scores are cosines.
 
     Example: tipr search "a woman in a red coat" --gallery my-gallery -k 10 --where "camera == 'c2'"
     """
-    from tipr_nb.search import Gallery, load_generator
-    shelf = Gallery(gallery, best_of(model), root)
-    hits = shelf.search(text or None, k, image=[*(like or ()), *(image or ())] or None, without=without or None, where=where, rerank=rerank, engine=engine, unique=not copies,
-                        generator=load_generator(generator) if imagine or generator else None, weight=weight, image_weight=image_weight, without_weight=without_weight)
-    if page: hits.to_html(page)
-    shelf.close()
+    from tipr_nb.search import Gallery
+    opened = Gallery(gallery, best_of(model), root)
+    if imagine or generator: opened = enriched(opened, generator, weight)
+    examples = [*(row_or_key(one) for one in like or ()), *(image or ())]
+    hits = opened.search(text or None, k, image=examples or None, without=without or None, where=where, rerank=rerank, engine=engine,
+                         unique=not copies, group=group, image_weight=image_weight, without_weight=without_weight)
+    written = dict(html=page, csv=table, zip=archive)
+    for kind, path in written.items():
+        if path: getattr(hits, f"to_{kind}")(path)
+    opened.close()
     if as_json: return tell(hits.to_json())
     tell(hits.table())
-    if page: tell(f"contact sheet: {page}")
+    for kind, path in written.items():
+        if path: tell(f"{kind}: {path}")
+
 
 # %% ../nbs/13_cli.ipynb #cell-041
 @command(app, "app")
@@ -492,14 +525,16 @@ def search_page(gallery: Shelf,
     Example: tipr app --gallery my-gallery
     """
     from tipr_nb.core import resolve_model
-    from tipr_nb.search import Gallery, LateGenerator
-    shelf = Gallery(gallery, best_of(model), root)
-    from tipr_nb.search import EXAMPLES, serve
+    from tipr_nb.search import EXAMPLES, Gallery, serve
+    opened = Gallery(gallery, best_of(model), root)
     if generator: resolve_model(generator, ("model_index.json",))
-    offered = imagine or generator or (imagine is None and shelf.facts.get("model") in ("synth-pedes", "synth-world"))
-    blocks, address = serve(shelf, host=host, port=port, generator=LateGenerator(generator) if offered else None, examples=example or EXAMPLES, title=title, browser=browser, wait=False)
-    tell(f"{shelf!r}\n{address}   <- open this in a browser; Ctrl-C ends it")
+    shipped = opened.manifest.get("model") in ("synth-pedes", "synth-world")
+    offered = imagine or generator or (imagine is None and shipped)
+    imagining = functools.partial(enriched, opened, generator) if offered else None
+    blocks, address = serve(opened, host=host, port=port, enriched=imagining, examples=example or EXAMPLES, title=title, browser=browser, wait=False)
+    tell(f"{opened!r}\n{address}   <- open this in a browser; Ctrl-C ends it")
     blocks.block_thread()
+
 
 # %% ../nbs/13_cli.ipynb #cell-043
 @command(app)

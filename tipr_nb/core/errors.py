@@ -16,6 +16,8 @@ from typing import Any
 # %% ../../nbs/00_core/01_errors.ipynb #cell-007
 class TiprError(ValueError):
     "Something the user can fix: one line that names the file, row or argument and the remedy."
+    def __init__(self, message:str=""):
+        super().__init__(" ".join(str(message).splitlines()))   # a file's name may hold a line break
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-010
 def one_line(e:Exception) -> str: # at most 120 characters

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-003
-from .errors import TiprError
+from .errors import TiprError, one_line
 from .files import user_path
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-006
@@ -54,6 +54,7 @@ def hub_snapshot(
 ) -> Path:
     "Folder of a hub repository: from the local hub cache, else downloaded."
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     try: return Path(snapshot_download(hub_id, repo_type=kind, local_files_only=True))
     except Exception: pass
     if not hub_answers():
@@ -62,9 +63,12 @@ def hub_snapshot(
         raise error(f"{hub_id}: not in the local hub cache and the hub cannot be reached; download it where there is "
                     f"a network (`hf download {option}{hub_id}`) and pass the folder{offline}")
     try: return Path(snapshot_download(hub_id, repo_type=kind))
-    except Exception as e:
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as e:   # also repositories behind a form
         raise error(f"{hub_id}: the hub has no such {kind} repository or refused it ({type(e).__name__}); "
                     "check the id or log in") from e
+    except Exception as e:
+        raise error(f"{hub_id}: the download failed ({one_line(e)}); check the network, the proxy and the disk, "
+                    "and try again") from e
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-016
 def _looks_local(path:Path, text:str) -> bool:

@@ -4,8 +4,10 @@ from .corpora import PersonDataset as PersonDataset
 from .corpora import Split as Split
 from .readers import DATASETS as DATASETS
 from .readers import LAYOUTS as LAYOUTS
+from .readers import find_dataset as find_dataset
 from .readers import load_dataset as load_dataset
 from .readers import load_layout as load_layout
+from .readers import read_skip as read_skip
 from .readers import toy_people as toy_people
 from .readers import toy_person as toy_person
 from .crops import CLIP_MEAN as CLIP_MEAN

@@ -106,13 +106,29 @@ class Split:
         keep[mask] = True
         return self.take(keep, np.ones(len(self), bool))
 
+    def with_wrong_pairs(self, fraction:float, seed:int=0) -> "Split":
+        "The split with some captions given to images of other people; the caption column `wrong_pair` says which."
+        if not 0 <= fraction < 1: raise DatasetError(f"wrong_pairs={fraction}; give a fraction from 0 to below 1")
+        rng = np.random.default_rng([seed, 13])
+        chosen = rng.permutation(len(self))[:round(fraction*len(self))]
+        person = rng.permutation(int(self.image_ids.max(initial=0)) + 1)[self.caption_ids[chosen]]
+        chosen = chosen[np.argsort(person, kind="stable")]   # person by person, in any order of people
+        step = int(np.unique(person, return_counts=True)[1].max(initial=0))
+        if len(chosen) < 2*step:
+            raise DatasetError(f"split {self.name}: wrong_pairs={fraction} takes captions of several people; give more")
+        captions = list(self.captions)
+        for to, source in zip(chosen, np.roll(chosen, step)): captions[to] = self.captions[source]
+        wrong = np.zeros(len(self), bool)
+        wrong[chosen] = True
+        return replace(self, captions=captions, caption_columns=self.caption_columns | {"wrong_pair": wrong})
+
     def summary(self) -> dict:
         "Counts, as one row of a table."
         words = [len(c.split()) for c in self.captions] or [0]
         return {"split": self.name, "ids": self.n_ids, "images": len(self.images), "captions": len(self),
                 "words per caption": round(float(np.mean(words)), 1)}
 
-# %% ../../nbs/01_data/01_corpora.ipynb #cell-014
+# %% ../../nbs/01_data/01_corpora.ipynb #cell-016
 @dataclass(repr=False)
 class PersonDataset:
     "Train, val and test of one dataset, and what a reader of its numbers should know."

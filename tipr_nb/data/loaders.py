@@ -257,10 +257,12 @@ class TokenTable:
     "Token ids of captions, made once for each wording."
     def __init__(self,
         tokenize:Callable[[list[str]], Tensor], # captions -> (b, L) token ids
-        trim:bool=True,                         # leave out the zeros at the end, which are padding
+        trim:bool|None=None,                    # leave out the padding; None: as the tokenizer's model says
     ):
+        owner = getattr(tokenize, "__self__", None)
         self.tokenize = tokenize
-        self.trim = trim
+        self.trim = getattr(owner, "trims", True) if trim is None else trim
+        self.pad:int = getattr(owner, "pad_id", 0)
         self.known:dict[str, np.ndarray] = {}   # caption -> token ids
 
     def add(self, captions:Iterable[str], chunk:int=1024):
@@ -272,9 +274,9 @@ class TokenTable:
             for caption, row in zip(part, rows): self.known[caption] = self.used(row)
 
     def used(self, row:np.ndarray) -> np.ndarray:
-        "A row without its padding; the end token is not 0, so zeros at the end are padding."
+        "A row without the padding at its end."
         if not self.trim: return row.copy()
-        there = np.flatnonzero(row)
+        there = np.flatnonzero(row != self.pad)
         return row[:there[-1] + 1 if len(there) else 1].copy()
 
     def rows(self, captions:list[str]) -> list[np.ndarray]:
@@ -283,8 +285,8 @@ class TokenTable:
         return [self.known[c] for c in captions]
 
     def __call__(self, captions:list[str]) -> Tensor: # (b, L)
-        "Token ids, padded with 0 to the longest here."
-        return pad_rows(self.rows(captions))
+        "Token ids, padded to the longest here."
+        return pad_rows(self.rows(captions), self.pad)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-033
 CaptionSpec = str|Sequence|Callable|None   # a name, (name, arguments), the callable itself, or a list of such
@@ -416,8 +418,10 @@ class PairLoader:
         return self.sampler.epoch
 
     def set_epoch(self, epoch:int):
-        "Choose the epoch: its order and its random numbers."
+        "Choose the epoch: its order and its random numbers, and what extra fields show in it."
         self.sampler.set_epoch(epoch)
+        for make in self.extra.values():
+            if hasattr(make, "set_epoch"): make.set_epoch(epoch)
 
     def batches(self, start:int=0) -> Iterator[Batch]:
         "The batches of this epoch from number `start` on; made in worker processes if there are any."
@@ -471,7 +475,8 @@ class PairLoader:
         if not self.changes.on_tokens: return {"tokens": self.tokens(captions)}
         rows = self.tokens.rows(captions)
         changed = [self.changes.tokens(r, c, rng) for r, c, rng in zip(rows, captions, streams)]
-        out = {"tokens": pad_rows([new for new, _ in changed]), "tokens_original": pad_rows(rows)}
+        pad = self.tokens.pad
+        out = {"tokens": pad_rows([new for new, _ in changed], pad), "tokens_original": pad_rows(rows, pad)}
         if any(labels is not None for _, labels in changed):
             nothing = [np.full(len(new), IGNORED) for new, _ in changed]
             known = [empty if labels is None else labels for (_, labels), empty in zip(changed, nothing)]
@@ -558,7 +563,7 @@ def make_loader(
     pin_memory:bool=False,
     drop_last:bool|None=None,                       # leave out the last odd batch; None: when training
     same_photo:bool=False,                          # let a visit show one photo with both its captions ('identity')
-    trim:bool=True,                                 # pad captions to the longest of a batch, not to the full length
+    trim:bool|None=None,                            # pad captions to the longest of a batch; None: as the tower allows
 ) -> PairLoader:
     "Batches of a split, for training or (train=False) in order and untouched."
     if not len(split): raise DatasetError(f"split {split.name} has no captions; load a dataset that has some there")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STUDIO', 'portrait', 'Pairs', 'world_portraits']
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #ce641889
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-002
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #d1135eb8
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-003
 from ..core import TiprError, atomic_path, locked, progress, read_json, write_json
 from ..data import ImageCache, Split
 from ..synth import Camera, Person, draw_person, world_records
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #3837f638
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-006
 STUDIO = Camera("studio", "crossing", blur=0.0, noise=0.0)
 _SEED = 4  # of the plain place that all portraits share
 
@@ -37,7 +37,7 @@ def portrait(
     pose = said.get("pose", "standing")
     return draw_person(person, view, STUDIO, size, _SEED, pose, return_regions=return_regions)
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #3f52cad8
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-009
 @dataclass
 class Pairs:
     "Pictures and captions to train a generator on."
@@ -75,27 +75,7 @@ class Pairs:
         photos = ImageCache.build(split, image_size)
         return cls(photos, list(split.captions), np.asarray(split.caption_image))
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #b0399f0c
-def world_portraits(
-    n_photos: int,  # records of synth-world; about 1.6 portraits and 3 captions come of each
-    seed: int = 0,  # 0: what the shipped generator learned from; 1: held out
-    size: tuple[int, int] = (96, 32),
-    regions: bool = False,  # keep the garments' masks too
-    path: str | Path | None = None,  # folder to keep them in
-) -> Pairs:
-    "Portraits and captions from synth-world, rendered in about 2 ms each, or read from where they were kept."
-    if path is None:
-        return _render_pairs(n_photos, seed, size, regions)
-    path = Path(path)
-    settings = dict(n_photos=n_photos, seed=seed, size=list(size), regions=regions, version=1)
-    with locked(path):
-        if not (path / "pairs.json").exists():
-            pairs = _render_pairs(n_photos, seed, size, regions)
-            with atomic_path(path, folder=True) as tmp:
-                _write_pairs(tmp, pairs, settings)
-    return _read_pairs(path, settings)
-
-# %% ../../nbs/04_generation/05_portraits.ipynb #ff567330
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-011
 def _render_pairs(n_photos: int, seed: int, size: tuple[int, int], regions: bool) -> Pairs:
     "Portraits for the captions of so many records; one picture for captions that want the same view and pose."
     pictures = []
@@ -121,7 +101,7 @@ def _render_pairs(n_photos: int, seed: int, size: tuple[int, int], regions: bool
         np.stack(pictures), captions, np.array(where), said, np.stack(labels) if regions else None
     )
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #914d1162
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-013
 def _write_pairs(folder: Path, pairs: Pairs, settings: dict):
     "Keep pairs in an empty folder."
     np.save(folder / "pictures.npy", pairs.pictures)
@@ -154,3 +134,23 @@ def _read_pairs(folder: Path, settings: dict) -> Pairs:
     return Pairs(
         pictures, kept["captions"], np.array(kept["caption_picture"]), kept["said"], regions
     )
+
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-015
+def world_portraits(
+    n_photos: int,  # records of synth-world; about 1.6 portraits and 3 captions come of each
+    seed: int = 0,  # 0: what the shipped generator learned from; 1: held out
+    size: tuple[int, int] = (96, 32),
+    regions: bool = False,  # keep the garments' masks too
+    path: str | Path | None = None,  # folder to keep them in
+) -> Pairs:
+    "Portraits and captions from synth-world, rendered in about 2 ms each, or read from where they were kept."
+    if path is None:
+        return _render_pairs(n_photos, seed, size, regions)
+    path = Path(path)
+    settings = dict(n_photos=n_photos, seed=seed, size=list(size), regions=regions, version=1)
+    with locked(path):
+        if not (path / "pairs.json").exists():
+            pairs = _render_pairs(n_photos, seed, size, regions)
+            with atomic_path(path, folder=True) as tmp:
+                _write_pairs(tmp, pairs, settings)
+    return _read_pairs(path, settings)

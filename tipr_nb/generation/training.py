@@ -8,7 +8,6 @@ __all__ = ['SMALL', 'small_pipeline', 'noise_steps', 'diffusion_loss', 'codes_of
 
 # %% ../../nbs/04_generation/07_training.ipynb #cell-002
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,7 +127,7 @@ def states_of(pipeline: Any, captions: Sequence[str]) -> Tensor:  # (b, L, d)
     ids = encoded.input_ids.to(pipeline.text_encoder.device)
     return pipeline.text_encoder(ids)[0].float()
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-020
+# %% ../../nbs/04_generation/07_training.ipynb #cell-021
 @dataclass
 class GeneratorRecipe:
     "What decides how a generator is trained."
@@ -363,7 +362,7 @@ class GeneratorRun:
 
 _MAY_CHANGE = ("updates", "decay_from", "precision")  # settings that may differ when a run goes on
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-025
+# %% ../../nbs/04_generation/07_training.ipynb #cell-027
 def train_generator(
     pipeline: Any,  # of `small_pipeline`, or a real one in Stable Diffusion's layout
     pairs: Pairs,  # of `world_portraits`, or of a dataset's split
@@ -411,7 +410,7 @@ def train_generator(
         run.finish()
     return run
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-034
+# %% ../../nbs/04_generation/07_training.ipynb #cell-035
 SMALL = GeneratorRecipe(updates=4000, decay_from=0.55)  # of the one that ships
 
 
@@ -448,7 +447,7 @@ def generator_card(
         portraits=len(run.pairs.pictures),
     )
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-035
+# %% ../../nbs/04_generation/07_training.ipynb #cell-036
 _ASKED = 384  # held-out captions that the shipped generator is measured on
 
 
@@ -463,7 +462,6 @@ def train_small(
 ) -> GeneratorRun:
     "Train the small generator from nothing on synth-world; resumable. Ends with a pipeline in `out_dir/pipeline`."
     out = Path(out_dir)
-    _sweep(out)
     pairs = world_portraits(photos, path=out / "portraits")
     run = train_generator(
         small_pipeline(pairs.pictures[:2000], width=width),
@@ -487,14 +485,6 @@ def train_small(
         write_text(tmp / "README.md", generator_card(run, generator, table, n))
     return run
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-036
-def _sweep(out: Path):
-    "Remove what a killed run left half written beside its results."
-    for name in ("pipeline", "whole", "lora", "portraits"):
-        for left in out.glob(f".{name}.*"):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-
 # %% ../../nbs/04_generation/07_training.ipynb #cell-042
 def save_lora(
     run: GeneratorRun,  # trained with recipe.lora above 0
@@ -516,7 +506,7 @@ def save_lora(
             str(tmp), unet_lora_layers=layers, safe_serialization=True
         )
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-044
+# %% ../../nbs/04_generation/07_training.ipynb #cell-045
 def tune_pipeline(
     source: str | Path,  # a pipeline's folder or hub id, in Stable Diffusion's layout
     split: Split,  # real people with real captions
@@ -529,7 +519,6 @@ def tune_pipeline(
 ) -> tuple[GeneratorRun, Path]:  # the run, and the folder of what it makes
     "Fine-tune a pipeline on a split's photos and captions; resumable."
     out = Path(out_dir)
-    _sweep(out)
     pipeline, _ = load_pipeline(source)
     h, w = image_size or PersonGenerator(pipeline).image_size
     recipe = GeneratorRecipe(updates=updates, batch_size=8, lr=1e-5, seed=seed)

@@ -24,85 +24,105 @@ from ..models import read_safetensors
 @dataclass
 class Checkpoint:
     "What was found in a file or folder: tensors by name, and what lay beside them."
-    path:Path
-    tensors:dict[str, Tensor]
-    container:str # "safetensors", "pickle" or "TorchScript"
-    config:dict = field(default_factory=dict) # config.json or open_clip_config.json of a folder
-    beside:list[str] = field(default_factory=list) # what a pickle holds besides the weights, such as its optimizer
+
+    path: Path
+    tensors: dict[str, Tensor]
+    container: str  # "safetensors", "pickle" or "TorchScript"
+    config: dict = field(default_factory=dict)  # config.json or open_clip_config.json of a folder
+    beside: list[str] = field(default_factory=list)  # what a pickle holds besides the weights, such as its optimizer
 
     def __repr__(self):
         n = sum(v.numel() for v in self.tensors.values())
         text = f"{self.path.name}: {self.container}, {len(self.tensors)} tensors, {n:,} numbers"
-        if self.beside: text += f"; beside them {', '.join(self.beside)}"
+        if self.beside:
+            text += f"; beside them {', '.join(self.beside)}"
         return f"Checkpoint({text})"
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-010
-_INNER = ("model", "state_dict", "model_state_dict", "module", "net") # keys under which programs keep the weights
+_INNER = ("model", "state_dict", "model_state_dict", "module", "net")  # keys under which programs keep the weights
 _WRAPPERS = ("module.", "_orig_mod.")
-_DEPTH = 8 # wrappings that are taken off
+_DEPTH = 8  # wrappings that are taken off
 
-def strip_wrappers(named:dict[str, Any]) -> dict[str, Any]:
+
+def strip_wrappers(named: dict[str, Any]) -> dict[str, Any]:
     "The same values without the prefixes of data parallel and `torch.compile`."
     for _ in range(_DEPTH):
         prefix = next((w for w in _WRAPPERS if named and all(k.startswith(w) for k in named)), None)
-        if prefix is None: break
+        if prefix is None:
+            break
         named = {k.removeprefix(prefix): v for k, v in named.items()}
     return named
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-012
-def find_weights(found:Any # what a pickle gave
-                ) -> tuple[Any, list[str]]: # the innermost dict or module, names of what lay beside it
+def find_weights(
+    found: Any,  # what a pickle gave
+) -> tuple[Any, list[str]]:  # the innermost dict or module, names of what lay beside it
     "Where the weights are inside what a training program saved."
-    beside:list[str] = []
+    beside: list[str] = []
     for _ in range(_DEPTH):
-        if not isinstance(found, dict): break
+        if not isinstance(found, dict):
+            break
         key = next((k for k in _INNER if isinstance(found.get(k), (dict, Placeholder))), None)
-        if key is None: break
+        if key is None:
+            break
         beside += [str(k) for k in found if k != key]
         found = found[key]
     return found, beside
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-015
-_MOST_PICKLE = 64*2**20 # bytes of a pickle without its tensors
+_MOST_PICKLE = 64 * 2**20  # bytes of a pickle without its tensors
+
 
 class ZipStore:
     "The archive of `torch.save` or TorchScript."
-    def __init__(self, path:Path):
+
+    def __init__(self, path: Path):
         self.archive = zipfile.ZipFile(path)
         names = self.archive.namelist()
         self.root = next((n.rpartition("/")[0] for n in names if n.count("/") == 1 and n.endswith("/data.pkl")), None)
-        if self.root is None: raise pickle.UnpicklingError("no data.pkl")
+        if self.root is None:
+            raise pickle.UnpicklingError("no data.pkl")
         self.script = f"{self.root}/constants.pkl" in names
         total = sum(i.file_size for i in self.archive.infolist())
-        if total > 2*path.stat().st_size + 2**20: raise pickle.UnpicklingError("LIMIT")
-        if f"{self.root}/byteorder" in names and self.read("byteorder") == b"big": raise pickle.UnpicklingError("BIG")
+        if total > 2 * path.stat().st_size + 2**20:
+            raise pickle.UnpicklingError("LIMIT")
+        if f"{self.root}/byteorder" in names and self.read("byteorder") == b"big":
+            raise pickle.UnpicklingError("BIG")
 
-    def read(self, name:str) -> bytes: return self.archive.read(f"{self.root}/{name}")
+    def read(self, name: str) -> bytes:
+        return self.archive.read(f"{self.root}/{name}")
 
     def notes(self) -> Any:
         "What `data.pkl` describes, tensors as notes."
-        if self.archive.getinfo(f"{self.root}/data.pkl").file_size > _MOST_PICKLE: raise pickle.UnpicklingError("LIMIT")
+        if self.archive.getinfo(f"{self.root}/data.pkl").file_size > _MOST_PICKLE:
+            raise pickle.UnpicklingError("LIMIT")
         return DataReader(self.read("data.pkl")).load()
 
-    def storage(self, note:StorageNote) -> Tensor:
+    def storage(self, note: StorageNote) -> Tensor:
         "The numbers of a storage, flat."
         data = bytearray(self.read(f"data/{note.key}"))
         return torch.frombuffer(data, dtype=note.dtype) if data else torch.empty(0, dtype=note.dtype)
 
-    def close(self): self.archive.close()
+    def close(self):
+        self.archive.close()
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-018
-_MAGIC = 0x1950a86a20f9469cfc6c # the first number of a file of torch.save before 2020
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first number of a file of torch.save before 2020
+
 
 class LegacyStore:
     "A file of `torch.save` as it was before PyTorch 1.6."
+
     script = False
 
-    def __init__(self, path:Path):
-        if path.stat().st_size > 2**34: raise pickle.UnpicklingError("LIMIT")
+    def __init__(self, path: Path):
+        if path.stat().st_size > 2**34:
+            raise pickle.UnpicklingError("LIMIT")
         self.file = CountingFile(path.read_bytes())
-        if DataReader(self.file).load() != _MAGIC: raise pickle.UnpicklingError("no magic number")
-        for _ in range(2): DataReader(self.file).load() # version and machine
+        if DataReader(self.file).load() != _MAGIC:
+            raise pickle.UnpicklingError("no magic number")
+        for _ in range(2):
+            DataReader(self.file).load()  # version and machine
         self.found = DataReader(self.file).load()
         self.keys = [str(k) for k in DataReader(self.file).load()]
         self.starts = self.file.tell()
@@ -111,146 +131,200 @@ class LegacyStore:
         "What the file describes, tensors as notes."
         return self.found
 
-    def storage(self, note:StorageNote) -> Tensor:
+    def storage(self, note: StorageNote) -> Tensor:
         "The numbers of a storage, flat."
         counts = self._places(note)
         start, count = counts[note.key]
         size = note.dtype.itemsize
-        data = bytearray(self.file.getbuffer()[start:start + count*size])
-        if len(data) != count*size: raise pickle.UnpicklingError("cut short")
+        data = bytearray(self.file.getbuffer()[start : start + count * size])
+        if len(data) != count * size:
+            raise pickle.UnpicklingError("cut short")
         return torch.frombuffer(data, dtype=note.dtype) if data else torch.empty(0, dtype=note.dtype)
 
-    def _places(self, note:StorageNote) -> dict[str, tuple[int, int]]: # key -> first byte, numbers
+    def _places(self, note: StorageNote) -> dict[str, tuple[int, int]]:  # key -> first byte, numbers
         "Where each storage begins; the widths come from the notes."
         if not hasattr(self, "places"):
             widths = {n.storage.key: n.storage.dtype.itemsize for n in all_notes(self.found)}
-            self.places:dict[str, tuple[int, int]] = {}
+            self.places: dict[str, tuple[int, int]] = {}
             at = self.starts
             for key in self.keys:
-                count, = struct.unpack_from("<q", self.file.getbuffer(), at)
-                if count < 0 or key not in widths: raise pickle.UnpicklingError("an odd storage")
+                (count,) = struct.unpack_from("<q", self.file.getbuffer(), at)
+                if count < 0 or key not in widths:
+                    raise pickle.UnpicklingError("an odd storage")
                 self.places[key] = at + 8, count
-                at += 8 + count*widths[key]
+                at += 8 + count * widths[key]
         return self.places
 
-    def close(self): self.file.close()
+    def close(self):
+        self.file.close()
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-019
-def _read_notes(named:dict[str, Any], store:ZipStore|LegacyStore) -> dict[str, Tensor]:
+def _read_notes(named: dict[str, Any], store: ZipStore | LegacyStore) -> dict[str, Tensor]:
     "Follow the notes of the weights; a storage that several share is read once."
-    read:dict[str, Tensor] = {}
-    made:dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
     for name, note in named.items():
         if isinstance(note, ArrayNote):
-            if (array := note.tensor()) is not None: made[name] = array
+            if (array := note.tensor()) is not None:
+                made[name] = array
             continue
-        if note.storage.key not in read: read[note.storage.key] = store.storage(note.storage)
+        if note.storage.key not in read:
+            read[note.storage.key] = store.storage(note.storage)
         made[name] = note.build(read[note.storage.key])
-    used = sum(t.numel()*t.element_size() for t in made.values())
-    held = sum(t.numel()*t.element_size() for t in read.values())
-    if read and used > 4*held + 2**20: raise pickle.UnpicklingError("LIMIT")
+    used = sum(t.numel() * t.element_size() for t in made.values())
+    held = sum(t.numel() * t.element_size() for t in read.values())
+    if read and used > 4 * held + 2**20:
+        raise pickle.UnpicklingError("LIMIT")
     return made
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-021
-def refusal(path:Path, e:Exception) -> TiprError:
+def refusal(path: Path, e: Exception) -> TiprError:
     "Why a file cannot be read, in one line."
     text = " ".join(str(e).split())
-    if isinstance(e, FileNotFoundError): return TiprError(f"{path}: no such file; check the path")
-    if isinstance(e, PermissionError): return TiprError(f"{path}: no permission to read it; change its rights or copy it")
-    if text == "LIMIT": return TiprError(f"{path}: refused: it would unpack to far more than a checkpoint of its size holds; get the weights as safetensors")
-    if text == "BIG": return TiprError(f"{path}: written on a big-endian machine; save the weights as safetensors there")
+    if isinstance(e, FileNotFoundError):
+        return TiprError(f"{path}: no such file; check the path")
+    if isinstance(e, PermissionError):
+        return TiprError(f"{path}: no permission to read it; change its rights or copy it")
+    if text == "LIMIT":
+        return TiprError(
+            f"{path}: refused: it would unpack to far more than a checkpoint of its size "
+            "holds; get the weights as safetensors"
+        )
+    if text == "BIG":
+        return TiprError(f"{path}: written on a big-endian machine; save the weights as safetensors there")
     if m := re.search(r"GLOBAL (.+)", text):
-        return TiprError(f"{path}: refused: this pickle asks for {m[1][:80]}, which is no tensor and can run code; get the weights as safetensors, "
-                         "or, if you trust its maker, save the tensors alone with torch.save in the program that wrote it")
+        return TiprError(
+            f"{path}: refused: this pickle asks for {m[1][:80]}, which is no tensor and can run code; get "
+            "the weights as safetensors, "
+            "or, if you trust its maker, save the tensors alone with torch.save in the program that wrote it"
+        )
     return TiprError(f"{path}: not a complete checkpoint (cut short, or no PyTorch file?); copy or download it again")
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-023
-def _read_store(path:Path, store:ZipStore|LegacyStore) -> tuple[dict[str, Tensor], list[str]]:
+def _read_store(path: Path, store: ZipStore | LegacyStore) -> tuple[dict[str, Tensor], list[str]]:
     found, beside = find_weights(store.notes())
     named = {str(name): note for name, note in walk_notes(found)}
     return _read_notes(strip_wrappers(named), store), beside
 
-def read_pickle(path:str|Path) -> tuple[dict[str, Tensor], list[str]]: # tensors by name, names of what lay beside them
-    "The weights in a file of `torch.save` or TorchScript, read as data; a `TiprError` for anything that could run code."
+
+def read_pickle(
+    path: str | Path,
+) -> tuple[dict[str, Tensor], list[str]]:  # tensors by name, names of what lay beside them
+    "The weights in a file of `torch.save` or TorchScript, read as data; a `TiprError` for what could run code."
     path = Path(path)
     try:
         store = ZipStore(path) if zipfile.is_zipfile(path) else LegacyStore(path)
-        try: return _read_store(path, store)
-        finally: store.close()
-    except Exception as e: raise refusal(path, e) from None # a damaged file can raise anything
+        try:
+            return _read_store(path, store)
+        finally:
+            store.close()
+    except Exception as e:
+        raise refusal(path, e) from None  # a damaged file can raise anything
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-033
-def script_root(path:str|Path) -> str|None:
+def script_root(path: str | Path) -> str | None:
     "The folder inside a TorchScript archive; None for any other file."
     try:
-        with zipfile.ZipFile(path) as z: names = z.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError): return None
+        with zipfile.ZipFile(path) as z:
+            names = z.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return None
     return next((n.rpartition("/")[0] for n in names if n.endswith("/constants.pkl") and n.count("/") == 1), None)
 
-def read_script(path:str|Path) -> dict[str, Tensor]:
+
+def read_script(path: str | Path) -> dict[str, Tensor]:
     "Parameters and buffers of a TorchScript archive, by name; its program is not loaded."
     path = Path(path)
-    if script_root(path) is None: raise TiprError(f"{path}: not a TorchScript archive; read it with read_checkpoint")
+    if script_root(path) is None:
+        raise TiprError(f"{path}: not a TorchScript archive; read it with read_checkpoint")
     return read_pickle(path)[0]
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-037
-def read_file(path:str|Path) -> Checkpoint:
+def read_file(path: str | Path) -> Checkpoint:
     "One checkpoint file of any container."
     path = Path(path)
-    if not path.is_file(): raise TiprError(f"{path}: no such file; check the path")
-    if path.suffix == ".safetensors": found = Checkpoint(path, strip_wrappers(read_safetensors(path)), "safetensors")
+    if not path.is_file():
+        raise TiprError(f"{path}: no such file; check the path")
+    if path.suffix == ".safetensors":
+        found = Checkpoint(path, strip_wrappers(read_safetensors(path)), "safetensors")
     else:
         tensors, beside = read_pickle(path)
         found = Checkpoint(path, tensors, "TorchScript" if script_root(path) else "pickle", {}, beside)
-    if not found.tensors: raise TiprError(f"{path}: no tensors by name in it; it has to be the state dict of a model")
+    if not found.tensors:
+        raise TiprError(f"{path}: no tensors by name in it; it has to be the state dict of a model")
     return found
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-040
-_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin") # the first that is there
+_FILES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)  # the first that is there
 _CONFIGS = ("open_clip_config.json", "config.json")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 
-def read_config(folder:Path) -> dict:
+
+def read_config(folder: Path) -> dict:
     "The configuration beside the weights; empty where there is none."
-    path = next((folder/n for n in _CONFIGS if (folder/n).exists()), None)
-    if path is None: return {}
+    path = next((folder / n for n in _CONFIGS if (folder / n).exists()), None)
+    if path is None:
+        return {}
     config = read_json(path)
-    if not isinstance(config, dict): raise TiprError(f"{path}: not a model's configuration (a JSON object); download it again")
+    if not isinstance(config, dict):
+        raise TiprError(f"{path}: not a model's configuration (a JSON object); download it again")
     return config
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-041
-def _shards(folder:Path, index:Path) -> list[str]:
+def _shards(folder: Path, index: Path) -> list[str]:
     "The files that an index of weights names."
     listed = read_json(index)
-    names = sorted({str(v) for v in listed.get("weight_map", {}).values()}) if isinstance(listed, dict) and isinstance(listed.get("weight_map"), dict) else []
-    if not names or any(Path(n).name != n for n in names): raise TiprError(f"{index}: not an index of weights; download it again")
+    names = (
+        sorted({str(v) for v in listed.get("weight_map", {}).values()})
+        if isinstance(listed, dict) and isinstance(listed.get("weight_map"), dict)
+        else []
+    )
+    if not names or any(Path(n).name != n for n in names):
+        raise TiprError(f"{index}: not an index of weights; download it again")
     return names
 
-def weights_file(folder:Path) -> Path:
+
+def weights_file(folder: Path) -> Path:
     "The one file of weights in a folder."
-    names = [n for n in _FILES if (folder/n).exists()]
-    if (folder/_CONFIGS[0]).exists(): names.sort(key=lambda n: not n.startswith("open_clip")) # timm and LAION keep other layouts beside it
-    if names: return folder/names[0]
+    names = [n for n in _FILES if (folder / n).exists()]
+    if (folder / _CONFIGS[0]).exists():
+        names.sort(key=lambda n: not n.startswith("open_clip"))  # timm and LAION keep other layouts beside it
+    if names:
+        return folder / names[0]
     others = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in _SUFFIXES]
-    if len(others) == 1: return others[0]
-    if others: raise TiprError(f"{folder}: several checkpoints in it ({', '.join(str(p.relative_to(folder)) for p in others[:3])}); give the path of one")
+    if len(others) == 1:
+        return others[0]
+    if others:
+        raise TiprError(
+            f"{folder}: several checkpoints in it "
+            f"({', '.join(str(p.relative_to(folder)) for p in others[:3])}); give the path of one"
+        )
     raise TiprError(f"{folder}: none of {', '.join(_FILES)} in it; download the whole repository")
 
-def read_folder(folder:Path) -> Checkpoint:
+
+def read_folder(folder: Path) -> Checkpoint:
     "A folder in the layout of the hub: its configuration and its weights, in one file or in several with an index."
     config = read_config(folder)
     index = next(iter(sorted(folder.glob("*.index.json"))), None)
     if index is not None:
-        parts = [read_file(folder/n) for n in _shards(folder, index)]
+        parts = [read_file(folder / n) for n in _shards(folder, index)]
         return Checkpoint(folder, {k: v for p in parts for k, v in p.tensors.items()}, parts[0].container, config)
     found = read_file(weights_file(folder))
     return Checkpoint(folder, found.tensors, found.container, config, found.beside)
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-043
-def read_checkpoint(source:str|Path # a file, a folder, or a hub id
-                   ) -> Checkpoint:
+def read_checkpoint(
+    source: str | Path,  # a file, a folder, or a hub id
+) -> Checkpoint:
     "The tensors of a checkpoint, whatever its container."
     path = Path(source).expanduser()
-    if path.is_file(): return read_file(path)
-    if path.suffix in _SUFFIXES and not path.is_dir(): raise TiprError(f"{source}: no such file; check the path")
+    if path.is_file():
+        return read_file(path)
+    if path.suffix in _SUFFIXES and not path.is_dir():
+        raise TiprError(f"{source}: no such file; check the path")
     return read_folder(resolve_model(source, needs=()))

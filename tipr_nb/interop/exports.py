@@ -28,7 +28,7 @@ from ..models import (PersonCLIP, arch_config, load_strict, own_archs, resize_po
 from open_clip.model import CLIP
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-009
-def full_config(model:PersonCLIP) -> dict:
+def full_config(model: PersonCLIP) -> dict:
     "open_clip's configuration of a model, at its own image size."
     known = model.model_cfg or arch_config(model.arch)
     cfg = {k: dict(v) if isinstance(v, dict) else v for k, v in known.items()}
@@ -37,64 +37,99 @@ def full_config(model:PersonCLIP) -> dict:
     return cfg
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-011
-def plain_towers(model:PersonCLIP, target:str # program that is to read them, for the message
-                ) -> CLIP:
+def plain_towers(
+    model: PersonCLIP,
+    target: str,  # program that is to read them, for the message
+) -> CLIP:
     "The open_clip model inside, if other programs can build it from its configuration."
-    if model.arch in own_archs(): raise TiprError(f"{model.arch}: its stem is this package's own and {target} cannot build it; export to onnx, which every program can run")
-    if not isinstance(model.clip, CLIP): raise TiprError(f"{model.arch}: {target} has no such towers; export to open_clip or onnx")
+    if model.arch in own_archs():
+        raise TiprError(
+            f"{model.arch}: its stem is this package's own and {target} cannot "
+            "build it; export to onnx, which every program can run"
+        )
+    if not isinstance(model.clip, CLIP):
+        raise TiprError(f"{model.arch}: {target} has no such towers; export to open_clip or onnx")
     return model.clip
 
-def save_open_clip(model:PersonCLIP, folder:str|Path) -> Path:
+
+def save_open_clip(model: PersonCLIP, folder: str | Path) -> Path:
     "Write the folder that `open_clip.create_model('local-dir:...')` loads; add-ons stay behind."
-    if model.arch in own_archs(): plain_towers(model, "open_clip")
+    if model.arch in own_archs():
+        plain_towers(model, "open_clip")
     folder = Path(folder)
     pixels = dict(mean=list(model.mean), std=list(model.std), interpolation="bilinear", resize_mode="squash")
-    write_safetensors(folder/"open_clip_model.safetensors", model.clip.state_dict())
-    write_json(folder/"open_clip_config.json", dict(model_cfg=full_config(model), preprocess_cfg=pixels))
+    write_safetensors(folder / "open_clip_model.safetensors", model.clip.state_dict())
+    write_json(folder / "open_clip_config.json", dict(model_cfg=full_config(model), preprocess_cfg=pixels))
     return folder
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-014
-def _hf_tower(part:dict, heads:int, act:str, dim:int) -> dict[str, Any]:
+def _hf_tower(part: dict, heads: int, act: str, dim: int) -> dict[str, Any]:
     "What both towers' configurations have in common."
-    hidden = round(part["width"]*part.get("mlp_ratio", 4))
-    sizes = dict(hidden_size=part["width"], intermediate_size=hidden, num_hidden_layers=part["layers"], num_attention_heads=heads)
+    hidden = round(part["width"] * part.get("mlp_ratio", 4))
+    sizes = dict(
+        hidden_size=part["width"], intermediate_size=hidden, num_hidden_layers=part["layers"], num_attention_heads=heads
+    )
     return sizes | dict(hidden_act=act, projection_dim=dim)
 
-def hf_config(model:PersonCLIP) -> dict:
+
+def hf_config(model: PersonCLIP) -> dict:
     "The configuration of Hugging Face's `CLIPModel` for a model."
     cfg, tokenizer = full_config(model), model.tokenizer
     v, t, dim = cfg["vision_cfg"], cfg["text_cfg"], cfg["embed_dim"]
     act = "quick_gelu" if cfg.get("quick_gelu") else "gelu"
-    vision = _hf_tower(v, v["width"]//v.get("head_width", 64), act, dim) | dict(image_size=model.image_size[0], patch_size=v["patch_size"])
+    vision = _hf_tower(v, v["width"] // v.get("head_width", 64), act, dim) | dict(
+        image_size=model.image_size[0], patch_size=v["patch_size"]
+    )
     words = dict(vocab_size=t.get("vocab_size", 49408), max_position_embeddings=t.get("context_length", 77))
     marks = dict(bos_token_id=tokenizer.sot_token_id, eos_token_id=tokenizer.eot_token_id, pad_token_id=0)
-    return dict(vision_config=vision, text_config=_hf_tower(t, t["heads"], act, dim) | words | marks, projection_dim=dim)
+    return dict(
+        vision_config=vision, text_config=_hf_tower(t, t["heads"], act, dim) | words | marks, projection_dim=dim
+    )
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-016
-def _square_state(model:PersonCLIP, clip:CLIP, side:int) -> dict[str, Tensor]:
+def _square_state(model: PersonCLIP, clip: CLIP, side: int) -> dict[str, Tensor]:
     "The weights with the positions of a square grid."
     state = {k: v.detach().clone() for k, v in clip.state_dict().items()}
-    cells = side//model.patch_size[0]
-    state["visual.positional_embedding"] = resize_positions(state["visual.positional_embedding"], model.grid, (cells, cells))
+    cells = side // model.patch_size[0]
+    state["visual.positional_embedding"] = resize_positions(
+        state["visual.positional_embedding"], model.grid, (cells, cells)
+    )
     return state
 
-def _save_processor(model:PersonCLIP, folder:Path, side:int):
+
+def _save_processor(model: PersonCLIP, folder: Path, side: int):
     "Tokenizer and image processor beside the weights, so that `CLIPProcessor` loads."
     from transformers import CLIPImageProcessor, CLIPTokenizer
+
     if hasattr(model.tokenizer, "bpe_ranks"):
         vocab, merges = vocab_and_merges(model.tokenizer)
-        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model.tokenizer.context_length).save_pretrained(folder)
+        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model.tokenizer.context_length).save_pretrained(
+            folder
+        )
     size = dict(height=side, width=side)
-    CLIPImageProcessor(size=size, do_center_crop=False, image_mean=list(model.mean), image_std=list(model.std)).save_pretrained(folder)
+    CLIPImageProcessor(
+        size=size, do_center_crop=False, image_mean=list(model.mean), image_std=list(model.std)
+    ).save_pretrained(folder)
 
-def save_hf(model:PersonCLIP, folder:str|Path, image_size:Sequence[int]|None=None # square (h, w) to resample the positions to
-           ) -> Path:
+
+def save_hf(
+    model: PersonCLIP,
+    folder: str | Path,
+    image_size: Sequence[int] | None = None,  # square (h, w) to resample the positions to
+) -> Path:
     "Write a folder that `transformers.CLIPModel` and `CLIPProcessor` load; square pictures only."
     from transformers import CLIPConfig, CLIPModel
+
     clip = plain_towers(model, "Hugging Face's CLIPModel")
-    if "visual.proj" not in clip.state_dict(): raise TiprError(f"{model.arch}: Hugging Face's CLIPModel has no ResNet; export to open_clip or onnx")
+    if "visual.proj" not in clip.state_dict():
+        raise TiprError(f"{model.arch}: Hugging Face's CLIPModel has no ResNet; export to open_clip or onnx")
     height, width = image_size or model.image_size
-    if height != width: raise TiprError(f"image size {height}x{width}: Hugging Face's CLIPModel takes square pictures only; give image_size=(224, 224) to resample the positions (features change), or export to open_clip or onnx")
+    if height != width:
+        raise TiprError(
+            f"image size {height}x{width}: Hugging Face's CLIPModel takes square pictures "
+            "only; give image_size=(224, 224) to resample the positions (features change), or export to open_clip or "
+            "onnx"
+        )
     cfg = hf_config(model)
     cfg["vision_config"]["image_size"] = height
     theirs = CLIPModel(CLIPConfig(**cfg)).eval()
@@ -109,61 +144,85 @@ def save_hf(model:PersonCLIP, folder:str|Path, image_size:Sequence[int]|None=Non
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-019
 class ImageFeatures(torch.nn.Module):
     "The image tower of a model as a module of its own: normalised pixels to unit features."
-    def __init__(self, model:PersonCLIP):
+
+    def __init__(self, model: PersonCLIP):
         super().__init__()
         self.model = model
 
-    def forward(self, images:Tensor # (b, 3, h, w)
-               ) -> Tensor: # (b, d)
+    def forward(
+        self,
+        images: Tensor,  # (b, 3, h, w)
+    ) -> Tensor:  # (b, d)
         return F.normalize(self.model.image_features(images)[0].float(), dim=-1)
 
-def export_image_tower(model:PersonCLIP, path:str|Path):
+
+def export_image_tower(model: PersonCLIP, path: str | Path):
     "The image tower, pixels (b, 3, h, w) with CLIP's mean and deviation to unit features (b, d), as one ONNX file."
-    from tipr_nb.search.towers import _quiet_exporter
+    from tipr_nb.search import quiet_exporter
+
     need("onnxscript", "onnx", "exporting the image tower")
     was_training = model.training
     example = torch.zeros(2, 3, *model.image_size, device=model.device)
     batch = {"images": {0: torch.export.Dim.DYNAMIC}}
-    with warnings.catch_warnings(), torch.no_grad(), _quiet_exporter():
+    with warnings.catch_warnings(), torch.no_grad(), quiet_exporter():
         warnings.simplefilter("ignore")
-        torch.onnx.export(ImageFeatures(model).eval(), (example,), os.fspath(path), input_names=["images"], output_names=["features"],
-                          dynamic_shapes=batch, dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(
+            ImageFeatures(model).eval(),
+            (example,),
+            os.fspath(path),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=batch,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     model.train(was_training)
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-021
-def save_onnx(model:PersonCLIP, folder:str|Path) -> Path:
+def save_onnx(model: PersonCLIP, folder: str | Path) -> Path:
     "Write `image.onnx`, `text.onnx`, `tokenizer.json` and what preparing their input takes, for ONNX Runtime."
     from tipr_nb.search import export_text_tower, model_fingerprint
+
     folder = Path(folder)
     fingerprint = model_fingerprint(model)
-    if export_text_tower(model, folder, fingerprint) is None: raise TiprError(f"{model.arch}: its tokenizer cannot be written for ONNX Runtime; only CLIP's own can")
-    with atomic_path(folder/"image.onnx") as p: export_image_tower(model, p)
+    if export_text_tower(model, folder, fingerprint) is None:
+        raise TiprError(f"{model.arch}: its tokenizer cannot be written for ONNX Runtime; only CLIP's own can")
+    with atomic_path(folder / "image.onnx") as p:
+        export_image_tower(model, p)
     pixels = dict(image_size=list(model.image_size), mean=list(CLIP_MEAN), std=list(CLIP_STD), interpolation="bilinear")
-    write_json(folder/"image.json", dict(format=1, fingerprint=fingerprint, dim=model.dim) | pixels)
+    write_json(folder / "image.json", dict(format=1, fingerprint=fingerprint, dim=model.dim) | pixels)
     return folder
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-023
 class ImageTower:
     "An image tower run by ONNX Runtime; no PyTorch is imported by it."
-    def __init__(self, folder:str|Path # what `save_onnx` wrote
-                ):
-        from tipr_nb.search.towers import _session
-        self.facts = read_json(Path(folder)/"image.json", "export the model again")
-        self.session = _session(Path(folder)/"image.onnx")
 
-    def encode_image(self, images:Sequence # PIL images
-                    ) -> np.ndarray: # (b, d) unit float32
+    def __init__(
+        self,
+        folder: str | Path,  # what `save_onnx` wrote
+    ):
+        from tipr_nb.search import onnx_session
+
+        self.facts = read_json(Path(folder) / "image.json", "export the model again")
+        self.session = onnx_session(Path(folder) / "image.onnx")
+
+    def encode_image(
+        self,
+        images: Sequence,  # PIL images
+    ) -> np.ndarray:  # (b, d) unit float32
         "Unit features of pictures."
         pixels = np.stack([self._prepared(im) for im in images])
         return self.session.run(None, {"images": pixels.transpose(0, 3, 1, 2)})[0]
 
-    def _prepared(self, image:Any) -> np.ndarray: # (h, w, 3)
+    def _prepared(self, image: Any) -> np.ndarray:  # (h, w, 3)
         "A picture as normalised pixels."
         from PIL.Image import Resampling
+
         height, width = self.facts["image_size"]
         small = image.convert("RGB").resize((width, height), Resampling.BILINEAR)
-        scaled = np.asarray(small, np.float32)/255
-        return (scaled - np.float32(self.facts["mean"]))/np.float32(self.facts["std"])
+        scaled = np.asarray(small, np.float32) / 255
+        return (scaled - np.float32(self.facts["mean"])) / np.float32(self.facts["std"])
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-027
 _CARD = """---
@@ -180,28 +239,42 @@ Converted by `tipr convert`; the licence of the weights is that of their source.
 ```
 """
 
-def save_tipr(model:PersonCLIP, folder:str|Path) -> Path:
+
+def save_tipr(model: PersonCLIP, folder: str | Path) -> Path:
     "Write a folder that `PersonCLIP.from_pretrained` loads, with a note of where the weights came from."
     folder = Path(folder)
     origin = vars(model).get("origin")
-    if origin is not None: write_text(folder/"README.md", _CARD.format(name=folder.name, origin=origin))
+    if origin is not None:
+        write_text(folder / "README.md", _CARD.format(name=folder.name, origin=origin))
     model.save_pretrained(folder)
     return folder
 
-TARGETS:dict[str, Callable[[PersonCLIP, Path], Path]] = {"tipr": save_tipr, "open_clip": save_open_clip, "hf": save_hf, "onnx": save_onnx}
+
+TARGETS: dict[str, Callable[[PersonCLIP, Path], Path]] = {
+    "tipr": save_tipr,
+    "open_clip": save_open_clip,
+    "hf": save_hf,
+    "onnx": save_onnx,
+}
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-029
-def convert_file(source:str|Path # whatever `open_weights` reads
-                , out:str|Path # folder to write
-                , to:str="tipr" # "tipr", "open_clip", "hf" or "onnx"
-                , image_size:Sequence[int]|None=None # (h, w) to resample the positions to
-                , quick_gelu:bool|None=None # the activation, where the file does not say
-                , say:Callable[[str], object]|None=print) -> Path:
+def convert_file(
+    source: str | Path,  # whatever `open_weights` reads
+    out: str | Path,  # folder to write
+    to: str = "tipr",  # "tipr", "open_clip", "hf" or "onnx"
+    image_size: Sequence[int] | None = None,  # (h, w) to resample the positions to
+    quick_gelu: bool | None = None,  # the activation, where the file does not say
+    say: Callable[[str], object] | None = print,
+) -> Path:
     "Turn a checkpoint into another project's layout."
-    if to not in TARGETS: raise TiprError(f"to {to!r}: unknown layout; choose {', '.join(TARGETS)}")
+    if to not in TARGETS:
+        raise TiprError(f"to {to!r}: unknown layout; choose {', '.join(TARGETS)}")
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise TiprError(f"{out}: there is something in it already; choose another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TiprError(f"{out}: there is something in it already; choose another folder")
     model = open_weights(source, image_size, quick_gelu, say)
-    with atomic_path(out, folder=True) as tmp: TARGETS[to](model, tmp)
-    if say is not None: say(f"written: {out} ({', '.join(sorted(p.name for p in out.iterdir()))})")
+    with atomic_path(out, folder=True) as tmp:
+        TARGETS[to](model, tmp)
+    if say is not None:
+        say(f"written: {out} ({', '.join(sorted(p.name for p in out.iterdir()))})")
     return out

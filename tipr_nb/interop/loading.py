@@ -29,97 +29,144 @@ from open_clip.model import convert_to_custom_text_state_dict
 @dataclass
 class Origin:
     "Where a loaded model came from, and what was done to it."
-    name:str # file or folder
-    peer:str
-    arch:str
-    image_size:tuple[int, int] # (h, w)
-    quick_gelu:bool
-    aside:dict[str, int] = field(default_factory=dict) # what -> tensors
-    notes:list[str] = field(default_factory=list)
+
+    name: str  # file or folder
+    peer: str
+    arch: str
+    image_size: tuple[int, int]  # (h, w)
+    quick_gelu: bool
+    aside: dict[str, int] = field(default_factory=dict)  # what -> tensors
+    notes: list[str] = field(default_factory=list)
 
     def __repr__(self):
         height, width = self.image_size
-        lines = [f"{self.name}: {self.peer}, {self.arch}, {height}x{width} pixels, {'QuickGELU' if self.quick_gelu else 'GELU'}"]
-        parts = [f"{k} ({n} tensor{'s'*(n != 1)})" if n else k for k, n in self.aside.items()]
-        if parts: lines.append(f"left aside: {', '.join(parts)}")
+        act = "QuickGELU" if self.quick_gelu else "GELU"
+        lines = [f"{self.name}: {self.peer}, {self.arch}, {height}x{width} pixels, {act}"]
+        parts = [f"{k} ({n} tensor{'s' * (n != 1)})" if n else k for k, n in self.aside.items()]
+        if parts:
+            lines.append(f"left aside: {', '.join(parts)}")
         return "\n".join([*lines, *self.notes])
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-011
-def config_part(config:dict, name:str, where:str) -> dict:
+def config_part(config: dict, name: str, where: str) -> dict:
     "A part of a configuration that has to be an object; empty where there is none."
     part = config.get(name)
-    if part is None: return {}
-    if not isinstance(part, dict): raise TiprError(f"{where}: {name} in its configuration is {type(part).__name__}, not an object; download it again")
+    if part is None:
+        return {}
+    if not isinstance(part, dict):
+        raise TiprError(
+            f"{where}: {name} in its configuration is {type(part).__name__}, not an object; download it again"
+        )
     return part
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-013
-def _hf_activation(config:dict, where:str) -> bool:
+def _hf_activation(config: dict, where: str) -> bool:
     "Whether a Hugging Face configuration names QuickGELU."
-    acts = {str(config_part(config, k, where).get("hidden_act", "quick_gelu")) for k in ("vision_config", "text_config")}
-    if len(acts) == 1 and acts <= {"quick_gelu", "gelu"}: return acts == {"quick_gelu"}
-    raise TiprError(f"{where}/config.json: hidden_act {', '.join(sorted(acts))}; only gelu or quick_gelu, the same in both towers, can be loaded")
+    acts = {
+        str(config_part(config, k, where).get("hidden_act", "quick_gelu")) for k in ("vision_config", "text_config")
+    }
+    if len(acts) == 1 and acts <= {"quick_gelu", "gelu"}:
+        return acts == {"quick_gelu"}
+    raise TiprError(
+        f"{where}/config.json: hidden_act {', '.join(sorted(acts))}; only gelu or quick_gelu, the same in "
+        "both towers, can be loaded"
+    )
 
-def find_activation(found:Checkpoint, peer:Peer, asked:bool|None=None) -> bool:
+
+def find_activation(found: Checkpoint, peer: Peer, asked: bool | None = None) -> bool:
     "Whether the towers use QuickGELU: by the caller, the configuration, or the project's habit."
     where = found.path.name
-    if asked is not None: return asked
-    if peer.rename is from_hf_siglip: return False
+    if asked is not None:
+        return asked
+    if peer.rename is from_hf_siglip:
+        return False
     named = config_part(found.config, "model_cfg", where)
-    if named: return bool(named.get("quick_gelu"))
-    if "vision_config" in found.config: return _hf_activation(found.config, where)
-    if peer.quick_gelu is not None: return peer.quick_gelu
-    raise TiprError(f"{where}: does not say which activation its towers use; give quick_gelu=True (OpenAI's weights and all that was fine-tuned from them) or quick_gelu=False (LAION's, DataComp's)")
+    if named:
+        return bool(named.get("quick_gelu"))
+    if "vision_config" in found.config:
+        return _hf_activation(found.config, where)
+    if peer.quick_gelu is not None:
+        return peer.quick_gelu
+    raise TiprError(
+        f"{where}: does not say which activation its towers use; give quick_gelu=True (OpenAI's weights "
+        "and all that was fine-tuned from them) or quick_gelu=False (LAION's, DataComp's)"
+    )
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-015
-def _hf_heads(cfg:dict, config:dict, where:str) -> dict:
+def _hf_heads(cfg: dict, config: dict, where: str) -> dict:
     "Heads as Hugging Face's configuration gives them, since shapes do not."
     vision = config_part(config, "vision_config", where).get("num_attention_heads")
     text = config_part(config, "text_config", where).get("num_attention_heads")
-    if vision: cfg["vision_cfg"]["head_width"] = cfg["vision_cfg"]["width"]//vision
-    if text: cfg["text_cfg"]["heads"] = text
+    if vision:
+        cfg["vision_cfg"]["head_width"] = cfg["vision_cfg"]["width"] // vision
+    if text:
+        cfg["text_cfg"]["heads"] = text
     return cfg
 
-def _named_size(cfg:dict) -> tuple[int, int]|None:
+
+def _named_size(cfg: dict) -> tuple[int, int] | None:
     "The image size of an open_clip configuration."
     size = cfg.get("vision_cfg", {}).get("image_size")
-    if size is None: return None
-    if isinstance(size, int): return size, size
+    if size is None:
+        return None
+    if isinstance(size, int):
+        return size, size
     return int(size[0]), int(size[1])
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-017
-def find_grid(n:int # patches that the positions are for
-             , patch:int # side in pixels
-             , sizes:Sequence[Sequence[int]|None] # image sizes (h, w) to try first
-             , where:str) -> tuple[int, int]: # rows, columns
+def find_grid(
+    n: int,  # patches that the positions are for
+    patch: int,  # side in pixels
+    sizes: Sequence[Sequence[int] | None],  # image sizes (h, w) to try first
+    where: str,
+) -> tuple[int, int]:  # rows, columns
     "The grid that a checkpoint's positions belong to."
     for size in sizes:
-        if size is not None and (size[0]//patch)*(size[1]//patch) == n: return int(size[0])//patch, int(size[1])//patch
+        if size is not None and (size[0] // patch) * (size[1] // patch) == n:
+            return int(size[0]) // patch, int(size[1]) // patch
     grid = guess_grid(n)
-    if grid is not None: return grid
+    if grid is not None:
+        return grid
     asked = next((s for s in sizes if s is not None), None)
     unfit = f" and do not fit {asked[0]}x{asked[1]}" if asked else ""
-    raise TiprError(f"{where}: {n} patches of {patch} pixels make no grid of 1:1, 2:1 or 3:1{unfit}; give image_size=(height, width) as it was trained (overlapping patches, stride below {patch}, are not supported)")
+    raise TiprError(
+        f"{where}: {n} patches of {patch} pixels make no grid of 1:1, 2:1 or 3:1{unfit}; give "
+        f"image_size=(height, width) as it was trained (overlapping patches, stride below {patch}, are not supported)"
+    )
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-020
-def check_shapes(arch:str, size:tuple[int, int], cfg:dict|None, state:dict[str, Tensor], where:str):
+def check_shapes(arch: str, size: tuple[int, int], cfg: dict | None, state: dict[str, Tensor], where: str):
     "A `TiprError` where the model that is to be built would not take these tensors; nothing is allocated."
     try:
-        with torch.device("meta"): model = PersonCLIP(arch, size, cfg)
-    except TiprError: raise
-    except Exception as e: raise TiprError(f"{where}: its configuration builds no model ({type(e).__name__}: {' '.join(str(e).split())[:100]}); download it again") from None
-    if hasattr(model.clip, "text"): state = convert_to_custom_text_state_dict(state)
+        with torch.device("meta"):
+            model = PersonCLIP(arch, size, cfg)
+    except TiprError:
+        raise
+    except Exception as e:
+        raise TiprError(
+            f"{where}: its configuration builds no model ({type(e).__name__}: "
+            f"{' '.join(str(e).split())[:100]}); download it again"
+        ) from None
+    if hasattr(model.clip, "text"):
+        state = convert_to_custom_text_state_dict(state)
     theirs = {k: tuple(v.shape) for k, v in state.items()}
     for name, v in model.clip.state_dict().items():
         if name in theirs and theirs[name] != tuple(v.shape) and v.numel() != math.prod(theirs[name]):
-            raise TiprError(f"{where}: not the weights of {arch}: {name} is {theirs[name]} there and {tuple(v.shape)} here; choose a checkpoint of that architecture")
+            raise TiprError(
+                f"{where}: not the weights of {arch}: {name} is {theirs[name]} there and {tuple(v.shape)} "
+                "here; choose a checkpoint of that architecture"
+            )
 
-def fill(model:PersonCLIP, state:dict[str, Tensor], where:str) -> PersonCLIP:
+
+def fill(model: PersonCLIP, state: dict[str, Tensor], where: str) -> PersonCLIP:
     "Load tensors of open_clip's layout as float32."
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
     for name in ("logit_scale", "logit_bias"):
         own = getattr(model.clip, name, None)
-        if own is not None: state[name] = state.get(name, own.detach()).reshape(own.shape)
-    if hasattr(model.clip, "text"): state = convert_to_custom_text_state_dict(state)
+        if own is not None:
+            state[name] = state.get(name, own.detach()).reshape(own.shape)
+    if hasattr(model.clip, "text"):
+        state = convert_to_custom_text_state_dict(state)
     load_strict(model.clip, state, where, model.arch)
     return model.eval()
 
@@ -127,99 +174,154 @@ def fill(model:PersonCLIP, state:dict[str, Tensor], where:str) -> PersonCLIP:
 @dataclass
 class Blueprint:
     "What is built before the tensors go in."
-    arch:str
-    size:tuple[int, int] # (h, w) as the checkpoint was trained
-    cfg:dict|None # open_clip configuration; None for one that open_clip lists
-    mean:Sequence[float]
-    std:Sequence[float]
 
-def _from_named(found:Checkpoint, state:dict[str, Tensor], peer:Peer, quick:bool, image_size:Sequence[int]|None) -> Blueprint:
+    arch: str
+    size: tuple[int, int]  # (h, w) as the checkpoint was trained
+    cfg: dict | None  # open_clip configuration; None for one that open_clip lists
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def _from_named(
+    found: Checkpoint, state: dict[str, Tensor], peer: Peer, quick: bool, image_size: Sequence[int] | None
+) -> Blueprint:
     "The blueprint of an open_clip folder, which names its whole configuration."
     where = found.path.name
     named = config_part(found.config, "model_cfg", where) | dict(quick_gelu=quick)
-    if not isinstance(named.get("vision_cfg"), dict) or not isinstance(named.get("text_cfg"), dict): raise TiprError(f"{where}/open_clip_config.json: no vision_cfg and text_cfg in it; download it again")
-    try: arch = name_arch(named, quick)[0]
-    except (KeyError, TypeError): arch = "open-clip-folder"
+    if not isinstance(named.get("vision_cfg"), dict) or not isinstance(named.get("text_cfg"), dict):
+        raise TiprError(f"{where}/open_clip_config.json: no vision_cfg and text_cfg in it; download it again")
+    try:
+        arch = name_arch(named, quick)[0]
+    except (KeyError, TypeError):
+        arch = "open-clip-folder"
     size = _named_size(named) or (224, 224)
     positions, patch = state.get("visual.positional_embedding"), named["vision_cfg"].get("patch_size")
     if positions is not None and isinstance(patch, int):
         rows, columns = find_grid(len(positions) - 1, patch, [image_size, size], where)
-        size = rows*patch, columns*patch
+        size = rows * patch, columns * patch
     pixels = config_part(found.config, "preprocess_cfg", where)
     return Blueprint(arch, size, named, pixels.get("mean") or peer.mean, pixels.get("std") or peer.std)
 
-def _from_siglip(found:Checkpoint, state:dict[str, Tensor], peer:Peer, image_size:Sequence[int]|None) -> Blueprint:
+
+def _from_siglip(
+    found: Checkpoint, state: dict[str, Tensor], peer: Peer, image_size: Sequence[int] | None
+) -> Blueprint:
     "The blueprint of Hugging Face's SigLIP."
     cfg = siglip_config(state, found.config)
     patch = state["visual.trunk.patch_embed.proj.weight"].shape[-1]
     rows, columns = find_grid(state["visual.trunk.pos_embed"].shape[1], patch, [image_size], found.path.name)
-    if has_tokenizer(found.path): cfg["text_cfg"]["hf_tokenizer_name"] = str(found.path)
-    return Blueprint(f"siglip-{state['visual.trunk.pos_embed'].shape[-1]}-{patch}", (rows*patch, columns*patch), cfg, peer.mean, peer.std)
+    if has_tokenizer(found.path):
+        cfg["text_cfg"]["hf_tokenizer_name"] = str(found.path)
+    return Blueprint(
+        f"siglip-{state['visual.trunk.pos_embed'].shape[-1]}-{patch}",
+        (rows * patch, columns * patch),
+        cfg,
+        peer.mean,
+        peer.std,
+    )
 
-def has_tokenizer(folder:Path) -> bool:
+
+def has_tokenizer(folder: Path) -> bool:
     "Whether a folder holds a tokenizer of Hugging Face's."
-    return any((folder/name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model"))
+    return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model"))
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-024
-def plan_model(found:Checkpoint, state:dict[str, Tensor] # open_clip's layout
-              , peer:Peer, quick:bool # the activation
-              , image_size:Sequence[int]|None=None # (h, w) asked for
-              ) -> Blueprint:
+def plan_model(
+    found: Checkpoint,
+    state: dict[str, Tensor],  # open_clip's layout
+    peer: Peer,
+    quick: bool,  # the activation
+    image_size: Sequence[int] | None = None,  # (h, w) asked for
+) -> Blueprint:
     "What to build for a checkpoint's tensors."
     where = found.path.name
-    if peer.rename is from_hf_siglip: return _from_siglip(found, state, peer, image_size)
-    if config_part(found.config, "model_cfg", where): return _from_named(found, state, peer, quick, image_size)
+    if peer.rename is from_hf_siglip:
+        return _from_siglip(found, state, peer, image_size)
+    if config_part(found.config, "model_cfg", where):
+        return _from_named(found, state, peer, quick, image_size)
     cfg = _hf_heads(model_config(state), found.config, where)
     patch = cfg["vision_cfg"]["patch_size"] or 32
     positions = state.get("visual.positional_embedding", state.get("visual.attnpool.positional_embedding"))
     rows, columns = find_grid(len(positions) - 1 if positions is not None else 0, patch, [image_size], where)
     arch, model_cfg = name_arch(cfg, quick)
-    return Blueprint(arch, (rows*patch, columns*patch), model_cfg, peer.mean, peer.std)
+    return Blueprint(arch, (rows * patch, columns * patch), model_cfg, peer.mean, peer.std)
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-027
-def _origin(model:PersonCLIP, found:Checkpoint, peer:Peer, rest:dict[str, Tensor], quick:bool, trained:tuple[int, int], scaled:bool) -> Origin:
+def _origin(
+    model: PersonCLIP,
+    found: Checkpoint,
+    peer: Peer,
+    rest: dict[str, Tensor],
+    quick: bool,
+    trained: tuple[int, int],
+    scaled: bool,
+) -> Origin:
     "The note that a loaded model keeps."
     notes = [peer.note] if peer.note else []
     if trained != model.image_size:
-        rows, columns = (trained[i]//model.patch_size[i] for i in (0, 1))
+        rows, columns = (trained[i] // model.patch_size[i] for i in (0, 1))
         notes.append(f"positions resampled from a grid of {rows}x{columns} to {model.grid[0]}x{model.grid[1]}")
-    if not scaled: notes.append(f"no logit scale in the file; set to {f'1/{peer.temperature}' if peer.temperature else 'its default'}")
-    if (model.mean, model.std) == IMAGENET: notes.append("takes pixels with ImageNet's mean and deviation; PersonCLIP converts them")
-    return Origin(found.path.name, peer.name, model.arch, model.image_size, quick, name_heads(rest) | dict.fromkeys(found.beside, 0), notes)
+    if not scaled:
+        notes.append(
+            f"no logit scale in the file; set to {f'1/{peer.temperature}' if peer.temperature else 'its default'}"
+        )
+    if (model.mean, model.std) == IMAGENET:
+        notes.append("takes pixels with ImageNet's mean and deviation; PersonCLIP converts them")
+    return Origin(
+        found.path.name,
+        peer.name,
+        model.arch,
+        model.image_size,
+        quick,
+        name_heads(rest) | dict.fromkeys(found.beside, 0),
+        notes,
+    )
 
-def own_weights(path:str|Path, image_size:Sequence[int]|None=None) -> PersonCLIP|None:
+
+def own_weights(path: str | Path, image_size: Sequence[int] | None = None) -> PersonCLIP | None:
     "The model, if these are weights of this package: shipped, a run's, or a folder of `save_pretrained`."
     name = str(path)
-    if name in shipped_weights() or f"clip-{name}" in shipped_weights(): return PersonCLIP.from_pretrained(name, image_size=image_size)
-    best = Path(name).expanduser()/"best"
-    if (best/"config.json").is_file(): return PersonCLIP.from_pretrained(best, image_size=image_size) # a run keeps its weights in best/
+    if name in shipped_weights() or f"clip-{name}" in shipped_weights():
+        return PersonCLIP.from_pretrained(name, image_size=image_size)
+    best = Path(name).expanduser() / "best"
+    if (best / "config.json").is_file():
+        return PersonCLIP.from_pretrained(best, image_size=image_size)  # a run keeps its weights in best/
     return None
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-029
-def load_peer(path:str|Path # checkpoint file, folder, or hub id
-             , image_size:Sequence[int]|None=None # (h, w); the checkpoint's own when None, else positions are resampled
-             , quick_gelu:bool|None=None # the activation, where the file does not say
-             , say:Callable[[str], object]|None=print # gets what was recognised and what was left aside
-            ) -> PersonCLIP:
-    "Another project's checkpoint as a `PersonCLIP` in evaluation mode: IRRA, SEN, RDE, TBPS-CLIP, OpenAI CLIP, Long-CLIP, open_clip, Hugging Face's `CLIPModel` and `SiglipModel`, or our own."
+def load_peer(
+    path: str | Path,  # checkpoint file, folder, or hub id
+    image_size: Sequence[int] | None = None,  # (h, w); the checkpoint's own when None, else positions are resampled
+    quick_gelu: bool | None = None,  # the activation, where the file does not say
+    say: Callable[[str], object] | None = print,  # gets what was recognised and what was left aside
+) -> PersonCLIP:
+    "Another project's checkpoint as a `PersonCLIP` in evaluation mode; ours too."
     own = own_weights(path, image_size)
-    if own is not None: return own
+    if own is not None:
+        return own
     found = read_checkpoint(path)
-    if found.config.get("model_type") == "tipr-person-clip": return PersonCLIP.from_pretrained(found.path, image_size=image_size)
+    if found.config.get("model_type") == "tipr-person-clip":
+        return PersonCLIP.from_pretrained(found.path, image_size=image_size)
     where = found.path.name
-    if _is_timm_folder(found): peer, state, rest = Peer("open_clip", (), dict), found.tensors, {}
-    else: peer, state, rest = recognise(found.tensors, where)
+    if _is_timm_folder(found):
+        peer, state, rest = Peer("open_clip", (), dict), found.tensors, {}
+    else:
+        peer, state, rest = recognise(found.tensors, where)
     quick = find_activation(found, peer, quick_gelu)
     plan = plan_model(found, state, peer, quick, image_size)
     check_shapes(plan.arch, plan.size, plan.cfg, state, where)
     model = fill(PersonCLIP(plan.arch, plan.size, plan.cfg, plan.mean, plan.std), state, where)
-    if image_size is not None: model.resize(image_size)
+    if image_size is not None:
+        model.resize(image_size)
     scaled = "logit_scale" in state
-    if not scaled and peer.temperature: model.clip.logit_scale.data.fill_(math.log(1/peer.temperature))
+    if not scaled and peer.temperature:
+        model.clip.logit_scale.data.fill_(math.log(1 / peer.temperature))
     object.__setattr__(model, "origin", _origin(model, found, peer, rest, quick, plan.size, scaled))
-    if say is not None: say(repr(vars(model)["origin"]))
+    if say is not None:
+        say(repr(vars(model)["origin"]))
     return model
 
-def _is_timm_folder(found:Checkpoint) -> bool:
+
+def _is_timm_folder(found: Checkpoint) -> bool:
     "Whether it is an open_clip folder with an image tower of timm's: its tensors have open_clip's names already."
     return isinstance(found.config.get("model_cfg"), dict) and any(k.startswith("visual.trunk.") for k in found.tensors)

@@ -25,108 +25,146 @@ from ..models import arch_config, own_archs
 import open_clip
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-008
-_CORE = re.compile(r"(visual\.|transformer\.resblocks\.|token_embedding\.weight$|positional_embedding$|ln_final\.|text_projection$|logit_scale$)")
+_CORE = re.compile(
+    r"(visual\.|transformer\.resblocks\.|token_embedding\.weight$|positional_embedding$|"
+    r"ln_final\.|text_projection$|logit_scale$)"
+)
 _TEXT = ("token_embedding.weight", "positional_embedding", "text_projection", "ln_final.weight")
 _NEEDED = ("visual.positional_embedding", "visual.proj", "visual.conv1.weight", *_TEXT)
 _NEEDED_RESNET = ("visual.attnpool.positional_embedding", "visual.layer1.0.conv1.weight", *_TEXT)
-IMAGENET = ((.485, .456, .406), (.229, .224, .225)) # mean, deviation
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, deviation
+
 
 @dataclass(frozen=True)
 class Peer:
     "How a project names CLIP's tensors, and what its code does that the tensors do not say."
-    name:str
-    marks:tuple[str, ...] # patterns; each must fit the beginning of some name
-    rename:Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    quick_gelu:bool|None=True # None: differs from file to file
-    temperature:float|None=None # of its loss, where no scale is learned
-    mean:tuple=CLIP_MEAN
-    std:tuple=CLIP_STD
-    note:str=""
+
+    name: str
+    marks: tuple[str, ...]  # patterns; each must fit the beginning of some name
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    quick_gelu: bool | None = True  # None: differs from file to file
+    temperature: float | None = None  # of its loss, where no scale is learned
+    mean: tuple = CLIP_MEAN
+    std: tuple = CLIP_STD
+    note: str = ""
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-010
-def drop_prefix(tensors:dict[str, Tensor], prefix:str) -> dict[str, Tensor]:
+def drop_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "The tensors with `prefix` taken off the names that begin with it."
     return {k.removeprefix(prefix): v for k, v in tensors.items()}
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-013
-_HF = [("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-       ("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
-       ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-       ("vision_model.pre_layrnorm", "visual.ln_pre"), ("vision_model.post_layernorm", "visual.ln_post"),
-       ("vision_model.encoder.layers", "visual.transformer.resblocks"),
-       ("text_model.encoder.layers", "transformer.resblocks"),
-       ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
-       ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-       ("text_model.embeddings.position_embedding_res.weight", "positional_embedding_res"),
-       ("text_model.final_layer_norm", "ln_final"), ("self_attn.out_proj", "attn.out_proj"),
-       ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")]
+_HF = [
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm", "visual.ln_pre"),
+    ("vision_model.post_layernorm", "visual.ln_post"),
+    ("vision_model.encoder.layers", "visual.transformer.resblocks"),
+    ("text_model.encoder.layers", "transformer.resblocks"),
+    ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.embeddings.position_embedding_res.weight", "positional_embedding_res"),
+    ("text_model.final_layer_norm", "ln_final"),
+    ("self_attn.out_proj", "attn.out_proj"),
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+]
 _HF_MATRICES = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
-def stack_attention(tensors:dict[str, Tensor], stacked:str="attn.in_proj_" # name of the stacked matrix, before weight or bias
-                   ) -> dict[str, Tensor]:
+
+def stack_attention(
+    tensors: dict[str, Tensor],
+    stacked: str = "attn.in_proj_",  # name of the stacked matrix, before weight or bias
+) -> dict[str, Tensor]:
     "Queries, keys and values of Hugging Face's attention, stacked as others keep them."
-    out:dict[str, Tensor] = {}
-    apart:dict[tuple[str, str, str], Tensor] = {}
+    out: dict[str, Tensor] = {}
+    apart: dict[tuple[str, str, str], Tensor] = {}
     for name, v in tensors.items():
         m = re.search(r"self_attn\.([qkv])_proj\.(weight|bias)$", name)
-        if m is None: out[name] = v
-        else: apart[name[:m.start()], m[2], m[1]] = v
+        if m is None:
+            out[name] = v
+        else:
+            apart[name[: m.start()], m[2], m[1]] = v
     for block, kind in {key[:2] for key in apart}:
         parts = [apart.get((block, kind, x)) for x in "qkv"]
-        if all(p is not None for p in parts): out[f"{block}{stacked}{kind}"] = torch.cat([p for p in parts if p is not None])
+        if all(p is not None for p in parts):
+            out[f"{block}{stacked}{kind}"] = torch.cat([p for p in parts if p is not None])
     return out
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-015
-def from_hf(tensors:dict[str, Tensor]) -> dict[str, Tensor]:
+def from_hf(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "Hugging Face's `CLIPModel` in open_clip's layout."
-    out:dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
     for name, v in tensors.items():
         if name in _HF_MATRICES:
             out[_HF_MATRICES[name]] = v.T.contiguous()
             continue
-        for theirs, ours in _HF: name = name.replace(theirs, ours)
+        for theirs, ours in _HF:
+            name = name.replace(theirs, ours)
         out[name] = v
     return stack_attention(out)
 
-def to_hf(state:dict[str, Tensor] # open_clip's layout
-         ) -> dict[str, Tensor]:
+
+def to_hf(
+    state: dict[str, Tensor],  # open_clip's layout
+) -> dict[str, Tensor]:
     "open_clip's layout in Hugging Face's: the way back of `from_hf`."
     matrices = {ours: theirs for theirs, ours in _HF_MATRICES.items()}
-    out:dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
     for name, v in state.items():
         if name in matrices:
             out[matrices[name]] = v.T.contiguous()
             continue
         stacked = re.search(r"attn\.in_proj_(weight|bias)$", name)
-        if stacked: name = f"{name[:stacked.start()]}self_attn.%s_proj.{stacked[1]}"
-        for theirs, ours in _HF: name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.|$)", rf"\g<1>{theirs}", name)
+        if stacked:
+            name = f"{name[: stacked.start()]}self_attn.%s_proj.{stacked[1]}"
+        for theirs, ours in _HF:
+            name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.|$)", rf"\g<1>{theirs}", name)
         out |= {name % x: part.clone() for x, part in zip("qkv", v.chunk(3))} if stacked else {name: v}
     return out
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-019
-_SIGLIP_IMAGE = [("vision_model.embeddings.patch_embedding", "visual.trunk.patch_embed.proj"),
-                 ("vision_model.embeddings.position_embedding.weight", "visual.trunk.pos_embed"),
-                 ("vision_model.encoder.layers", "visual.trunk.blocks"), ("vision_model.post_layernorm", "visual.trunk.norm"),
-                 ("vision_model.head.probe", "visual.trunk.attn_pool.latent"),
-                 ("vision_model.head.attention.out_proj", "visual.trunk.attn_pool.proj"),
-                 ("vision_model.head.layernorm", "visual.trunk.attn_pool.norm"),
-                 ("vision_model.head.mlp", "visual.trunk.attn_pool.mlp"),
-                 ("layer_norm1", "norm1"), ("layer_norm2", "norm2"), ("self_attn.out_proj", "attn.proj")]
-_SIGLIP_TEXT = [("text_model.embeddings.token_embedding", "text.token_embedding"),
-                ("text_model.embeddings.position_embedding.weight", "text.positional_embedding"),
-                ("text_model.encoder.layers", "text.transformer.resblocks"), ("text_model.final_layer_norm", "text.ln_final"),
-                ("text_model.head", "text.text_projection"), ("self_attn.out_proj", "attn.out_proj"),
-                ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")]
+_SIGLIP_IMAGE = [
+    ("vision_model.embeddings.patch_embedding", "visual.trunk.patch_embed.proj"),
+    ("vision_model.embeddings.position_embedding.weight", "visual.trunk.pos_embed"),
+    ("vision_model.encoder.layers", "visual.trunk.blocks"),
+    ("vision_model.post_layernorm", "visual.trunk.norm"),
+    ("vision_model.head.probe", "visual.trunk.attn_pool.latent"),
+    ("vision_model.head.attention.out_proj", "visual.trunk.attn_pool.proj"),
+    ("vision_model.head.layernorm", "visual.trunk.attn_pool.norm"),
+    ("vision_model.head.mlp", "visual.trunk.attn_pool.mlp"),
+    ("layer_norm1", "norm1"),
+    ("layer_norm2", "norm2"),
+    ("self_attn.out_proj", "attn.proj"),
+]
+_SIGLIP_TEXT = [
+    ("text_model.embeddings.token_embedding", "text.token_embedding"),
+    ("text_model.embeddings.position_embedding.weight", "text.positional_embedding"),
+    ("text_model.encoder.layers", "text.transformer.resblocks"),
+    ("text_model.final_layer_norm", "text.ln_final"),
+    ("text_model.head", "text.text_projection"),
+    ("self_attn.out_proj", "attn.out_proj"),
+    ("layer_norm1", "ln_1"),
+    ("layer_norm2", "ln_2"),
+    ("mlp.fc1", "mlp.c_fc"),
+    ("mlp.fc2", "mlp.c_proj"),
+]
 
-def _renamed(tensors:dict[str, Tensor], pairs:list[tuple[str, str]]) -> dict[str, Tensor]:
+
+def _renamed(tensors: dict[str, Tensor], pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
     "The same tensors with parts of their names replaced."
-    out:dict[str, Tensor] = {}
+    out: dict[str, Tensor] = {}
     for name, v in tensors.items():
-        for theirs, ours in pairs: name = name.replace(theirs, ours)
+        for theirs, ours in pairs:
+            name = name.replace(theirs, ours)
         out[name] = v
     return out
 
-def from_hf_siglip(tensors:dict[str, Tensor]) -> dict[str, Tensor]:
+
+def from_hf_siglip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "Hugging Face's `SiglipModel` in the layout of open_clip with timm's image tower."
     image = {k: v for k, v in tensors.items() if k.startswith("vision_model.")}
     out = stack_attention(_renamed(image, _SIGLIP_IMAGE), "attn.qkv.")
@@ -134,41 +172,77 @@ def from_hf_siglip(tensors:dict[str, Tensor]) -> dict[str, Tensor]:
     out |= stack_attention(_renamed(text, _SIGLIP_TEXT))
     for kind in ("weight", "bias"):
         whole = out.pop(f"vision_model.head.attention.in_proj_{kind}", None)
-        if whole is not None: out[f"visual.trunk.attn_pool.q.{kind}"], out[f"visual.trunk.attn_pool.kv.{kind}"] = whole.split([len(whole)//3, 2*len(whole)//3])
+        if whole is not None:
+            out[f"visual.trunk.attn_pool.q.{kind}"], out[f"visual.trunk.attn_pool.kv.{kind}"] = whole.split(
+                [len(whole) // 3, 2 * len(whole) // 3]
+            )
     positions = out.get("visual.trunk.pos_embed")
-    if positions is not None: out["visual.trunk.pos_embed"] = positions[None]
+    if positions is not None:
+        out["visual.trunk.pos_embed"] = positions[None]
     return out
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-022
-_KEPT_POSITIONS = 20 # of Long-CLIP: those that its first table gives
+_KEPT_POSITIONS = 20  # of Long-CLIP: those that its first table gives
 
-def join_positions(state:dict[str, Tensor] # open_clip's layout
-                  ) -> dict[str, Tensor]:
+
+def join_positions(
+    state: dict[str, Tensor],  # open_clip's layout
+) -> dict[str, Tensor]:
     "Long-CLIP's two tables of text positions as the one that its code adds up."
     second = state.get("positional_embedding_res")
-    if second is None: return state
+    if second is None:
+        return state
     first = state.get("positional_embedding")
-    if first is None or first.shape != second.shape: raise TiprError("Long-CLIP's two tables of positions do not fit each other; get the checkpoint again")
+    if first is None or first.shape != second.shape:
+        raise TiprError("Long-CLIP's two tables of positions do not fit each other; get the checkpoint again")
     joined = torch.cat([first[:_KEPT_POSITIONS], second[_KEPT_POSITIONS:]])
     return {k: v for k, v in state.items() if k != "positional_embedding_res"} | {"positional_embedding": joined}
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-025
 _family = functools.partial(drop_prefix, prefix="base_model.")
-_RDE = "RDE ranks by the mean of two similarities, global features and selected tokens; only the global ones are kept, so its published numbers are not to be expected"
-PEERS = [Peer("Hugging Face SiglipModel", (r"vision_model\.head\.probe", r"text_model\."), from_hf_siglip, False, None, (.5, .5, .5), (.5, .5, .5)),
-         Peer("Hugging Face CLIPModel", (r"vision_model\.", r"text_model\."), from_hf, None),
-         Peer("RDE", (r"base_model\.visual\.", r"visul_emb_layer\."), _family, True, .02, note=_RDE),
-         Peer("SEN", (r"base_model\.visual\.", r"(decoder_pred\.|mask_token$|decoder_embed\.)"), _family, True, .02),
-         Peer("IRRA", (r"base_model\.visual\.", r"base_model\."), _family, True, .02),
-         Peer("TBPS-CLIP", (r"encode_text\.", r"visual\."), functools.partial(drop_prefix, prefix="encode_text."), True, None, *IMAGENET),
-         Peer("open_clip, text tower apart", (r"text\.token_embedding\.", r"visual\."), functools.partial(drop_prefix, prefix="text."), None),
-         Peer("OpenAI CLIP", (r"(input_resolution|context_length|vocab_size)$", r"visual\."), dict, True),
-         Peer("Long-CLIP", (r"positional_embedding_res$", r"visual\.", r"token_embedding\."), dict, True),
-         Peer("CLIP", (r"visual\.", r"token_embedding\."), dict, None)]
+_RDE = (
+    "RDE ranks by the mean of two similarities, global features and selected tokens; only the global ones are kept, "
+    "so its published numbers are not to be expected"
+)
+PEERS = [
+    Peer(
+        "Hugging Face SiglipModel",
+        (r"vision_model\.head\.probe", r"text_model\."),
+        from_hf_siglip,
+        False,
+        None,
+        (0.5, 0.5, 0.5),
+        (0.5, 0.5, 0.5),
+    ),
+    Peer("Hugging Face CLIPModel", (r"vision_model\.", r"text_model\."), from_hf, None),
+    Peer("RDE", (r"base_model\.visual\.", r"visul_emb_layer\."), _family, True, 0.02, note=_RDE),
+    Peer("SEN", (r"base_model\.visual\.", r"(decoder_pred\.|mask_token$|decoder_embed\.)"), _family, True, 0.02),
+    Peer("IRRA", (r"base_model\.visual\.", r"base_model\."), _family, True, 0.02),
+    Peer(
+        "TBPS-CLIP",
+        (r"encode_text\.", r"visual\."),
+        functools.partial(drop_prefix, prefix="encode_text."),
+        True,
+        None,
+        *IMAGENET,
+    ),
+    Peer(
+        "open_clip, text tower apart",
+        (r"text\.token_embedding\.", r"visual\."),
+        functools.partial(drop_prefix, prefix="text."),
+        None,
+    ),
+    Peer("OpenAI CLIP", (r"(input_resolution|context_length|vocab_size)$", r"visual\."), dict, True),
+    Peer("Long-CLIP", (r"positional_embedding_res$", r"visual\.", r"token_embedding\."), dict, True),
+    Peer("CLIP", (r"visual\.", r"token_embedding\."), dict, None),
+]
 
-def _marked(names:Iterable[str], mark:str) -> bool: return any(re.match(mark, n) for n in names)
 
-def find_peer(names:Iterable[str]) -> Peer|None:
+def _marked(names: Iterable[str], mark: str) -> bool:
+    return any(re.match(mark, n) for n in names)
+
+
+def find_peer(names: Iterable[str]) -> Peer | None:
     "The first project all of whose marks are found."
     names = list(names)
     return next((p for p in PEERS if all(_marked(names, m) for m in p.marks)), None)
@@ -176,37 +250,59 @@ def find_peer(names:Iterable[str]) -> Peer|None:
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-027
 _BEGINNINGS = ("visual.conv1.weight", "vision_model.embeddings.class_embedding", "vision_model.head.probe")
 
-def wrapper_prefix(names:Iterable[str]) -> str:
-    "What stands before the towers' names where a project wraps CLIP in a class of its own: `clip.`, `encoder.model.`"
-    return next((k[:-len(mark)] for k in names for mark in _BEGINNINGS if k.endswith(f".{mark}")), "")
 
-def _some(missing:list[str]) -> str:
-    more = f" and {len(missing)-3} more" if len(missing) > 3 else ""
+def wrapper_prefix(names: Iterable[str]) -> str:
+    "What stands before the towers' names where a project wraps CLIP in a class of its own: `clip.`, `encoder.model.`"
+    return next((k[: -len(mark)] for k in names for mark in _BEGINNINGS if k.endswith(f".{mark}")), "")
+
+
+def _some(missing: list[str]) -> str:
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     return f"{', '.join(missing[:3])}{more}"
 
-def nearest_peer(tensors:dict[str, Tensor], where:str) -> str:
+
+def nearest_peer(tensors: dict[str, Tensor], where: str) -> str:
     "What an unknown layout resembles most, and what it lacks."
-    def lacking(p): return [k for k in _NEEDED if k not in p.rename(tensors)]
-    candidates = [p for p in PEERS if p.rename is not from_hf_siglip]
+
+    def lacking(p):
+        return [k for k in _NEEDED if k not in p.rename(tensors)]
+
+    candidates = [p for p in PEERS if p.rename is not from_hf_siglip and p.name != "Long-CLIP"]
     best = min(candidates, key=lambda p: (len(lacking(p)), -sum(_marked(tensors, m) for m in p.marks)))
     missing = lacking(best)
     has = ", ".join(n[:60] for n in list(tensors)[:3])
-    if len(missing) == len(_NEEDED): return f"{where}: no CLIP in it (its tensors are named {has}, ...); known are {', '.join(p.name for p in PEERS)}"
-    return f"{where}: unknown layout; the nearest is {best.name}, but {_some(missing) or 'some of its marks'} missing (its tensors are named {has}, ...)"
+    if len(missing) == len(_NEEDED):
+        return (
+            f"{where}: no CLIP in it (its tensors are named {has}, ...); known are {', '.join(p.name for p in PEERS)}"
+        )
+    lacks = _some(missing) or "some of its marks"
+    return (
+        f"{where}: unknown layout; the nearest is {best.name}, but {lacks} missing (its tensors are named {has}, ...)"
+    )
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-029
-_NEEDED_SIGLIP = ("visual.trunk.pos_embed", "visual.trunk.patch_embed.proj.weight", "text.token_embedding.weight",
-                  "text.positional_embedding", "text.text_projection.weight")
+_NEEDED_SIGLIP = (
+    "visual.trunk.pos_embed",
+    "visual.trunk.patch_embed.proj.weight",
+    "text.token_embedding.weight",
+    "text.positional_embedding",
+    "text.text_projection.weight",
+)
 _SIGLIP_CORE = re.compile(r"(visual\.trunk\.|text\.|logit_scale$|logit_bias$)")
 
-def recognise(tensors:dict[str, Tensor], where:str="checkpoint") -> tuple[Peer, dict[str, Tensor], dict[str, Tensor]]: # peer, its CLIP in open_clip's layout, what else it holds
+
+def recognise(
+    tensors: dict[str, Tensor], where: str = "checkpoint"
+) -> tuple[Peer, dict[str, Tensor], dict[str, Tensor]]:  # peer, its CLIP in open_clip's layout, what else it holds
     "Whose checkpoint this is; a `TiprError` names the nearest layout and what is missing."
     peer = find_peer(tensors)
     if peer is None:
         prefix = wrapper_prefix(tensors)
-        if prefix: tensors = drop_prefix(tensors, prefix)
+        if prefix:
+            tensors = drop_prefix(tensors, prefix)
         peer = find_peer(tensors)
-    if peer is None: raise TiprError(nearest_peer(tensors, where))
+    if peer is None:
+        raise TiprError(nearest_peer(tensors, where))
     renamed = join_positions(peer.rename(tensors))
     siglip = peer.rename is from_hf_siglip
     pattern = _SIGLIP_CORE if siglip else _CORE
@@ -214,41 +310,65 @@ def recognise(tensors:dict[str, Tensor], where:str="checkpoint") -> tuple[Peer, 
     plain = _NEEDED_RESNET if "visual.layer1.0.conv1.weight" in core else _NEEDED
     needed = _NEEDED_SIGLIP if siglip else plain
     missing = [k for k in needed if k not in core]
-    if missing: raise TiprError(f"{where}: looks like {peer.name}, but {_some(missing)} missing; is it a whole model with an image and a text tower?")
+    if missing:
+        raise TiprError(
+            f"{where}: looks like {peer.name}, but {_some(missing)} missing; is it a whole model "
+            "with an image and a text tower?"
+        )
     return peer, core, {k: v for k, v in renamed.items() if k not in core}
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-035
-def count_layers(state:dict[str, Tensor], stem:str # pattern of the name before the layer's number
-                ) -> int:
+def count_layers(
+    state: dict[str, Tensor],
+    stem: str,  # pattern of the name before the layer's number
+) -> int:
     "How many layers of that name there are."
     return len({m[1] for k in state if (m := re.match(rf"{stem}\.(\d+)\.", k))})
 
-def _vision_config(state:dict[str, Tensor]) -> dict[str, Any]:
+
+def _vision_config(state: dict[str, Tensor]) -> dict[str, Any]:
     "The image tower's part of the configuration."
     if "visual.layer1.0.conv1.weight" in state:
         cells = len(state["visual.attnpool.positional_embedding"]) - 1
         layers = [count_layers(state, rf"visual\.layer{i}") for i in range(1, 5)]
-        return dict(image_size=32*math.isqrt(cells), layers=layers, width=state["visual.layer1.0.conv1.weight"].shape[0], patch_size=None)
+        return dict(
+            image_size=32 * math.isqrt(cells),
+            layers=layers,
+            width=state["visual.layer1.0.conv1.weight"].shape[0],
+            patch_size=None,
+        )
     width, _, _, patch = state["visual.conv1.weight"].shape
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-    return dict(image_size=patch*side, patch_size=patch, width=width, head_width=min(64, width), layers=count_layers(state, r"visual\.transformer\.resblocks"))
+    return dict(
+        image_size=patch * side,
+        patch_size=patch,
+        width=width,
+        head_width=min(64, width),
+        layers=count_layers(state, r"visual\.transformer\.resblocks"),
+    )
 
-def model_config(state:dict[str, Tensor] # open_clip's layout
-                ) -> dict:
+
+def model_config(
+    state: dict[str, Tensor],  # open_clip's layout
+) -> dict:
     "open_clip's configuration of a CLIP, read off the shapes of its tensors; 64 channels a head, as in CLIP."
     context, width = state["positional_embedding"].shape
-    text:dict[str, Any] = dict(context_length=context, vocab_size=state["token_embedding.weight"].shape[0], width=width)
-    text |= dict(heads=max(1, width//64), layers=count_layers(state, r"transformer\.resblocks"))
+    text: dict[str, Any] = dict(
+        context_length=context, vocab_size=state["token_embedding.weight"].shape[0], width=width
+    )
+    text |= dict(heads=max(1, width // 64), layers=count_layers(state, r"transformer\.resblocks"))
     vision = _vision_config(state)
     for cfg, stem in ((vision, "visual.transformer"), (text, "transformer")):
         hidden = state.get(f"{stem}.resblocks.0.mlp.c_fc.weight")
-        if hidden is not None and len(hidden) != 4*cfg["width"]: cfg["mlp_ratio"] = len(hidden)/cfg["width"]
+        if hidden is not None and len(hidden) != 4 * cfg["width"]:
+            cfg["mlp_ratio"] = len(hidden) / cfg["width"]
     return dict(embed_dim=state["text_projection"].shape[1], vision_cfg=vision, text_cfg=text)
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-038
-def siglip_config(state:dict[str, Tensor] # the layout of `from_hf_siglip`
-                 , config:dict # Hugging Face's config.json: heads and activation
-                 ) -> dict:
+def siglip_config(
+    state: dict[str, Tensor],  # the layout of `from_hf_siglip`
+    config: dict,  # Hugging Face's config.json: heads and activation
+) -> dict:
     "open_clip's configuration of a SigLIP."
     seen, read = config.get("vision_config") or {}, config.get("text_config") or {}
     width, _, _, patch = state["visual.trunk.patch_embed.proj.weight"].shape
@@ -257,40 +377,73 @@ def siglip_config(state:dict[str, Tensor] # the layout of `from_hf_siglip`
     act = "gelu" if seen.get("hidden_act") == "gelu" else "gelu_tanh"
     tower = f"tipr_siglip_p{patch}_w{width}_d{layers}_h{seen.get('num_attention_heads', 12)}_m{hidden}_{act}"
     side = math.isqrt(state["visual.trunk.pos_embed"].shape[1])
-    vision = dict(image_size=patch*side, timm_model_name=tower, timm_model_pretrained=False, timm_pool="map", timm_proj="none")
+    vision = dict(
+        image_size=patch * side, timm_model_name=tower, timm_model_pretrained=False, timm_pool="map", timm_proj="none"
+    )
     context, wide = state["text.positional_embedding"].shape
-    text:dict[str, Any] = dict(context_length=context, vocab_size=len(state["text.token_embedding.weight"]), width=wide, heads=read.get("num_attention_heads", 12))
-    text |= dict(layers=count_layers(state, r"text\.transformer\.resblocks"), mlp_ratio=len(state["text.transformer.resblocks.0.mlp.c_fc.weight"])/wide)
-    text |= dict(no_causal_mask=True, proj_bias=True, pool_type="last", norm_kwargs=dict(eps=1e-6), hf_tokenizer_name="", tokenizer_kwargs=dict(clean="canonicalize"))
-    if act == "gelu_tanh": text["act_kwargs"] = dict(approximate="tanh")
-    return dict(embed_dim=len(state["text.text_projection.weight"]), init_logit_bias=-10, custom_text=True, vision_cfg=vision, text_cfg=text)
+    text: dict[str, Any] = dict(
+        context_length=context,
+        vocab_size=len(state["text.token_embedding.weight"]),
+        width=wide,
+        heads=read.get("num_attention_heads", 12),
+    )
+    text |= dict(
+        layers=count_layers(state, r"text\.transformer\.resblocks"),
+        mlp_ratio=len(state["text.transformer.resblocks.0.mlp.c_fc.weight"]) / wide,
+    )
+    text |= dict(
+        no_causal_mask=True,
+        proj_bias=True,
+        pool_type="last",
+        norm_kwargs=dict(eps=1e-6),
+        hf_tokenizer_name="",
+        tokenizer_kwargs=dict(clean="canonicalize"),
+    )
+    if act == "gelu_tanh":
+        text["act_kwargs"] = dict(approximate="tanh")
+    return dict(
+        embed_dim=len(state["text.text_projection.weight"]),
+        init_logit_bias=-10,
+        custom_text=True,
+        vision_cfg=vision,
+        text_cfg=text,
+    )
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-041
-_PLAIN = {"vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
-          "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}}
+_PLAIN = {
+    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+}
 
-def visible_shape(cfg:dict) -> tuple:
+
+def visible_shape(cfg: dict) -> tuple:
     "What of a configuration shows in its tensors."
     v, t = cfg["vision_cfg"], cfg["text_cfg"]
     layers = v.get("layers", 12)
     resnet = isinstance(layers, (list, tuple))
-    image = (tuple(layers), v.get("width", 64), None) if resnet else (layers, v.get("width", 768), v.get("patch_size", 16))
-    ratios = round(v.get("mlp_ratio", 4)*1000), round(t.get("mlp_ratio", 4)*1000)
+    image = (
+        (tuple(layers), v.get("width", 64), None) if resnet else (layers, v.get("width", 768), v.get("patch_size", 16))
+    )
+    ratios = round(v.get("mlp_ratio", 4) * 1000), round(t.get("mlp_ratio", 4) * 1000)
     text = t.get("context_length", 77), t.get("vocab_size", 49408), t.get("width", 512), t.get("layers", 12)
     return (cfg["embed_dim"], *image, *text, *ratios)
+
 
 @functools.cache
 def _known_shapes() -> dict[tuple, str]:
     "Shapes of open_clip's plain architectures -> the shortest name."
-    known:dict[tuple, str] = {}
+    known: dict[tuple, str] = {}
     for name in sorted(open_clip.list_models(), key=lambda n: (len(n), n), reverse=True):
         cfg = open_clip.get_model_config(name)
         odd = set(cfg) - {"embed_dim", *_PLAIN} or any(set(cfg[k]) - plain for k, plain in _PLAIN.items())
-        if not odd and name not in own_archs(): known[visible_shape(cfg)] = name
+        if not odd and name not in own_archs():
+            known[visible_shape(cfg)] = name
     return known
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-043
-def name_arch(cfg:dict, quick_gelu:bool) -> tuple[str, dict|None]: # name, configuration where open_clip does not list it
+def name_arch(
+    cfg: dict, quick_gelu: bool
+) -> tuple[str, dict | None]:  # name, configuration where open_clip does not list it
     "open_clip's name for a configuration, or one of our own."
     name = _known_shapes().get(visible_shape(cfg))
     if name is None:
@@ -298,28 +451,44 @@ def name_arch(cfg:dict, quick_gelu:bool) -> tuple[str, dict|None]: # name, confi
         own = f"clip-{v['width']}-{v['patch_size'] or 'resnet'}"
         return own, cfg | (dict(quick_gelu=True) if quick_gelu else {})
     twin = f"{name}-quickgelu"
-    if not quick_gelu: return name, None
-    if twin in open_clip.list_models(): return twin, None
+    if not quick_gelu:
+        return name, None
+    if twin in open_clip.list_models():
+        return twin, None
     return twin, arch_config(name) | dict(quick_gelu=True)
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-048
-def guess_grid(n:int # patches
-              ) -> tuple[int, int]|None: # rows, columns
+def guess_grid(
+    n: int,  # patches
+) -> tuple[int, int] | None:  # rows, columns
     "The grid of 1:1, 3:1 or 2:1 that has `n` patches."
     for ratio in (1, 3, 2):
-        w = math.isqrt(max(0, n)//ratio)
-        if w and ratio*w*w == n: return ratio*w, w
+        w = math.isqrt(max(0, n) // ratio)
+        if w and ratio * w * w == n:
+            return ratio * w, w
     return None
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-052
-_HEADS = [(r"classifier\.", "identity classifier"),
-          (r"(mlm_head|cross_attn(_mlm)?|cross_modal_transformer(_mlm)?|ln_pre_[ti]|ln_post)\.", "masked language modelling (MLM)"),
-          (r"(decoder_|mask_token|cross_attn_(Text|Image)|cross_modal_transformer_mae|norm_\d)", "image restoration (MAE)"),
-          (r"(fuse_head|norm_image|norm_text)", "fusion head"), (r"(visul|texual)_emb_layer\.", "token selection (TSE)"),
-          (r"simclr_mlp", "SimCLR projection"), (r"(input_resolution|context_length|vocab_size)$", "sizes"),
-          (r".*position_ids$", "position numbers"), (r".*attn_mask$", "attention mask")]
+_HEADS = [
+    (r"classifier\.", "identity classifier"),
+    (
+        r"(mlm_head|cross_attn(_mlm)?|cross_modal_transformer(_mlm)?|ln_pre_[ti]|ln_post)\.",
+        "masked language modelling (MLM)",
+    ),
+    (r"(decoder_|mask_token|cross_attn_(Text|Image)|cross_modal_transformer_mae|norm_\d)", "image restoration (MAE)"),
+    (r"(fuse_head|norm_image|norm_text)", "fusion head"),
+    (r"(visul|texual)_emb_layer\.", "token selection (TSE)"),
+    (r"simclr_mlp", "SimCLR projection"),
+    (r"(input_resolution|context_length|vocab_size)$", "sizes"),
+    (r".*position_ids$", "position numbers"),
+    (r".*attn_mask$", "attention mask"),
+]
 
-def name_heads(names:Iterable[str]) -> dict[str, int]: # what -> how many tensors
+
+def name_heads(names: Iterable[str]) -> dict[str, int]:  # what -> how many tensors
     "What the tensors that are no part of the two towers were for."
-    def what(n): return next((label for pattern, label in _HEADS if re.match(pattern, n)), n.split(".")[0])
+
+    def what(n):
+        return next((label for pattern, label in _HEADS if re.match(pattern, n)), n.split(".")[0])
+
     return dict(Counter(what(n) for n in names))

@@ -19,171 +19,283 @@ from torch import Tensor
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-007
 class Placeholder:
     "Takes the place of any object that is not wanted; it keeps its attributes as data and does nothing."
+
     __slots__ = ("state",)
 
-    def __init__(self, *args): self.state = None
+    def __init__(self, *args):
+        self.state = None
 
-    def __new__(cls, *args): return super().__new__(cls)
+    def __new__(cls, *args):
+        return super().__new__(cls)
 
-    def __setstate__(self, state): self.state = state
+    def __setstate__(self, state):
+        self.state = state
 
-    def __setitem__(self, key, value): pass
+    def __setitem__(self, key, value):
+        pass
 
-    def append(self, value): pass
+    def append(self, value):
+        pass
 
-    def extend(self, values): pass
+    def extend(self, values):
+        pass
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-010
 _PLAIN_KEYS = (str, int, float, bool, bytes, type(None))
 
+
 class PlainDict(dict):
     "A dict that a pickle fills: entries whose key is no plain value are dropped."
+
     __slots__ = ()
 
-    def __init__(self, *args): super().__init__()
+    def __init__(self, *args):
+        super().__init__()
 
     def __setitem__(self, key, value):
-        if type(key) in _PLAIN_KEYS: super().__setitem__(key, value)
+        if type(key) in _PLAIN_KEYS:
+            super().__setitem__(key, value)
 
-    def __setstate__(self, state): pass
+    def __setstate__(self, state):
+        pass
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-013
 @dataclass(frozen=True)
 class StorageNote:
     "A storage of a file, not read yet."
-    key:str
-    dtype:torch.dtype
-    count:int # numbers in it
+
+    key: str
+    dtype: torch.dtype
+    count: int  # numbers in it
+
 
 @dataclass(frozen=True)
 class TensorNote:
     "A tensor of a file, not read yet."
-    storage:StorageNote
-    offset:int
-    size:tuple[int, ...]
-    stride:tuple[int, ...]
 
-    def build(self, data:Tensor # the storage, flat
-             ) -> Tensor:
+    storage: StorageNote
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def build(
+        self,
+        data: Tensor,  # the storage, flat
+    ) -> Tensor:
         "The tensor, as a view of its storage."
         return data.as_strided(self.size, self.stride, self.offset)
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-015
-def note_tensor(storage:StorageNote, offset:int, size:tuple, stride:tuple, *rest) -> TensorNote:
+def note_tensor(storage: StorageNote, offset: int, size: tuple, stride: tuple, *rest) -> TensorNote:
     "What stands for `torch._utils._rebuild_tensor_v2`."
     numbers = (offset, *size, *stride)
-    if not isinstance(storage, StorageNote) or not all(isinstance(n, int) and 0 <= n < 2**48 for n in numbers): raise pickle.UnpicklingError("a tensor of odd shape")
-    if len(size) != len(stride) or math.prod(size) > storage.count: raise pickle.UnpicklingError("a tensor larger than its storage")
+    if not isinstance(storage, StorageNote) or not all(isinstance(n, int) and 0 <= n < 2**48 for n in numbers):
+        raise pickle.UnpicklingError("a tensor of odd shape")
+    if len(size) != len(stride) or math.prod(size) > storage.count:
+        raise pickle.UnpicklingError("a tensor larger than its storage")
     return TensorNote(storage, offset, tuple(size), tuple(stride))
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-018
 class ArrayType(Placeholder):
     "A NumPy dtype of a file, by its code such as `f4`."
+
     __slots__ = ("code",)
 
     def __init__(self, code="", *args):
         super().__init__()
         self.code = code if isinstance(code, str) else ""
 
+
 class ArrayNote(Placeholder):
     "A NumPy array of a file."
+
     __slots__ = ()
 
-    def tensor(self) -> Tensor|None:
+    def tensor(self) -> Tensor | None:
         "Its numbers; None for what is no plain array."
         match self.state:
             case (_, tuple(shape), ArrayType() as kind, _, bytes(data)) if re.fullmatch(r"[fiub][1248]", kind.code):
                 array = np.frombuffer(data, kind.code)
-                if math.prod(n for n in shape if isinstance(n, int)) != array.size: return None
-                return torch.from_numpy(array.copy()).reshape(shape) if array.dtype.kind != "u" or array.itemsize == 1 else None
+                if math.prod(n for n in shape if isinstance(n, int)) != array.size:
+                    return None
+                return (
+                    torch.from_numpy(array.copy()).reshape(shape)
+                    if array.dtype.kind != "u" or array.itemsize == 1
+                    else None
+                )
         return None
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-021
-_DTYPES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-           "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-           "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool, "UntypedStorage": torch.uint8}
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
 
-def _same(value:Any, *rest) -> Any: return value
 
-def _latin1(text:str, *rest) -> bytes: return text.encode("latin1")
+def _same(value: Any, *rest) -> Any:
+    return value
 
-def _typed(rebuild:Callable, kind:Any, args:tuple, *rest) -> Any:
+
+def _latin1(text: str, *rest) -> bytes:
+    return text.encode("latin1")
+
+
+def _typed(rebuild: Callable, kind: Any, args: tuple, *rest) -> Any:
     "What stands for `torch._tensor._rebuild_from_type_v2`, which wraps another rebuilding function."
     return rebuild(*args) if rebuild in (note_tensor, _same) else Placeholder()
 
-_FUNCTIONS:dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): note_tensor, ("torch._utils", "_rebuild_tensor"): note_tensor,
-    ("torch._utils", "_rebuild_parameter"): _same, ("torch._utils", "_rebuild_parameter_with_state"): _same,
-    ("torch._tensor", "_rebuild_from_type_v2"): _typed, ("torch", "Size"): _same, ("torch", "Tensor"): Placeholder,
-    ("torch", "device"): Placeholder, ("torch.serialization", "_get_layout"): Placeholder,
-    ("collections", "OrderedDict"): PlainDict, ("collections", "defaultdict"): PlainDict, ("collections", "Counter"): PlainDict,
-    ("numpy", "dtype"): ArrayType, ("numpy", "ndarray"): ArrayNote, ("_codecs", "encode"): _latin1,
-    ("copyreg", "_reconstructor"): Placeholder, ("copy_reg", "_reconstructor"): Placeholder}
+
+_FUNCTIONS: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): note_tensor,
+    ("torch._utils", "_rebuild_tensor"): note_tensor,
+    ("torch._utils", "_rebuild_parameter"): _same,
+    ("torch._utils", "_rebuild_parameter_with_state"): _same,
+    ("torch._tensor", "_rebuild_from_type_v2"): _typed,
+    ("torch", "Size"): _same,
+    ("torch", "Tensor"): Placeholder,
+    ("torch", "device"): Placeholder,
+    ("torch.serialization", "_get_layout"): Placeholder,
+    ("collections", "OrderedDict"): PlainDict,
+    ("collections", "defaultdict"): PlainDict,
+    ("collections", "Counter"): PlainDict,
+    ("numpy", "dtype"): ArrayType,
+    ("numpy", "ndarray"): ArrayNote,
+    ("_codecs", "encode"): _latin1,
+    ("copyreg", "_reconstructor"): Placeholder,
+    ("copy_reg", "_reconstructor"): Placeholder,
+}
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-022
-_DATA_MODULES = ("pathlib", "datetime", "argparse", "decimal", "fractions", "uuid", "numpy.random", "torch.nn", "torch.optim")
+_DATA_MODULES = (
+    "pathlib",
+    "datetime",
+    "argparse",
+    "decimal",
+    "fractions",
+    "uuid",
+    "numpy.random",
+    "torch.nn",
+    "torch.optim",
+)
 _DATA_NAMES = {"types.SimpleNamespace", "random.Random", "collections.deque", "numpy.bool", "numpy.bool_"}
-_BUILTIN_TYPES = {"set", "frozenset", "list", "dict", "tuple", "int", "float", "str", "bool", "bytes", "bytearray", "complex", "slice", "range", "object"}
+_BUILTIN_TYPES = {
+    "set",
+    "frozenset",
+    "list",
+    "dict",
+    "tuple",
+    "int",
+    "float",
+    "str",
+    "bool",
+    "bytes",
+    "bytearray",
+    "complex",
+    "slice",
+    "range",
+    "object",
+}
 _NUMPY_ARRAYS = re.compile(r"numpy\.(_?core\.(multiarray|numeric))\.(_reconstruct|_frombuffer)")
 _NUMPY_NUMBERS = re.compile(r"numpy\.(_?core\.multiarray\.scalar|u?int\d+|float\d+)")
 
-def stand_in(module:str, name:str) -> Any:
+
+def stand_in(module: str, name: str) -> Any:
     "What a pickle gets when it asks for a name; refused where that could be a function that does something."
     full = f"{module}.{name}"
-    if (module, name) in _FUNCTIONS: return _FUNCTIONS[module, name]
-    if module in ("torch", "torch.storage") and name in _DTYPES: return _DTYPES[name]
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype): return Placeholder()
-    if module.startswith("__torch__"): return Placeholder
-    if module == "torch.jit._pickle": return _same
-    if _NUMPY_ARRAYS.fullmatch(full): return _empty_array
-    if _NUMPY_NUMBERS.fullmatch(full) or full in _DATA_NAMES: return Placeholder
-    if module in ("builtins", "__builtin__") and name in _BUILTIN_TYPES: return Placeholder
-    if any(f"{module}.".startswith(f"{m}.") for m in _DATA_MODULES): return Placeholder
+    if (module, name) in _FUNCTIONS:
+        return _FUNCTIONS[module, name]
+    if module in ("torch", "torch.storage") and name in _DTYPES:
+        return _DTYPES[name]
+    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        return Placeholder()
+    if module.startswith("__torch__"):
+        return Placeholder
+    if module == "torch.jit._pickle":
+        return _same
+    if _NUMPY_ARRAYS.fullmatch(full):
+        return _empty_array
+    if _NUMPY_NUMBERS.fullmatch(full) or full in _DATA_NAMES:
+        return Placeholder
+    if module in ("builtins", "__builtin__") and name in _BUILTIN_TYPES:
+        return Placeholder
+    if any(f"{module}.".startswith(f"{m}.") for m in _DATA_MODULES):
+        return Placeholder
     top = module.partition(".")[0]
-    outside = top not in sys.stdlib_module_names and top not in ("torch", "numpy", "builtins", "__builtin__", "posix", "nt")
-    if outside and name[:1].isupper(): return Placeholder
+    outside = top not in sys.stdlib_module_names and top not in (
+        "torch",
+        "numpy",
+        "builtins",
+        "__builtin__",
+        "posix",
+        "nt",
+    )
+    if outside and name[:1].isupper():
+        return Placeholder
     raise pickle.UnpicklingError(f"GLOBAL {full}")
 
-def _empty_array(*args) -> ArrayNote: return ArrayNote()
+
+def _empty_array(*args) -> ArrayNote:
+    return ArrayNote()
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-025
-MOST_COMMANDS = 3_000_000 # of a pickle: some seconds and a few hundred MB at most
+MOST_COMMANDS = 3_000_000  # of a pickle: some seconds and a few hundred MB at most
+
 
 class CountingFile(io.BytesIO):
     "Bytes in memory that give out only so many commands."
+
     left = MOST_COMMANDS
 
-    def read(self, size:int|None=-1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         self.left -= 1
-        if self.left < 0: raise pickle.UnpicklingError("LIMIT")
+        if self.left < 0:
+            raise pickle.UnpicklingError("LIMIT")
         return super().read(size)
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-027
-class DataReader(pickle._Unpickler): # type: ignore[name-defined]
+class DataReader(pickle._Unpickler):  # type: ignore[name-defined]
     "Reads a pickle as data."
-    dispatch = dict(pickle._Unpickler.dispatch) # type: ignore[attr-defined]
 
-    def __init__(self, data:bytes|CountingFile):
-        super().__init__(data if isinstance(data, CountingFile) else CountingFile(data), encoding="utf-8", errors="replace")
+    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
-    def find_class(self, module:str, name:str) -> Any: return stand_in(module, name)
+    def __init__(self, data: bytes | CountingFile):
+        super().__init__(
+            data if isinstance(data, CountingFile) else CountingFile(data), encoding="utf-8", errors="replace"
+        )
 
-    def persistent_load(self, pid:Any) -> StorageNote:
+    def find_class(self, module: str, name: str) -> Any:
+        return stand_in(module, name)
+
+    def persistent_load(self, pid: Any) -> StorageNote:
         match pid:
-            case ("storage", torch.dtype() as dtype, key, _, int(count), *_) if 0 <= count < 2**40: return StorageNote(str(key), dtype, count)
+            case ("storage", torch.dtype() as dtype, key, _, int(count), *_) if 0 <= count < 2**40:
+                return StorageNote(str(key), dtype, count)
         raise pickle.UnpicklingError("an odd storage")
 
-    def load_empty_plain(self): self.append(PlainDict())
+    def load_empty_plain(self):
+        self.append(PlainDict())
 
     def load_plain(self):
         items = self.pop_mark()
         made = PlainDict()
-        for key, value in zip(items[::2], items[1::2]): made[key] = value
+        for key, value in zip(items[::2], items[1::2]):
+            made[key] = value
         self.append(made)
 
-    def load_frame_mark(self): self._file_read(8)
+    def load_frame_mark(self):
+        self._file_read(8)
 
-    def refuse(self): raise pickle.UnpicklingError("GLOBAL an extension code")
+    def refuse(self):
+        raise pickle.UnpicklingError("GLOBAL an extension code")
 
     dispatch[pickle.EMPTY_DICT[0]] = load_empty_plain
     dispatch[pickle.DICT[0]] = load_plain
@@ -191,39 +303,53 @@ class DataReader(pickle._Unpickler): # type: ignore[name-defined]
     dispatch[pickle.EMPTY_SET[0]] = dispatch[pickle.EMPTY_LIST[0]]
     dispatch[pickle.ADDITEMS[0]] = dispatch[pickle.APPENDS[0]]
     dispatch[pickle.FROZENSET[0]] = dispatch[pickle.LIST[0]]
-    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4): dispatch[_code[0]] = refuse
+    for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        dispatch[_code[0]] = refuse
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-033
 _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 _WALK_STEPS = 200_000
 _WALK_DEPTH = 60
 
-def walk_notes(found:Any # dict or placeholder
-              , prefix:str="") -> Iterator[tuple[str, Any]]: # names, tensor notes
+
+def walk_notes(
+    found: Any,  # dict or placeholder
+    prefix: str = "",
+) -> Iterator[tuple[str, Any]]:  # names, tensor notes
     "Tensors by name inside a dict, a pickled module or a TorchScript part."
     todo = [(found, prefix, 0)]
     for _ in range(_WALK_STEPS):
-        if not todo: return
+        if not todo:
+            return
         part, prefix, depth = todo.pop()
         attributes = part.state if isinstance(part, Placeholder) else part
-        if not isinstance(attributes, dict) or depth > _WALK_DEPTH: continue
-        inner:list[tuple[Any, str, int]] = []
+        if not isinstance(attributes, dict) or depth > _WALK_DEPTH:
+            continue
+        inner: list[tuple[Any, str, int]] = []
         for name, value in attributes.items():
-            if isinstance(value, (TensorNote, ArrayNote, Tensor)): yield f"{prefix}{name}", value
-            elif name in _MODULE_PARTS: inner.append((value, prefix, depth + 1))
-            elif isinstance(value, Placeholder): inner.append((value, f"{prefix}{name}.", depth + 1))
+            if isinstance(value, (TensorNote, ArrayNote, Tensor)):
+                yield f"{prefix}{name}", value
+            elif name in _MODULE_PARTS:
+                inner.append((value, prefix, depth + 1))
+            elif isinstance(value, Placeholder):
+                inner.append((value, f"{prefix}{name}.", depth + 1))
         todo += reversed(inner)
     raise pickle.UnpicklingError("LIMIT")
 
 # %% ../../nbs/09_interop/01_pickles.ipynb #cell-035
-def all_notes(found:Any) -> Iterator[TensorNote]:
+def all_notes(found: Any) -> Iterator[TensorNote]:
     "Every tensor note inside lists, tuples, dicts and placeholders, once."
     todo, seen = [found], set()
     while todo:
         part = todo.pop()
-        if id(part) in seen: continue
+        if id(part) in seen:
+            continue
         seen.add(id(part))
-        if isinstance(part, TensorNote): yield part
-        if isinstance(part, Placeholder): todo.append(part.state)
-        if isinstance(part, dict): todo += part.values()
-        if isinstance(part, (list, tuple)): todo += part
+        if isinstance(part, TensorNote):
+            yield part
+        if isinstance(part, Placeholder):
+            todo.append(part.state)
+        if isinstance(part, dict):
+            todo += part.values()
+        if isinstance(part, (list, tuple)):
+            todo += part

@@ -20,83 +20,107 @@ from ..models import PersonCLIP, arch_config
 import open_clip
 
 # %% ../../nbs/09_interop/05_weights.ipynb #cell-008
-def split_tag(name:str) -> tuple[str, str]|None: # open_clip's architecture, tag or file
+def split_tag(name: str) -> tuple[str, str] | None:  # open_clip's architecture, tag or file
     "`ViT-B-16:openai` in its two parts; None for any other name."
     arch, colon, tag = name.removeprefix("open_clip:").partition(":")
     arch = arch.replace("/", "-")
-    if not colon or arch not in open_clip.list_models(): return None
+    if not colon or arch not in open_clip.list_models():
+        return None
     return arch, tag
 
 # %% ../../nbs/09_interop/05_weights.ipynb #cell-010
-def _own_size(arch:str) -> tuple[int, int]:
+def _own_size(arch: str) -> tuple[int, int]:
     "The picture size that an architecture is published for."
     size = arch_config(arch)["vision_cfg"].get("image_size", 224)
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
-def open_tag(arch:str, tag:str # of open_clip's list, or a file in its layout
-            , image_size:Sequence[int]|None=None # (h, w); the published one when None
-            ) -> PersonCLIP:
+
+def open_tag(
+    arch: str,
+    tag: str,  # of open_clip's list, or a file in its layout
+    image_size: Sequence[int] | None = None,  # (h, w); the published one when None
+) -> PersonCLIP:
     "Published weights of an open_clip architecture, or a file of them."
     path = Path(tag).expanduser()
-    if path.is_file() and path.suffix != ".safetensors": return load_peer(path, image_size, bool(arch_config(arch).get("quick_gelu")), None)
+    if path.is_file() and path.suffix != ".safetensors":
+        return load_peer(path, image_size, bool(arch_config(arch).get("quick_gelu")), None)
     model = PersonCLIP.from_open_clip(arch, path if path.is_file() else tag, _own_size(arch))
-    if image_size is not None: model.resize(image_size)
+    if image_size is not None:
+        model.resize(image_size)
     note = Origin(f"{arch}:{tag}", "open_clip", model.arch, model.image_size, "quickgelu" in model.arch)
     object.__setattr__(model, "origin", note)
     return model.eval()
 
 # %% ../../nbs/09_interop/05_weights.ipynb #cell-014
-def _unknown(name:str) -> TiprError:
+def _unknown(name: str) -> TiprError:
     "What an architecture without a tag, or a slip of the pen, is answered with."
     arch = name.replace("/", "-")
     if arch in open_clip.list_models():
         tags = open_clip.list_pretrained_tags_by_model(arch)
-        if tags: return TiprError(f"{name}: which weights of it? Write {arch}:{tags[0]} (its tags: {', '.join(tags[:8])})")
+        if tags:
+            return TiprError(f"{name}: which weights of it? Write {arch}:{tags[0]} (its tags: {', '.join(tags[:8])})")
         return TiprError(f"{name}: an architecture without published weights; give a folder or file")
     first = name.partition(":")[0]
-    near = difflib.get_close_matches(first, open_clip.list_models(), 1, .6)
-    if ":" in name and near: return TiprError(f"{name}: no architecture {first} in open_clip; did you mean {near[0]}?")
-    return TiprError(f"{name}: no such file or folder, no shipped weights of that name ({', '.join(shipped_weights())}), no open_clip tag such as ViT-B-16:openai and no hub id such as owner/model; `tipr models` lists known weights")
+    near = difflib.get_close_matches(first, open_clip.list_models(), 1, 0.6)
+    if ":" in name and near:
+        return TiprError(f"{name}: no architecture {first} in open_clip; did you mean {near[0]}?")
+    return TiprError(
+        f"{name}: no such file or folder, no shipped weights of that name "
+        f"({', '.join(shipped_weights())}), no open_clip tag such as ViT-B-16:openai and no hub id such as "
+        "owner/model; `tipr models` lists known weights"
+    )
 
-def open_weights(name:str|Path # what people have, see the table above
-                , image_size:Sequence[int]|None=None # (h, w); the weights' own when None
-                , quick_gelu:bool|None=None # the activation, where a file does not say
-                , report:Callable[[str], object]|None=None # gets what was recognised and what was left aside
-                ) -> PersonCLIP:
+
+def open_weights(
+    name: str | Path,  # what people have, see the table above
+    image_size: Sequence[int] | None = None,  # (h, w); the weights' own when None
+    quick_gelu: bool | None = None,  # the activation, where a file does not say
+    report: Callable[[str], object] | None = None,  # gets what was recognised and what was left aside
+) -> PersonCLIP:
     "Weights of any origin by one name, as a `PersonCLIP` in evaluation mode."
     text = str(name).strip()
-    if not text: raise TiprError("an empty name for the weights; give a folder, a file, a tag such as ViT-B-16:openai or a hub id")
+    if not text:
+        raise TiprError(
+            "an empty name for the weights; give a folder, a file, a tag such as ViT-B-16:openai or a hub id"
+        )
     own = own_weights(text, image_size)
-    if own is not None: return own
+    if own is not None:
+        return own
     here = Path(text).expanduser().exists()
     tagged = None if here else split_tag(text)
-    if tagged is not None: model = open_tag(*tagged, image_size)
+    if tagged is not None:
+        model = open_tag(*tagged, image_size)
     else:
         hub_id = text.removeprefix("hf-hub:").removeprefix("hf_hub:").strip("/")
-        if not here and (":" in hub_id or "/" not in hub_id and not Path(hub_id).suffix): raise _unknown(text)
-        if not here and hub_id.replace("/", "-") in open_clip.list_models(): raise _unknown(text)
+        if not here and (":" in hub_id or "/" not in hub_id and not Path(hub_id).suffix):
+            raise _unknown(text)
+        if not here and hub_id.replace("/", "-") in open_clip.list_models():
+            raise _unknown(text)
         model = load_peer(text if here else hub_id, image_size, quick_gelu, None)
     note = vars(model).get("origin")
     object.__setattr__(model, "source", text)
-    if report is not None and note is not None: report(repr(note))
+    if report is not None and note is not None:
+        report(repr(note))
     return model
 
 # %% ../../nbs/09_interop/05_weights.ipynb #cell-021
 @dataclass
 class KnownWeights:
     "Published weights for photographs."
-    name:str # what `open_weights` takes once they are there
-    address:str
-    licence:str
-    parameters:int|None # None: not stated
-    trained_on:str
-    figures:str # as published
-    source:str # of the figures
-    people:bool # whether it was trained for this task
-    downloaded:bool # whether it was downloaded and tried where this package was made
+
+    name: str  # what `open_weights` takes once they are there
+    address: str
+    licence: str
+    parameters: int | None  # None: not stated
+    trained_on: str
+    figures: str  # as published
+    source: str  # of the figures
+    people: bool  # whether it was trained for this task
+    downloaded: bool  # whether it was downloaded and tried where this package was made
+
 
 def known_weights() -> list[KnownWeights]:
     "Published weights that `open_weights` reads, the ones trained on people first."
-    path = Path(str(files("tipr_nb")/"templates"/"known_weights.json"))
+    path = Path(str(files("tipr_nb") / "templates" / "known_weights.json"))
     rows = [KnownWeights(**row) for row in read_json(path, "install the package again")["weights"]]
     return sorted(rows, key=lambda w: not w.people)

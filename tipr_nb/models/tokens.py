@@ -23,6 +23,18 @@ ensure_torchvision()
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 # %% ../../nbs/03_models/01_tokens.ipynb #cell-007
+def _apply_merge(parts: list[str], merge: tuple[str, str]) -> list[str]:
+    "Join every place where the two halves of a merge stand side by side."
+    joined: list[str] = []
+    left = list(parts)
+    while left:
+        pair = tuple(left[:2])
+        size = 2 if pair == merge else 1
+        joined.append("".join(left[:size]))
+        left = left[size:]
+    return joined
+
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-009
 def merges_of(
     word: str,  # lower case
     ranks: dict[tuple[str, str], int],  # merge -> its place in CLIP's order
@@ -39,19 +51,7 @@ def merges_of(
         parts = _apply_merge(parts, best)
     return made
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-008
-def _apply_merge(parts: list[str], merge: tuple[str, str]) -> list[str]:
-    "Join every place where the two halves of a merge stand side by side."
-    joined: list[str] = []
-    left = list(parts)
-    while left:
-        pair = tuple(left[:2])
-        size = 2 if pair == merge else 1
-        joined.append("".join(left[:size]))
-        left = left[size:]
-    return joined
-
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-010
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-011
 def choose_merges(
     ranks: dict[tuple[str, str], int],  # merge -> its place in CLIP's order
     words: Sequence[str],  # to keep whole
@@ -66,14 +66,14 @@ def choose_merges(
     in_order = sorted(kept, key=lambda m: ranks[m])
     return in_order[:n]
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-012
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-013
 @functools.cache
 def clothing_words() -> tuple[str, ...]:
     "Words of dress and looks that our own architectures keep whole."
     text = (files("tipr_nb") / "archs/words.txt").read_text()
     return tuple(text.split())
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-014
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-015
 _START = "<start_of_text>"
 _END = "<end_of_text>"
 _BYTE_TOKENS = 512  # each byte, within a word and at its end
@@ -108,7 +108,7 @@ class ShortTokenizer(SimpleTokenizer):
         self.eot_token_id = self.encoder[_END]
         self.all_special_ids = [self.sot_token_id, self.eot_token_id]
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-020
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-021
 def vocab_and_merges(
     tokenizer: SimpleTokenizer,  # ours or open_clip's
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:  # word -> id, merges in order
@@ -117,7 +117,7 @@ def vocab_and_merges(
     vocab = {names.get(w, w): i for w, i in tokenizer.encoder.items()}
     return vocab, list(tokenizer.bpe_ranks)
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-023
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-024
 def require_hub(
     repo: str,  # hub id or folder
     *names: str,  # any of these files will do
@@ -137,30 +137,38 @@ def require_hub(
             "where there is a network, or load a folder with PersonCLIP.from_pretrained"
         )
 
-# %% ../../nbs/03_models/01_tokens.ipynb #cell-025
-_CLIP_WORDS = 49408  # tokens of CLIP's own vocabulary
-
-
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-027
 class MissingTokenizer:
     "Takes the place of a tokenizer that did not come with the weights."
 
-    def __call__(self, texts:Sequence[str]) -> Tensor:
+    context_length = 0
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
         raise TiprError(
-            "this model came without its tokenizer; download the whole repository, with tokenizer.json, and load that folder"
+            "this model came without its tokenizer; download the whole repository, with tokenizer.json, "
+            "and load that folder"
         )
+
+# %% ../../nbs/03_models/01_tokens.ipynb #cell-029
+_CLIP_WORDS = 49408  # tokens of CLIP's own vocabulary
 
 
 def make_tokenizer(
     cfg: dict,  # open_clip configuration
+    folder: str
+    | Path
+    | None = None,  # of a Hugging Face tokenizer, instead of the one that the configuration names
 ) -> Callable[[Sequence[str]], Tensor]:  # captions -> (b, context) ids
     "The tokenizer of an architecture: Hugging Face's where it names one, else CLIP's, whole or shortened."
     text = cfg["text_cfg"]
     words = text.get("vocab_size", _CLIP_WORDS)
     length = text.get("context_length", 77)
     options = text.get("tokenizer_kwargs") or {}
-    if text.get("hf_tokenizer_name") == "":
-        return MissingTokenizer()
-    if name := text.get("hf_tokenizer_name"):
+    name = text.get("hf_tokenizer_name")
+    if name == "" and folder is None:
+        return MissingTokenizer()  # known to be missing
+    if name is not None:
+        name = str(folder or name)
         require_hub(name, "tokenizer.json", "tokenizer_config.json")
         mode = text.get("tokenizer_mode")
         return HFTokenizer(name, context_length=length, tokenizer_mode=mode, **options)

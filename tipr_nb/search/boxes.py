@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOX_NAMES', 'NAMES_OF_BOXES', 'BOX_WORDS', 'BOX_FORMATS', 'LABEL_NAMES', 'CONFIDENCE_NAMES', 'OTHER_LABELS',
            'RawBoxes', 'plain_name', 'raw_boxes', 'decide_format', 'corner_box', 'are_fractions', 'person_rows',
-           'path_column', 'FileNames', 'frame_files', 'Listing', 'PictureSizes', 'pixel_boxes', 'Gathered',
+           'path_column', 'FileNames', 'frame_files', 'Listing', 'PictureSizes', 'pixel_boxes', 'Gathered', 'gather',
            'find_photos', 'photos_of', 'one_row', 'attach_metadata', 'attach_pattern']
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-003
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence, TYPE_CHECKING
 
 from ..core import TiprError, need
-from .photos import (EXCLUDED, HEIF_SUFFIXES, SUFFIXES, Box, PhotoError, Photos,
+from .photos import (EXCLUDED, FILM_SUFFIXES, HEIF_SUFFIXES, SUFFIXES, Box, Photo, PhotoError, Photos,
     is_excluded, is_picture, picture_size, reads_heif, stat_photo, suffix_of, unread_note, walk_folder)
 from .tables import (PATH_NAMES, PERSON_LABELS, TABLE_SUFFIXES,
     column_name, four_numbers, infer_column, load_table, tidy_table)
@@ -339,6 +339,8 @@ class Gathered:
     problems: list[tuple[str, str]] = field(default_factory=list)
     others: Counter = field(default_factory=Counter)                  # ending -> files of other kinds
     excluded: int = 0
+    films: dict[str, tuple[str, str]] = field(default_factory=dict)   # absolute path -> (root, name)
+    shown: str = ""                                                   # the sources, for messages
     listing: Listing = field(default_factory=Listing)
 
     def add(self, source:Any, alone:bool=False) -> None:
@@ -375,15 +377,20 @@ class Gathered:
             self._add_folder(hit)
         elif suffix_of(hit) in TABLE_SUFFIXES:
             self.singles += self.listing.add(hit, [_folder_of(hit), os.getcwd()], self.found, self.box_format)
+        elif suffix_of(hit) in FILM_SUFFIXES:
+            path = os.path.abspath(hit)
+            self.films[path] = (os.path.dirname(path), os.path.basename(path))
         elif (is_picture(hit) and (suffix_of(hit) not in HEIF_SUFFIXES or reads_heif())) or alone:
             self.singles.append(os.path.abspath(hit))
         else:
             self.others[suffix_of(hit)] += 1
 
     def _add_folder(self, folder):
-        walk = walk_folder(folder, self.exclude)
+        walk = walk_folder(folder, self.exclude, SUFFIXES | FILM_SUFFIXES)
         root = os.path.abspath(folder)
-        self.found |= {os.path.join(root, n): (root, n) for n in walk.names}
+        for name in walk.names:
+            found = self.films if suffix_of(name) in FILM_SUFFIXES else self.found
+            found[os.path.join(root, name)] = (root, name)
         self.problems += walk.problems
         self.others += walk.others
         self.excluded += walk.excluded
@@ -395,6 +402,17 @@ class Gathered:
             root = os.path.commonpath([os.path.dirname(p) for p in new])
             self.found |= {p: (root, os.path.relpath(p, root)) for p in new}
         self.singles = []
+
+    def film_photos(self, problems:list[tuple[str, str]]) -> list[Photo]:
+        "The films, in order, with size and time; what is none goes to `problems`."
+        films = []
+        for path, (root, name) in sorted(self.films.items()):
+            photo, why = stat_photo(root, name)
+            if photo is None:
+                problems.append((path, why))
+            else:
+                films.append(photo)
+        return films
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-041
 def _folder_of(source):
@@ -408,6 +426,24 @@ def _shown(sources):
     return ", ".join(str(s)[:200] if isinstance(s, (str, os.PathLike)) else "a table" for s in sources[:3]) + more
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-042
+def gather(sources:Any, # folder, glob, table or picture; or a list of them
+           boxes:Any=None, # table of boxes
+           exclude:Sequence[str]=EXCLUDED, # patterns of names to leave out
+           box_format:str|None=None # what a column called bbox holds: xyxy, xywh or cxcywh
+          ) -> Gathered:
+    "Everything that sources mean."
+    if box_format not in (None, *BOX_FORMATS):
+        raise TiprError(f"box_format {box_format!r}: choose {', '.join(BOX_FORMATS)}")
+    sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    gathered = Gathered(exclude, box_format, shown=_shown(sources))
+    for source in sources:
+        gathered.add(source, alone=len(sources) == 1)
+    gathered.finish()
+    if boxes is not None:
+        _add_boxes(gathered, boxes)
+    return gathered
+
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-043
 def find_photos(sources:Any, # folder, glob, table or picture; or a list of them
                 boxes:Any=None, # table of boxes (CSV, JSON, COCO, MOT, ...): only these people are cut out
                 metadata:Any=None, # table of facts by file name
@@ -416,27 +452,22 @@ def find_photos(sources:Any, # folder, glob, table or picture; or a list of them
                 box_format:str|None=None # what a column called bbox holds: xyxy, xywh or cxcywh
                ) -> Photos:
     "All photos that `sources` mean, with boxes and metadata attached and unusable files listed."
-    if box_format not in (None, *BOX_FORMATS):
-        raise TiprError(f"box_format {box_format!r}: choose {', '.join(BOX_FORMATS)}")
-    sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
-    gathered = Gathered(exclude, box_format)
-    for source in sources:
-        gathered.add(source, alone=len(sources) == 1)
-    gathered.finish()
-    if boxes is not None:
-        _add_boxes(gathered, boxes)
+    gathered = gather(sources, boxes, exclude, box_format)
     photos = photos_of(gathered, need_box=boxes is not None)
     if metadata is not None:
         attach_metadata(photos, metadata)
     if pattern is not None:
         attach_pattern(photos, pattern)
+    if gathered.films:
+        how = "say how often to look at them, every=1 (--every 1s)"
+        photos.notes.append(f"{len(gathered.films)} films left out; {how}")
     if not photos.items and not photos.problems:
-        notes = "; ".join(photos.notes)
-        raise TiprError(f"{_shown(sources)}: no pictures there ({gathered.others.total()} other files); looked for "
-                        f"{' '.join(sorted(SUFFIXES))}{'; ' + notes if notes else ''}")
+        notes = "".join(f"; {n}" for n in photos.notes)
+        raise TiprError(f"{gathered.shown}: no pictures there ({gathered.others.total()} other files); looked for "
+                        f"{' '.join(sorted(SUFFIXES))}{notes}")
     return photos
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-043
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-044
 def _add_boxes(gathered, boxes):
     "Rows of a table of boxes; at least one must speak of a photo that was found."
     listing = gathered.listing
@@ -459,7 +490,7 @@ def _note_missing(files, found, name, notes):
         rows = f"{len(missing)} of {len(files)} rows of {os.path.basename(name)}"
         notes.append(f"{rows} speak of no photo here (such as {missing[0][:200]})")
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-044
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-045
 def photos_of(gathered:Gathered, need_box:bool=False) -> Photos:
     "Photos in order with their boxes, and the files that are none."
     photos = Photos([], list(gathered.problems), gathered.listing.table(), notes=list(gathered.listing.notes))
@@ -480,7 +511,7 @@ def photos_of(gathered:Gathered, need_box:bool=False) -> Photos:
         photos.notes.append(f"{gathered.excluded} hidden or excluded files and folders left out")
     return photos
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-045
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-046
 def _with_rows(photo, rows, listing):
     "The photo with its boxes in order, each once, or with the one row that speaks of it."
     boxed = sorted({box: row for box, row in reversed(rows) if box is not None}.items())
@@ -490,7 +521,7 @@ def _with_rows(photo, rows, listing):
         one_row([r for _, r in rows], listing, photo.name, "the table of photos")
     return photo._replace(rows=tuple(r for _, r in rows[:1]))
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-049
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-050
 def one_row(rows:Sequence[int], # rows of `table` that speak of one photo
             table:"pa.Table", photo:str, name:str) -> int:
     "The row, if all of them say the same; else an error that names the column."
@@ -503,11 +534,11 @@ def one_row(rows:Sequence[int], # rows of `table` that speak of one photo
                             f"and differ in {column}; keep one row a photo")
     return rows[0]
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-050
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-051
 def attach_metadata(photos:Photos, metadata:Any # file, Arrow table or DataFrame
                    ) -> None:
     "Join a table of facts by file name."
-    known = {p.path: i for i, p in enumerate(photos.items)}
+    known = dict.fromkeys(path for p in photos.items for path in (p.path, p.file))
     roots = sorted({p.root for p in photos.items})
     name = _name_of(metadata)
     table, notes = load_table(metadata)
@@ -524,11 +555,11 @@ def attach_metadata(photos:Photos, metadata:Any # file, Arrow table or DataFrame
     _note_missing(files, known, name, photos.notes)
     photos.metadata = tidy_table(table.drop_columns(column), name)
     for i, photo in enumerate(photos.items):
-        if photo.path in rows:
-            row = one_row(rows[photo.path], photos.metadata, photo.name, name)
-            photos.items[i] = photo._replace(meta=row)
+        mine = rows.get(photo.path) or rows.get(photo.file)   # a film's row speaks of all its moments
+        if mine:
+            photos.items[i] = photo._replace(meta=one_row(mine, photos.metadata, photo.name, name))
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-051
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-052
 def attach_pattern(photos:Photos, pattern:str # with named groups, such as (?P<camera>c\d+)
                   ) -> None:
     "Named groups of `pattern` in each name, as columns beside those of `metadata`."

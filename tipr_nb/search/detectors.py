@@ -80,10 +80,10 @@ class HogDetector:
         return [self._box(boxes[i], weights[i], scale, picture.size) for i in np.ravel(kept)]
 
     def _box(self, box, weight, scale, size):
-        "The person within the window, which has a margin of an eighth, in pixels of the picture."
+        "The person within the window, which has margins, in pixels of the picture."
         x, y, w, h = (v/scale for v in box)
-        x0, x1 = x + w*.14, x + w*.86
-        y0, y1 = y + h*.07, y + h*.95
+        x0, x1 = x + w*.2, x + w*.8
+        y0, y1 = y + h*.12, y + h*.88
         return (max(0, x0), max(0, y0), min(size[0], x1), min(size[1], y1), float(weight))
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-015

@@ -400,32 +400,32 @@ def _fixed(name: str, a: dict[str, str]) -> str | None:
 # %% ../../nbs/02_synth/01_people.ipynb #cell-032
 @dataclass(frozen=True)
 class Camera:
-    "A camera: scene behind, colour gains, exposure, contrast, blur (pixels at height 96), noise (grey levels), JPEG quality."
+    "A camera: where it stands and what it does to a picture."
 
     name: str
     scene: str
-    tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    tint: tuple[float, float, float] = (1.0, 1.0, 1.0)  # gains of red, green, blue
     exposure: float = 1.0
     contrast: float = 1.0
-    blur: float = 0.0
-    noise: float = 2.0
-    jpeg: int = 88
+    blur: float = 0.0  # pixels at height 96
+    noise: float = 2.0  # grey levels
+    jpeg: int = 88  # quality
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-034
 @dataclass(frozen=True)
 class Annotator:
-    "A caption writer: sentence plans, favourite synonyms, and how often the pose, a filler, an absence, a count are mentioned."
+    "A caption writer: sentence plans, favourite synonyms, and habits."
 
     name: str
     plans: tuple[str, ...]
     words: tuple[int, ...] = (0, 1)  # which of each word's synonyms this writer reaches for
     salt: int = 0
-    pose: float = 0.5
-    filler: float = 0.3
-    negation: float = 0.12
-    counts: float = 0.5
-    article: bool = True
-    oxford: bool = False
+    pose: float = 0.5  # how often the pose is mentioned
+    filler: float = 0.3  # how often a filler is added
+    negation: float = 0.12  # how often something absent is mentioned
+    counts: float = 0.5  # how often two bags are counted
+    article: bool = True  # whether nouns get articles
+    oxford: bool = False  # whether lists have a comma before "and"
 
 # %% ../../nbs/02_synth/01_people.ipynb #cell-036
 @dataclass(frozen=True, eq=False)
@@ -716,7 +716,7 @@ def sample_family(
     "A family of look-alikes of one type. They share season, role, skin, shades and build too."
     while True:
         base = sample_person(world, rng)
-        members = [base.attributes]
+        members: list[Attributes] | None = [base.attributes]
         if kind != "none":
             members = _TWINS[kind](base.attributes, rng, n)
         if members:

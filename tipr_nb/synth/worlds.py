@@ -50,11 +50,10 @@ def _cameras(salt: int, scenes: Sequence[str], spread: float) -> tuple[Camera, .
     return tuple(out)
 
 # %% ../../nbs/02_synth/05_worlds.ipynb #cell-011
-_TERSE = dict(article=False, counts=0.0)  # without articles; bags are never counted
 _TRAIN_WRITERS = (
     Annotator("a1", ("flow",), (0, 1), 0, 0.4, 0.25),
     Annotator("a2", ("wears",), (0,), 1, 0.3, 0.35, 0.2),
-    Annotator("a3", ("terse",), (0, 1), 2, 0.25, 0.1, 0.0, **_TERSE),
+    Annotator("a3", ("terse",), (0, 1), 2, 0.25, 0.1, 0.0, 0.0, article=False),
     Annotator("a4", ("photo", "flow"), (0, 2), 3, 0.6, 0.4, 0.15, oxford=True),
     Annotator("a5", ("bag_first",), (1, 0), 4, 0.5, 0.2, 0.1, 1.0),
     Annotator("a6", ("who", "wears"), (0, 1, 2), 5, 0.6, 0.3, 0.1),
@@ -71,11 +70,11 @@ _TEST_WRITERS = (
 )
 _WORLD_WRITERS = (
     Annotator("w1", ("web_alt",), (0, 1, 2, 3), 0, 0.3, 0.1, 0.0, 0.3, article=False),
-    Annotator("w2", ("web_alt", "web_card"), (0, 1), 1, 0.2, 0.1, 0.05, **_TERSE),
+    Annotator("w2", ("web_alt", "web_card"), (0, 1), 1, 0.2, 0.1, 0.05, 0.0, article=False),
     Annotator("w3", ("web_stock",), (2, 3), 2, 0.5, 0.2),
     Annotator("w4", ("web_passive",), (0, 1, 2, 3), 3, 0.5, 0.2),
     Annotator("w5", ("web_story",), (1, 3), 4, 0.6, 0.3),
-    Annotator("w6", ("web_card",), (0, 1, 2, 3), 5, 0.4, 0.1, 0.0, **_TERSE),
+    Annotator("w6", ("web_card",), (0, 1, 2, 3), 5, 0.4, 0.1, 0.0, 0.0, article=False),
     Annotator("w7", ("web_passive", "web_story"), (0, 2), 6, 0.5, 0.2, 0.15, 1.0),
     Annotator("w8", ("web_stock", "web_story"), (3, 1), 7, 0.5, 0.2, 0.15, oxford=True),
     Annotator("w9", ("web_alt", "web_passive", "web_stock"), (0, 1, 2), 8, 0.4, 0.3, 0.1),
