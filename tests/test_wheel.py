@@ -27,7 +27,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_what_the_package_needs(wheel):
     inside = {n.removeprefix("tipr_nb/") for n in wheel.namelist() if n.startswith("tipr_nb/")}
     here = {str(p.relative_to(ROOT / "tipr_nb")) for folder in ("archs", "weights", "templates") for p in (ROOT / "tipr_nb" / folder).rglob("*") if p.is_file()}
-    modules = {p.name for p in (ROOT / "tipr_nb").glob("*.py")}
+    modules = {str(p.relative_to(ROOT / "tipr_nb")) for kind in ("*.py", "*.pyi") for p in (ROOT / "tipr_nb").rglob(kind)}
     assert inside == here | modules | {"py.typed"}
     assert {"weights/clip-synth-world/model.safetensors", "weights/clip-synth-pedes/model.safetensors", "archs/tipr-tiny.json", "archs/words.txt", "templates/page.css"} <= inside
     assert all(wheel.getinfo(f"tipr_nb/{n}").file_size > 0 for n in inside if n != "py.typed")

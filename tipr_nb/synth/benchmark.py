@@ -125,7 +125,7 @@ def _is_built(root: Path, settings: Record) -> bool:
 
 # %% ../../nbs/02_synth/06_benchmark.ipynb #cell-025
 def _build_once(root: Path, settings: Record, write: Callable[[Path], Record]):
-    "Let `write` fill a folder and tell what the manifest is to hold; whole, or not at all, and only once."
+    "A folder that `write` fills (it returns the rest of the manifest): whole, or not at all, and only once."
     if _is_built(root, settings):
         return
     with locked(root):

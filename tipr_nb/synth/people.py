@@ -17,7 +17,7 @@ import numpy as np
 
 T = TypeVar("T")
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-006
+# %% ../../nbs/02_synth/01_people.ipynb #cell-009
 COLOURS = {
     "black": (30, 30, 34),
     "white": (238, 238, 234),
@@ -43,7 +43,7 @@ HAIR_COLOURS = {
 }
 SKINS = ((244, 208, 180), (226, 180, 146), (198, 146, 108), (150, 100, 70), (98, 64, 46))
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-009
+# %% ../../nbs/02_synth/01_people.ipynb #cell-012
 _RGB_TO_XYZ = np.array(
     [[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]]
 )
@@ -61,7 +61,7 @@ def to_lab(
     x, y, z = f[..., 0], f[..., 1], f[..., 2]
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-011
+# %% ../../nbs/02_synth/01_people.ipynb #cell-014
 def nearest_colour(
     rgb: Sequence | np.ndarray,  # (3,) or (n, 3) RGB in 0..255
     names: Sequence[str] | None = None,  # colours to choose from; all of `COLOURS` by default
@@ -75,7 +75,7 @@ def nearest_colour(
         return names[int(best)]
     return [names[i] for i in best]
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-014
+# %% ../../nbs/02_synth/01_people.ipynb #cell-017
 _C = tuple(COLOURS)
 _BAGS = ("handbag", "shopping bag", "two shopping bags", "suitcase")
 _HELD = (*_BAGS, "umbrella", "phone", "cup", "book", "dog")
@@ -108,7 +108,7 @@ FIELDS = {
     "held_side": ("none", "left", "right"),
 }
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-017
+# %% ../../nbs/02_synth/01_people.ipynb #cell-020
 SEASONS = ("winter", "mild", "summer")
 ROLES = ("student", "office", "tourist", "shopper", "jogger", "labourer", "walker")
 
@@ -121,7 +121,7 @@ def _weights(text: str) -> dict[str, float]:
         weights[value] = float(weight)
     return weights
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-020
+# %% ../../nbs/02_synth/01_people.ipynb #cell-023
 _ANY = (
     "black 3, white 2, grey 2, red 1.3, blue 1.5, light blue 1, navy 1.5, green 1, yellow .7, "
     "orange .5, pink .7, purple .6, brown .8, beige .8"
@@ -160,7 +160,7 @@ _BODY = {
     },
 }
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-022
+# %% ../../nbs/02_synth/01_people.ipynb #cell-025
 _CLOTHES = {
     "upper": {
         "*": "t-shirt 1.4, shirt 1.4, hoodie 1, sweater 1, jacket 1.2, coat .8, vest .4, dress .5",
@@ -226,7 +226,7 @@ _CLOTHES = {
     },
 }
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-023
+# %% ../../nbs/02_synth/01_people.ipynb #cell-026
 _BELOW = {
     "lower": {
         "*": "jeans 3, trousers 2, shorts .5, skirt .4, leggings .4",
@@ -272,7 +272,7 @@ _BELOW = {
     },
 }
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-024
+# %% ../../nbs/02_synth/01_people.ipynb #cell-027
 _THINGS = {
     "hat": {
         "*": "none 7, cap .8, beanie .25, hat .3",
@@ -358,7 +358,7 @@ _THINGS = {
     "held_side": {"*": "left 1, right 1"},
 }
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-026
+# %% ../../nbs/02_synth/01_people.ipynb #cell-029
 PRIOR = {
     f: {tag: _weights(text) for tag, text in table.items()}
     for f, table in (_BODY | _CLOTHES | _BELOW | _THINGS).items()
@@ -372,7 +372,7 @@ _MATCH = {
 # How likely a colour remains when it equals the upper garment's.
 _DIFFER = {"pattern_colour": 0.0, "sleeve_colour": 0.0, "inner": 0.1, "lower_colour": 0.3}
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-029
+# %% ../../nbs/02_synth/01_people.ipynb #cell-032
 def _fixed(name: str, a: dict[str, str]) -> str | None:
     "The value a field must have given the others (a colour of nothing is none), or None if it is free."
     if name == "pattern_colour" and a["pattern"] == "plain":
@@ -397,10 +397,10 @@ def _fixed(name: str, a: dict[str, str]) -> str | None:
         return "none"
     return None
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-032
+# %% ../../nbs/02_synth/01_people.ipynb #cell-035
 @dataclass(frozen=True)
 class Camera:
-    "A camera: where it stands and what it does to a picture."
+    "A camera: the scene it sees and what it does to a picture."
 
     name: str
     scene: str
@@ -411,14 +411,14 @@ class Camera:
     noise: float = 2.0  # grey levels
     jpeg: int = 88  # quality
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-034
+# %% ../../nbs/02_synth/01_people.ipynb #cell-037
 @dataclass(frozen=True)
 class Annotator:
     "A caption writer: sentence plans, favourite synonyms, and habits."
 
     name: str
     plans: tuple[str, ...]
-    words: tuple[int, ...] = (0, 1)  # which of each word's synonyms this writer reaches for
+    words: tuple[int, ...] = (0, 1)  # which of each word's synonyms this one uses
     salt: int = 0
     pose: float = 0.5  # how often the pose is mentioned
     filler: float = 0.3  # how often a filler is added
@@ -427,7 +427,7 @@ class Annotator:
     article: bool = True  # whether nouns get articles
     oxford: bool = False  # whether lists have a comma before "and"
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-036
+# %% ../../nbs/02_synth/01_people.ipynb #cell-039
 @dataclass(frozen=True, eq=False)
 class World:
     "A synthetic world: a prior over people, cameras, who writes the captions of which split, and the seed of it all."
@@ -435,7 +435,7 @@ class World:
     name: str
     salt: int
     cameras: tuple[Camera, ...]
-    annotators: dict[str, tuple[Annotator, ...]]  # split -> writers
+    annotators: dict[str, tuple[Annotator, ...]]  # of each split
     # field -> condition -> value -> weight
     prior: dict[str, dict] = field(default_factory=lambda: PRIOR, repr=False)
     sharpness: float = 1.0  # how strongly conditions bend the base weights (0: not at all)
@@ -471,14 +471,14 @@ class World:
             tags.append("differ=" + a["upper_colour"])
         return self.table(name, tuple(tags))
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-040
+# %% ../../nbs/02_synth/01_people.ipynb #cell-043
 def keyed_rng(
     *key: int,  # world salt, split, identity, image, purpose, ...
 ) -> np.random.Generator:
     "An independent random generator for each key."
     return np.random.default_rng([int(k) for k in key])
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-042
+# %% ../../nbs/02_synth/01_people.ipynb #cell-045
 def pick(rng: np.random.Generator, dist: dict[str, float]) -> str:
     "One key of `dist`, with probability proportional to its value."
     u = rng.random() * sum(dist.values())
@@ -489,12 +489,12 @@ def pick(rng: np.random.Generator, dist: dict[str, float]) -> str:
             return v
     return v
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-044
+# %% ../../nbs/02_synth/01_people.ipynb #cell-047
 def one(rng: np.random.Generator, items: Sequence[T]) -> T:
     "One of the items, all equally likely."
     return items[int(rng.random() * len(items))]
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-046
+# %% ../../nbs/02_synth/01_people.ipynb #cell-049
 @dataclass(frozen=True)
 class Person:
     "An identity: attributes, the season and role behind them, and a seed for the rest (skin, shades, height)."
@@ -504,7 +504,7 @@ class Person:
     role: str
     seed: int = 0
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-047
+# %% ../../nbs/02_synth/01_people.ipynb #cell-050
 def sample_person(
     world: World,  # whose prior
     seed: int | np.random.Generator = 0,  # seed, or a generator to go on with
@@ -518,7 +518,7 @@ def sample_person(
         a[name] = pick(rng, world.given(name, season, role, a))
     return Person(a, season, role, int(rng.random() * 2**31))
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-052
+# %% ../../nbs/02_synth/01_people.ipynb #cell-055
 def surprise(world: World, person: Person) -> dict[str, float]:
     "Per field, -ln of its probability (at least one in a thousand) given season, role and the fields before it."
     a = person.attributes
@@ -528,7 +528,7 @@ def surprise(world: World, person: Person) -> dict[str, float]:
         nats[name] = -math.log(max(chances.get(a[name], 0.0), 1e-3))
     return nats
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-055
+# %% ../../nbs/02_synth/01_people.ipynb #cell-058
 VIEWS = ("front", "back", "left", "right")
 POSES = ("walking", "standing")
 OCCLUDERS = ("none", "pole", "bench", "car", "person left", "person right", "cut")
@@ -536,7 +536,7 @@ _SIDED = {"bag": ("bag", "bag_colour", "bag_side"), "held": ("held", "held_colou
 
 
 def _hidden_side(side: str, value: str, view: str, occluder: str) -> bool:
-    "Whether a thing at the person's `side` cannot be seen from this view (nor told from nothing)."
+    "Whether a thing at the person's `side` cannot be seen from this view."
     if value in ("backpack", "two shopping bags"):
         return False
     if value == "dog" and occluder in ("bench", "car", "cut"):
@@ -548,11 +548,11 @@ def _hidden_side(side: str, value: str, view: str, occluder: str) -> bool:
     covering = "person right" if at_right else "person left"
     return side != "none" and occluder == covering
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-057
+# %% ../../nbs/02_synth/01_people.ipynb #cell-060
 def observe(
     a: dict[str, str],  # the identity's attributes
     view: str = "front",  # front, back, left, right (the side of the person that faces the camera)
-    occluder: str = "none",  # what stands in the way
+    occluder: str = "none",  # what covers part of the person
 ) -> dict[str, str]:  # field -> value
     "What one photo lets us know, 'none' being a visible absence; what cannot be seen is not a key."
     hidden = set()
@@ -571,7 +571,7 @@ def observe(
             hidden |= set(names)
     return {n: a[n] for n in FIELDS if n not in hidden}
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-060
+# %% ../../nbs/02_synth/01_people.ipynb #cell-063
 _DEFAULT = {"age": "adult", "build": "average", "pattern": "plain", "sleeve_colour": "same"}
 VARIABLE_SLEEVES = ("t-shirt", "shirt", "dress")
 
@@ -589,7 +589,7 @@ def describable(seen: dict[str, str]) -> dict[str, str]:
     "The visible attributes: what is there and worth a word."
     return {n: v for n, v in seen.items() if not _is_default(n, v, seen["upper"])}
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-063
+# %% ../../nbs/02_synth/01_people.ipynb #cell-066
 LOOKALIKES = ("colour_swap", "left_right", "sleeve", "region", "pattern")
 _lab_palette = to_lab(np.array(list(COLOURS.values())))
 
@@ -602,7 +602,7 @@ def _colour_distance(a: str, b: str) -> float:
 
 _APART = {a: {b: _colour_distance(a, b) for b in COLOURS} for a in COLOURS}
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-065
+# %% ../../nbs/02_synth/01_people.ipynb #cell-068
 def distinct_colours(colours: Iterable[str], rng: np.random.Generator, n: int = 1) -> list[str]:
     "`n` palette colours well apart from `colours` and from each other (more than 30 in L*a*b*)."
     taken = [c for c in colours if c in COLOURS]
@@ -616,7 +616,7 @@ def distinct_colours(colours: Iterable[str], rng: np.random.Generator, n: int = 
             break
     return out
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-068
+# %% ../../nbs/02_synth/01_people.ipynb #cell-071
 Attributes = dict[str, str]
 
 
@@ -638,7 +638,7 @@ def _swapped_colours(a: Attributes, rng: np.random.Generator, n: int) -> list[At
         members.append(_swap(a, "upper_colour", "shoe_colour"))
     return members
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-071
+# %% ../../nbs/02_synth/01_people.ipynb #cell-074
 def _swapped_sides(a: Attributes, rng: np.random.Generator, n: int) -> list[Attributes] | None:
     "What is held, or the bag, on the other side."
     sided = [f for f in ("held_side", "bag_side") if a[f] != "none"]
@@ -647,7 +647,7 @@ def _swapped_sides(a: Attributes, rng: np.random.Generator, n: int) -> list[Attr
         return None
     return [a, *(a | {f: other[a[f]]} for f in sided[: n - 1])]
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-074
+# %% ../../nbs/02_synth/01_people.ipynb #cell-077
 def _other_sleeves(a: Attributes, rng: np.random.Generator, n: int) -> list[Attributes] | None:
     "Colours of torso and sleeves exchanged; in a third member, other sleeves."
     upper = a["upper_colour"]
@@ -665,7 +665,7 @@ def _other_sleeves(a: Attributes, rng: np.random.Generator, n: int) -> list[Attr
         third = a | {"sleeves": "short" if a["sleeves"] == "long" else "long"}
     return [a, _swap(a, "upper_colour", "sleeve_colour"), third][:n]
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-077
+# %% ../../nbs/02_synth/01_people.ipynb #cell-080
 def _other_region(a: Attributes, rng: np.random.Generator, n: int) -> list[Attributes]:
     "Shoes, hat, bag or scarf of other colours, or another hat."
     hats = ("cap", "beanie", "hat")
@@ -681,7 +681,7 @@ def _other_region(a: Attributes, rng: np.random.Generator, n: int) -> list[Attri
         return [a | {"hat": h} for h in [a["hat"], *others][:n]]
     return [a, *(a | {region: c} for c in distinct_colours([a[region]], rng, n - 1))]
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-080
+# %% ../../nbs/02_synth/01_people.ipynb #cell-083
 def _other_pattern(a: Attributes, rng: np.random.Generator, n: int) -> list[Attributes] | None:
     "The same garment plain, striped, checked or dotted."
     colour = a["pattern_colour"]
@@ -697,7 +697,7 @@ def _other_pattern(a: Attributes, rng: np.random.Generator, n: int) -> list[Attr
         )
     return members
 
-# %% ../../nbs/02_synth/01_people.ipynb #cell-083
+# %% ../../nbs/02_synth/01_people.ipynb #cell-086
 _TWINS = {
     "colour_swap": _swapped_colours,
     "left_right": _swapped_sides,
