@@ -1,4 +1,4 @@
-"""Readers, doctor, image cache, transforms, samplers and loader of `tipr_nb.data`."""
+"""Readers, checks, image cache, transforms, samplers and loader of `tipr_nb.data`."""
 import json, multiprocessing, os, shutil
 from collections import Counter
 from dataclasses import replace
@@ -360,6 +360,31 @@ def test_wrong_pairs_out_of_range(cuhk, fraction):
     with pytest.raises(DatasetError, match="wrong_pairs="): cuhk.train.with_wrong_pairs(fraction)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_and_folders_under_the_names_of_images(tmp_path):
+    "Nothing waits for ever."
+    folder = layouts.cuhk_pedes(tmp_path)
+    d = load_dataset("cuhk-pedes", folder)
+    pipe, inner = d.train.images[0], d.train.images[1]
+    pipe.unlink(), inner.unlink()
+    os.mkfifo(pipe), inner.mkdir()
+    for path in (pipe, inner):
+        with pytest.raises(DatasetError, match="not a file"): read_image(path)
+    report = check_dataset("cuhk-pedes", folder, lengths=None)
+    assert len(report.unreadable) == 2
+
+
+def test_folders_that_may_not_be_listed(tmp_path, monkeypatch):
+    folder = layouts.cuhk_pedes(tmp_path)
+    listdir = os.listdir
+    def refuse(path, *args):
+        if str(path).endswith("cam_a"): raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path, *args)
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert "cam_a: Permission denied" in refused("make it readable", "cuhk-pedes", folder)
+    assert "cam_a: Permission denied" in check_dataset("cuhk-pedes", folder, lengths=None).remedy
+
+
 # odd values in every field
 
 ODD_FIELDS = {"id digits": (dict(id="7" * 5000), "whole number"), "id huge number": (dict(id=10**400), "whole number"), "id nan": (dict(id=float("nan")), "whole number"), "id list": (dict(id=[1]), "whole number"), "split list": (dict(split=[1]), "split"),
@@ -482,7 +507,7 @@ def test_split_selections(cuhk):
     assert "12 ids" in repr(cuhk) and "ids" in cuhk._repr_html_() and cuhk.summary().loc["test", "ids"] == 4
 
 
-# doctor
+# checks
 
 def test_doctor_finds_it_all(tmp_path):
     folder = layouts.cuhk_pedes(tmp_path)

@@ -7,7 +7,6 @@ __all__ = ['GPUS', 'SHARE', 'TOKENS', 'PAPERS', 'made_up_batch', 'count_flops', 
            'step_cost', 'training_cost', 'real_set', 'cost_table']
 
 # %% ../nbs/11_costs.ipynb #cell-002
-import gc
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from .core import TiprError
 from .data import IGNORED, LAYOUTS, Batch
 from .models import PersonCLIP
-from .training import Recipe, Retriever, build_objectives, get_recipe
+from .training import RECIPES, Recipe, Retriever, build_objectives, get_recipe
 
 # %% ../nbs/11_costs.ipynb #cell-006
 def made_up_batch(
@@ -58,14 +57,14 @@ def count_flops(run: Callable[[], Any]) -> int:
 def counted_bytes() -> Iterator[dict[int, int]]:
     "Inside the block, every buffer that autograd keeps: address -> bytes."
     seen: dict[int, int] = {}
-    alive = []  # so that no address is used twice
+    alive = []  # so that no address is used again
 
     def keep(t: Tensor) -> Tensor:
         if not isinstance(t, nn.Parameter):
             storage = t.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
         alive.append(t)
-        return t
+        return t.detach()  # a saved output that held its own graph would never be freed
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -133,10 +132,7 @@ def _step_cost(
     few, more = (made_up_batch(encoder, n, tokens) for n in (2, 4))
     kept = (saved_bytes(model, more, precision) - saved_bytes(model, few, precision)) / 2
     flops = count_flops(lambda: model(more)[0].backward()) // 4
-    cost = StepCost(flops, kept, sum(p.numel() for p in model.parameters()))
-    del model, encoder
-    gc.collect()  # gigabytes that hang together in circles
-    return cost
+    return StepCost(flops, kept, sum(p.numel() for p in model.parameters()))
 
 # %% ../nbs/11_costs.ipynb #cell-025
 def training_cost(
@@ -176,12 +172,13 @@ def real_set(name: str) -> dict[str, int]:  # captions, tokens, n_ids
     return dict(captions=captions, tokens=TOKENS[name], n_ids=ids)
 
 # %% ../nbs/11_costs.ipynb #cell-033
-PAPERS = ("clip", "sdm-id", "sen", "gea")
+_NAMES = ("clip", "sdm-id", "irra", "rde", "sen", "gea")
+PAPERS = tuple(name for name in _NAMES if name in RECIPES)
 
 
 def cost_table(
     name: str,  # a real dataset
-    recipes: Sequence[str] = PAPERS,
+    recipes: Sequence[str] = PAPERS,  # names of recipes
 ) -> pd.DataFrame:
     "Hours and memory for one dataset, by recipe and card."
     rows = []
