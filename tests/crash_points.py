@@ -1,46 +1,56 @@
-"""Stop a run before the n-th change of the file system, as a kill or a power failure would: nothing after it happens, no clean-up either."""
+"""A process that dies before the n-th change of the file system, for every n: `for state in crashes(job, folder): ...` looks at what is left after each death.
+
+`job` runs in a forked child; folders made, files opened for writing, renamed, removed or given rights under `folder` are counted, as Python's audit events tell.
+"""
 import os
+import shutil
 import sys
-import threading
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod"}
-
-
-class Killed(BaseException):
-    "The process is gone; no handler of ours catches this."
+CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+DIED = 77
 
 
-class Counter:
-    "Counts changes of the file system below a folder, and allows no more from the n-th on."
-    def __init__(self):
-        self.active, self.root, self.left, self.count, self.thread = False, "", -1, 0, None
-
-    def hook(self, event, args):
-        if not self.active or threading.get_ident() != self.thread: return
-        if event == "open":
-            path, flags = args[0], args[2]
-            if not isinstance(flags, int) or not flags & WRITING: return
-        elif event in CHANGES: path = args[0]
-        else: return
-        if not isinstance(path, (str, bytes)): return
-        if not os.fsdecode(path).startswith(self.root): return
-        self.count += 1
-        if self.left >= 0 and self.count > self.left: raise Killed
+def is_change(event: str, args: tuple, folder: str) -> bool:
+    "Whether an audit event changes something under `folder`."
+    if event == "open":
+        path, _, flags = args
+        if not isinstance(flags, int) or not flags & WRITING: return False
+    elif event in CHANGES: path = args[0]
+    else: return False
+    try: return os.fspath(path).startswith(folder) if not isinstance(path, (int, bytes)) else isinstance(path, int)
+    except TypeError: return False
 
 
-_counter = Counter()
-_installed = []
+def run_until(job: Callable[[], object], folder: Path, n: int) -> bool:
+    "Run `job` in a child that dies before change number `n`; whether it came to its end before that."
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != DIED
+    left = [n]
+
+    def watch(event, args):
+        if is_change(event, args, str(folder)):
+            left[0] -= 1
+            if left[0] < 0: os._exit(DIED)
+
+    code = 1
+    try:
+        sys.addaudithook(watch)
+        job()
+        code = 0
+    finally: os._exit(code)
 
 
-@contextmanager
-def stopped_after(root, changes: int = -1):
-    "Inside the block the `changes`-th change below `root` is the last one; -1 counts only. Yields the counter."
-    if not _installed:
-        sys.addaudithook(_counter.hook)
-        _installed.append(True)
-    _counter.root, _counter.left, _counter.count = str(root), changes, 0
-    _counter.thread, _counter.active = threading.get_ident(), True
-    try: yield _counter
-    finally: _counter.active = False
+def crashes(job: Callable[[], object], folder: Path, most: int = 400) -> Iterator[int]:
+    "After each death of `job` its number, with the folder as it was left; before each run the folder is as it was."
+    before = folder.with_name(folder.name + ".before")
+    shutil.copytree(folder, before, symlinks=True)
+    for n in range(most):
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder, symlinks=True)
+        ended = run_until(job, folder, n)
+        if ended: return
+        yield n
+    raise AssertionError(f"more than {most} changes")

@@ -341,6 +341,13 @@ def test_a_folder_of_open_clips_with_siglips_towers(tmp_path, monkeypatch):
     os.rename(tmp_path/"hub", tmp_path/"gone")
     again = PersonCLIP.from_pretrained(tmp_path/"ours")
     assert torch.equal(again.encode_text(captions), m.encode_text(captions)) and str(tmp_path) not in (tmp_path/"ours/config.json").read_text()
+    by_path = PersonCLIP("by-path", (96, 32), cfg | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name=str(tmp_path/"gone")))).eval()
+    by_path.save_pretrained(tmp_path/"moved")
+    os.rename(tmp_path/"gone", tmp_path/"away")
+    assert torch.equal(PersonCLIP.from_pretrained(tmp_path/"moved").encode_text(captions), by_path.encode_text(captions)) and str(tmp_path) not in (tmp_path/"moved/config.json").read_text()
+    nobody = PersonCLIP("none", (96, 32), cfg | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name="")))
+    assert nobody.encode_image(images()).shape == (3, 192)
+    fails("without its tokenizer", nobody.encode_text, "a man")
     again.save_pretrained(tmp_path/"twice")
     assert torch.equal(PersonCLIP.from_pretrained(tmp_path/"twice").encode_text(captions), m.encode_text(captions))
 
@@ -352,6 +359,28 @@ def test_folders_of_open_clip_that_are_odd(tmp_path):
     (tmp_path/"open_clip_config.json").write_text(json.dumps(dict(model_cfg=small())))
     (tmp_path/"open_clip_pytorch_model.bin").write_bytes(b"")
     fails("pickle and is refused", PersonCLIP.from_open_clip, str(tmp_path), image_size=(96, 32))
+
+
+@pytest.mark.parametrize("change", [dict(arch=3), dict(image_size="96x32"), dict(image_size=[96]), dict(image_size=[96, None]), dict(model_cfg=[]), dict(model_cfg={"embed_dim": 3}), dict(preprocessing=[]), dict(preprocessing={"mean": 1}), dict(preprocessing={"std": ["a"]*3})])
+def test_odd_model_configs(nano, tmp_path, change):
+    nano.save_pretrained(tmp_path)
+    cfg = json.loads((tmp_path/"config.json").read_text())
+    (tmp_path/"config.json").write_text(json.dumps(cfg | change))
+    fails(f"config.json: {next(iter(change))} = ", PersonCLIP.from_pretrained, tmp_path)
+    for text in ("[]", "3", "null"):
+        (tmp_path/"config.json").write_text(text)
+        fails("not a PersonCLIP", PersonCLIP.from_pretrained, tmp_path)
+
+
+def test_odd_rows_of_a_history(tmp_path):
+    from tipr_nb.models import History
+    (tmp_path/"h.jsonl").write_text('{"step": 1, "loss": 2}\n[1]\n3\nnull\n{"loss": 1}\n{"step": "x"}\n{"step": 2, "lo')
+    h = History(tmp_path/"h.jsonl")
+    h.rewind(5, 5, False)
+    assert h.rows == [{"step": 1, "loss": 2}]
+    h.add({"step": 2, "loss": 1.})
+    h.load()
+    assert len(h.rows) == 2
 
 
 def test_overlay_takes_pictures_and_arrays():

@@ -446,6 +446,41 @@ def test_refuses_another_run(held, tmp_path):
     with pytest.raises(TiprError, match="precision"): GeneratorRecipe(precision="fp8")
 
 
+@pytest.mark.parametrize("text", ["[]", '{"steps": 0}', '{"steps": "ten"}', '{"colour": 1}', '{"image_size": 96}', '{"image_size": ["a", 2]}', '{"prompt": "x"}', '{"prompt": 3}', '{"guidance": "much"}', "{"])
+def test_odd_settings_of_a_folder(generator, tmp_path, text):
+    generator.save_pretrained(tmp_path/"g")
+    (tmp_path/"g/tipr.json").write_text(text)
+    with pytest.raises(TiprError) as e: PersonGenerator.from_pretrained(tmp_path/"g", device="cpu")
+    assert one_line(e)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no parents to follow there")
+@pytest.mark.parametrize("how", [9, 15])
+def test_processes_of_a_launcher_end_with_it(toy, tmp_path, how):
+    "kill -9 and SIGTERM of what started the ranks: none is left after two seconds."
+    import signal, time
+    import psutil
+    child = "import sys; from types import SimpleNamespace as S; from tipr_nb.generation import *; g = PersonGenerator.from_pretrained(sys.argv[1], device='cpu', steps=2, batch_size=2); generate_split(g, S(captions=[f'person {i}' for i in range(100000)]), sys.argv[2])"
+    parent = f"import os, subprocess, sys, time; [subprocess.Popen([sys.executable, '-c', {child!r}, {str(toy)!r}, {str(tmp_path/'p')!r}], env=os.environ | dict(RANK=str(r))) for r in range(2)]; time.sleep(600)"
+    env = os.environ | dict(WORLD_SIZE="2", TORCHELASTIC_RUN_ID="test", OMP_NUM_THREADS="1", TIPR_QUIET="1", PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+    launcher = subprocess.Popen([sys.executable, "-c", parent], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ranks = []
+    try:
+        for _ in range(600):
+            ranks = psutil.Process(launcher.pid).children(recursive=True)
+            if len(ranks) == 2 and len(list((tmp_path/"p").rglob("*.png"))) > 4: break
+            time.sleep(.1)
+        assert len(ranks) == 2
+        launcher.send_signal(how)
+        launcher.wait(10)
+        gone, alive = psutil.wait_procs(ranks, timeout=2)
+        assert all(p.status() == psutil.STATUS_ZOMBIE for p in alive)           # dead, and not yet buried by this machine
+    finally:
+        for p in [launcher, *ranks]:
+            try: p.kill()
+            except psutil.NoSuchProcess: pass
+
+
 def test_what_a_kill_left_is_swept(held, tmp_path):
     r = GeneratorRecipe(updates=1, batch_size=4, warmup=1)
     train_generator(tiny(held), held, tmp_path, r)

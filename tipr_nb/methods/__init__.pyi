@@ -12,6 +12,8 @@ from .gif import Fusion as Fusion
 from .gif import GIF as GIF
 from .gif import fusion_of as fusion_of
 from .gif import reliance as reliance
+from .irr import CrossModalEncoder as CrossModalEncoder
+from .irr import IRR as IRR
 from .masking import FLAVOURS as FLAVOURS
 from .masking import PEERS_MASK as PEERS_MASK
 from .masking import TokenMasker as TokenMasker

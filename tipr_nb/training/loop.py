@@ -393,7 +393,9 @@ class Trainer:
         self.checkpoints = Checkpoints(self.path)
         self.hashes = dict(data_hash=data_hash(dataset), weights_hash=weights_hash(recipe))
         self.precisions = [[0, self.precision]]      # from which step on, what
-        self.notes = list(dataset.notes) + ([] if self.has_val else ["no val split: the last weights are kept"])
+        self.notes = list(dataset.notes)
+        if not self.has_val: self.notes.append("no val split: the last weights are kept")
+        if self.world > 1 and not recipe.drop_last: self.notes.append("several processes: the last odd batch of an epoch is left out")
         self.step = 0                                # steps that are done
         self.stop:bool|str = False                   # set by a callback
         self.status = "running"
@@ -462,6 +464,7 @@ class Trainer:
     def one_step(self, batches:Iterator[Batch]) -> dict[str, Tensor]: # detached losses and logs
         "One step of the optimizer."
         done = self.step/self.total_steps
+        if self.recipe.schedule == "epochs": done = self.step//self.epoch_steps/self.recipe.epochs
         if self.recipe.schedule == "time": done = max(done, self.clock.fraction())
         losses = self.train_step(batches, self.step, done, watch=self.watch)
         self.step += 1

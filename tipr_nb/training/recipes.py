@@ -16,6 +16,7 @@ from typing import Any
 from ..core import TiprError, known_name, read_json, write_json
 from ..data import TrainTransform, caption_specs
 from ..methods import find_objective
+from ..models import POSITION_FILTERS
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-008
 def named(spec:str|tuple|list # a bare name, a pair or a list
@@ -114,13 +115,13 @@ def check_recipe(r:"Recipe"):
     for name, arguments in r.objectives:
         find_objective(name)
         if not is_of_type(arguments.get("weight", 1.), float):
-            raise TiprError(f"{where}: {name}'s weight = {arguments['weight']!r}; give a number")
+            raise TiprError(f"{where}: objectives: {name}'s weight = {arguments['weight']!r}; give a number")
     for name in r.augment: known_name(name, list(inspect.signature(TrainTransform).parameters)[1:], "setting of augment")
     for pattern, rule in r.groups:
         check_pattern(where, "groups", pattern)
         for name, value in rule.items():
             known_name(name, ("lr_scale", "weight_decay"), "setting of a parameter group")
-            if not is_of_type(value, float): raise TiprError(f"{where}: {name} = {value!r} for {pattern!r}; give a number")
+            if not is_of_type(value, float): raise TiprError(f"{where}: groups: {name} = {value!r} for {pattern!r}; give a number")
     for pattern in r.freeze: check_pattern(where, "freeze", pattern)
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-028
@@ -140,13 +141,17 @@ class Recipe:
     arch:str = setting("ViT-B-16-quickgelu") # an open_clip architecture
     pretrained:str|None = setting("openai") # open_clip tag, folder, shipped alias or hub id; None: random weights
     image_size:tuple[int, int] = setting((384, 128), "give (height, width) in pixels", at_least=1)
+    positions:str = setting("bicubic", choices=tuple(POSITION_FILTERS)) # how the image tower's positions are resampled
     lora:int = setting(0, at_least=0) # above 0: the towers learn low-rank updates of this rank, all else in them stays
     freeze:tuple[str, ...] = setting(()) # regular expressions: parameters that stay as they are
     patch_dropout:float = setting(0., at_least=0, below=1) # fraction of patches left out of the main pass in training
     # batches
     batch_size:int = setting(64, at_least=2) # pairs in a forward pass, over all processes together
     sampler:str = setting("random", choices=("random", "identity")) # "identity": several pairs of an identity in a batch
-    per_id:int = setting(2, at_least=1) # identity sampler: most pairs of one identity per visit
+    per_id:int|tuple[int, int] = setting(2, at_least=1) # identity sampler: pairs per visit; (1, 2): one or two, drawn
+    same_photo:bool = setting(False) # identity sampler: the pairs of a visit may show one photo
+    drop_last:bool = setting(True) # leave out the odd batch at the end of an epoch
+    trim_captions:bool = setting(True) # cut padding where a tower allows it; False: every caption at full length
     lookalikes:bool = setting(False) # identity sampler: identities of one look-alike family share a batch
     caption_transform:str|tuple|None = setting(None) # name, (name, arguments), or a list of such: "prune"
     augment:dict = setting(dict) # arguments of `data.TrainTransform`
@@ -169,7 +174,7 @@ class Recipe:
     grad_cache:int = setting(0, at_least=0, hashed=False) # above 0: encode so many pairs at a time, with the batch's gradient
     # schedule
     epochs:int = setting(60, at_least=1) # passes over the training captions
-    schedule:str = setting("steps", choices=("steps", "time")) # "time": anneal along `max_seconds` of `train`
+    schedule:str = setting("steps", choices=("steps", "epochs", "time")) # by step, by epoch, or along `max_seconds`
     warmup_epochs:float = setting(5., at_least=0) # epochs of linear warm-up, at most half of the run
     warmup_start:float = setting(.1, at_least=0) # factor on the learning rate at the first step
     final_lr:float = setting(0., at_least=0) # factor on the learning rate at the last step
@@ -186,10 +191,14 @@ class Recipe:
             value = getattr(self, f.name)
             check_setting(f"recipe {self.name}", f, kinds[f.name], value)
             if isinstance(f.default, tuple): setattr(self, f.name, tuple(value))
+            elif isinstance(value, list) and f.name == "per_id": setattr(self, f.name, tuple(value))
             elif kinds[f.name] in (float, float|None) and value is not None: setattr(self, f.name, float(value))
         self.objectives = [named(o) for o in self.objectives]
         self.groups = [named(g) for g in self.groups]
-        parts = [p if isinstance(p, str) else named(p) for p in caption_specs(self.caption_transform)]
+        try: parts = [p if isinstance(p, str) else named(p) for p in caption_specs(self.caption_transform)]
+        except TypeError:
+            raise TiprError(f"recipe {self.name}: caption_transform = {self.caption_transform!r}; give a name, "
+                            "a name and its arguments, or a list of such") from None
         if len(parts) < 2: self.caption_transform = parts[0] if parts else None
         else: self.caption_transform = parts
         check_recipe(self)
@@ -228,25 +237,27 @@ class Recipe:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-037
-_SEN_GROUPS:list[tuple[str, dict]] = [
-    ("cross", dict(lr_scale=5.)),
-    ("bias$", dict(lr_scale=2., weight_decay=0.)),
-    ("classifier", dict(lr_scale=5.)),
-]
-_SEN_SOLVER:dict[str, Any] = dict(
-    batch_size=128, sampler="identity", per_id=2,
-    optimizer="adam", eps=1e-3, weight_decay=4e-5, decay_1d=True, groups=_SEN_GROUPS)
-_GEA_SOLVER:dict[str, Any] = dict(batch_size=64, optimizer="adam")
-_SDM_ID = [("SDM", {}), ("ID", {})]
-_SEN = [*_SDM_ID, ("TIR", dict(weight=10.)), ("CMT", dict(weight=10.))]
-_PICTURES = ("generated", "other")
+_BIASES:tuple[str, dict] = ("bias$", dict(lr_scale=2., weight_decay=0.))
+_SEN_GROUPS:list[tuple[str, dict]] = [("cross", dict(lr_scale=5.)), _BIASES, ("classifier", dict(lr_scale=5.))]
+_SOLVER:dict[str, Any] = dict(optimizer="adam", eps=1e-3, weight_decay=4e-5, decay_1d=True)
+_SEN_SOLVER:dict[str, Any] = _SOLVER | dict(batch_size=128, sampler="identity", groups=_SEN_GROUPS)
+_RELEASED:dict[str, Any] = dict(positions="bilinear", swap_sides=False, drop_last=False, schedule="epochs")
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-038
+_SDM_ID = [("SDM", {}), ("ID", {})]
+_SEN = [*_SDM_ID, ("TIR", dict(weight=10.)), ("CMT", dict(weight=10.))]
+_SEN_RELEASED = [
+    *_SDM_ID,
+    ("TIR", dict(weight=10., activation="quickgelu", released_init=True, attend_padding=True, from_input=True, count_cls=True)),
+    ("CMT", dict(weight=10., hard_positive=False))]
+_PICTURES = ("generated", "other")
+
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-039
 def _gea(**gif) -> list[tuple[str, dict]]:
     "GEA's objectives."
     return [("TAL", {}), ("TGTE", dict(picture_weight=.2, weight=.3)), ("GIF", dict(weight=.1, **gif))]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-040
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-041
 _TINY:dict[str, Any] = dict(
     arch="tipr-tiny", pretrained="synth-world", image_size=(96, 32), batch_size=128,
     epochs=2, warmup_epochs=.2, lr=3e-4, weight_decay=.05, clip_grad=1., precision="bf16")
@@ -255,13 +266,16 @@ _PRETRAIN:dict[str, Any] = _TINY | dict(
     patch_dropout=.5, lr=1e-3, betas=(.9, .98), eps=1e-6, weight_decay=.1, augment=dict(erase=0.))
 _DECODER_FASTER = [("decoder", dict(lr_scale=5.))]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-041
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-042
 RECIPES = {r.name: r for r in [
-    Recipe("clip", ["ITC"], optimizer="adam"),
+    Recipe("clip", [("ITC", dict(temperature=.02))], groups=[_BIASES], **_SOLVER, **_RELEASED),
     Recipe("sdm-id", _SDM_ID, **_SEN_SOLVER),
-    Recipe("tal", ["TAL"], **_GEA_SOLVER),
-    Recipe("sen", _SEN, caption_transform="prune", **_SEN_SOLVER),
-    Recipe("gea", _gea(), extra_fields=_PICTURES, **_GEA_SOLVER),
+    Recipe("tal", ["TAL"], groups=[_BIASES], schedule="epochs", **_SOLVER),
+    Recipe("sen", _SEN_RELEASED, caption_transform=["prune", ("mask", dict(flavour="sen"))],
+           per_id=(1, 2), same_photo=True, trim_captions=False, **_SEN_SOLVER, **_RELEASED),
+    Recipe("sen-plus", _SEN, caption_transform="prune", **_SEN_SOLVER),
+    Recipe("gea", _gea(), caption_transform=("mask", dict(flavour="rde")), extra_fields=_PICTURES,
+           groups=[_BIASES, ("objectives", dict(lr_scale=5.))], schedule="epochs", **_SOLVER),
     Recipe("gea-sen", _gea() + _SEN, caption_transform="prune", extra_fields=_PICTURES, **_SEN_SOLVER),
     Recipe("clip-tiny", ["ITC"], **_TINY | dict(lr=1e-4)),
     Recipe("sdm-id-tiny", _SDM_ID, sampler="identity", **_TINY),
@@ -274,7 +288,7 @@ RECIPES = {r.name: r for r in [
     Recipe("synth-world-pretrain", ["ITC"], **_PRETRAIN),
 ]}
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-043
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-044
 def get_recipe(source:str|Path|Recipe # a name of `RECIPES`, a JSON file, or a recipe
               ) -> Recipe:
     "Find a recipe; a mistyped name is answered with the nearest one."

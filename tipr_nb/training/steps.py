@@ -62,10 +62,11 @@ class Retriever(nn.Module):
 def build_encoder(r:Recipe) -> PersonCLIP:
     "The recipe's encoder: saved weights of the same architecture, an open_clip tag, or random weights."
     name = r.pretrained
-    if name is None or name.endswith(".safetensors"): return PersonCLIP.from_open_clip(r.arch, name, image_size=r.image_size)
+    sizes = dict(image_size=r.image_size, positions=r.positions)
+    if name is None or name.endswith(".safetensors"): return PersonCLIP.from_open_clip(r.arch, name, **sizes)
     saved = "/" in name or name == "synth-world" or name in shipped_weights() or Path(name).is_dir()
-    if saved: return PersonCLIP.from_pretrained(name, arch=r.arch, image_size=r.image_size)
-    return PersonCLIP.from_open_clip(r.arch, name, image_size=r.image_size)
+    if saved: return PersonCLIP.from_pretrained(name, arch=r.arch, **sizes)
+    return PersonCLIP.from_open_clip(r.arch, name, **sizes)
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-012
 def check_encoder(encoder:PersonCLIP, r:Recipe):
@@ -176,7 +177,9 @@ def make_train_loader(r:Recipe, split:Split,
     check_fields(r, split, extra, world)
     return make_loader(
         split, tokenize, r.image_size, r.batch_size//world,
-        sampler=r.sampler, k=r.per_id, groups="family" if r.lookalikes else None, seed=r.seed,
+        sampler=r.sampler, k=r.per_id, same_photo=r.same_photo, groups="family" if r.lookalikes else None, seed=r.seed,
+        drop_last=r.drop_last or world > 1,   # processes need parts of one size
+        trim=None if r.trim_captions else False,
         caption_transform=r.caption_transform, swap_sides=r.swap_sides, augment=r.augment or None,
         extra_fields={name: (extra or {}).get(name, True) for name in r.extra_fields},
         rank=rank, world_size=world, num_workers=num_workers, pin_memory=pin_memory)

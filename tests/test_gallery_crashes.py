@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crash_points import Killed, stopped_after
+from gallery_stops import Killed, stopped_after
 from gallery_pictures import figure
 from tipr_nb.core import TiprError
 from tipr_nb.search import ColourModel, Gallery, find_photos, index_photos, read_manifest
