@@ -424,3 +424,14 @@ def test_everything_from_outside_is_escaped(tmp_path):
     for page in (hits.to_html(), hits._repr_html_()): assert "<img src=x" not in page and page.count("&lt;img src=x") >= 5
     table = Hits([Hit(Path("a.png"), .5, 1, 0, metadata=dict(note="=1+1", other="@x", number=-4))]).to_csv()
     assert "'=1+1" in table and "'@x" in table and ",-4" in table
+
+
+def test_what_the_default_weights_are_is_said(shelf, tmp_path):
+    "At index, in notes, JSON, table and page; not where the weights are the user's choice."
+    from tipr_nb.search import Page, Question
+    gallery = Gallery.build([*shelf.rglob("c1/*.png")], folder=tmp_path/"g")
+    hits = gallery.search("a man in a red coat", k=2)
+    places = [*gallery.report.lines(), hits.to_json(), hits.table(), hits.to_html(), *Page(gallery).ask(Question("a man in a red coat", k=2)).advice]
+    assert sum("trained on rendered people" in p and "--model" in p for p in places) == 5
+    other = Gallery.build([*shelf.rglob("c1/*.png")], ColourModel(), tmp_path/"o")
+    assert not other.search("a man", k=2).notes and not other.report.notes

@@ -85,7 +85,7 @@ def warmed(picture:Image.Image, heat:np.ndarray # (rows, columns)
     from tipr_nb.models import overlay
     return Image.fromarray(overlay(picture, heat, span=(0., max(float(heat.max()), 1e-6))))
 
-# %% ../../nbs/08_search/16_app.ipynb #e1d81141
+# %% ../../nbs/08_search/16_app.ipynb #cell-015
 def tile_words(hit:Hit) -> str:
     "The caption of a tile: score, then what is known of the person, with its column's name."
     known = [f"{name} {printable(value)}" for name, value in hit.metadata.items() if value is not None]
@@ -107,7 +107,7 @@ def facts_html(hit:Hit, score:float|None=None) -> str:
     if hit.duplicates: rows["copies"] = ", ".join(d.name for d in hit.duplicates)
     return facts_table(rows)
 
-# %% ../../nbs/08_search/16_app.ipynb #767755bf
+# %% ../../nbs/08_search/16_app.ipynb #cell-017
 def few_words(gallery:Gallery, most:int=24 # distinct texts
              , columns:int=3) -> list[str]:
     "Columns of yours with only a few distinct texts: those that make good drop-down lists."
@@ -134,7 +134,7 @@ def joined_filter(where:str, chosen:Mapping[str, Sequence[str]]) -> str:
     if not lists: return typed
     return " and ".join([f"({typed})"]*bool(typed) + lists)
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-016
+# %% ../../nbs/08_search/16_app.ipynb #cell-020
 EXAMPLES = ("a man in a red coat and blue trousers", "a woman in a white dress with a black bag",
             "somebody with a backpack and dark shoes", "a person in a yellow jacket")
 _COLOURS = ("red", "blue", "green", "yellow", "white", "black", "grey", "pink", "orange", "brown")
@@ -154,7 +154,7 @@ def fitting_sentences(gallery:Gallery, n:int=4, most:int=4096 # people looked at
     best = np.argsort(-fit.max(1))[:n]
     return [_GARMENTS[int(fit[c].argmax())].format(_COLOURS[c]) for c in best]
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-018
+# %% ../../nbs/08_search/16_app.ipynb #cell-022
 @dataclass
 class Answer:
     "What the page shows after a question."
@@ -169,7 +169,7 @@ class Answer:
     more: bool = False               # there is a next page
     advice: list[str] = field(default_factory=list)   # notes of the search
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-019
+# %% ../../nbs/08_search/16_app.ipynb #cell-023
 class Page:
     "The gallery behind the page, and its answers."
     def __init__(self, gallery:Gallery
@@ -283,7 +283,7 @@ class Page:
             traceback.print_exc()
             return Answer(note=f"Something went wrong here ({type(e).__name__}); the terminal that runs the page says more.", wrong=True)
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-020
+# %% ../../nbs/08_search/16_app.ipynb #cell-024
 UPLOAD_BYTES = 20 << 20     # larger files are refused before they are kept
 UPLOAD_PIXELS = 50_000_000  # larger pictures before they are decoded
 
@@ -302,7 +302,7 @@ def _enlarged(picture, height):
     if picture is None or picture.height >= height: return picture
     return picture.resize((max(1, round(picture.width*height/picture.height)), height), Image.Resampling.BICUBIC)
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-022
+# %% ../../nbs/08_search/16_app.ipynb #cell-028
 def search_box(gallery:Gallery
               , k:int=12 # people shown
               ):
@@ -328,7 +328,7 @@ def search_box(gallery:Gallery
     for name, part in dict(ask=ask, text=text, where=where, out=out).items(): setattr(box, name, part)
     return box
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-025
+# %% ../../nbs/08_search/16_app.ipynb #cell-031
 _CSS = """
 .gradio-container{max-width:1480px!important}
 #people .grid-wrap{max-height:none!important;overflow:visible}
@@ -365,7 +365,7 @@ _FOLLOW = """note => {
 NOTE = ("Scores say how well a picture fits the words, not who somebody is. A person found here has been found by their clothes: "
         "never act on it alone, and search only photos that you may search.")
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-026
+# %% ../../nbs/08_search/16_app.ipynb #cell-032
 def search_page(gallery:Gallery # to be searched
                , enriched:Callable[[], Gallery]|None=None # makes the same gallery with a model that imagines pictures
                , examples:Sequence[str]|None=None # sentences to click; None: some that fit the gallery
@@ -388,13 +388,25 @@ def search_page(gallery:Gallery # to be searched
         _wire(gr, blocks, page, parts, folder)
     return blocks
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-027
+# %% ../../nbs/08_search/16_app.ipynb #cell-033
 def _private_folder():
     "Gradio keeps thumbnails and uploads as files: in a folder that this user alone can read and that goes with the process."
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="tipr-page-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(os.environ["GRADIO_TEMP_DIR"])
+    folder = os.environ["GRADIO_TEMP_DIR"]
+    _import_onnxruntime(folder)
+    return Path(folder)
+
+def _import_onnxruntime(folder):
+    "When it is first imported, ONNX Runtime leaves a session file in the folder for temporary files: in ours, so that it goes with the process."
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
+    try: import onnxruntime   # noqa: F401
+    except ImportError: pass
+    finally:
+        if before is None: del os.environ["TMPDIR"]
+        else: os.environ["TMPDIR"] = before
 
 def _question_column(gr, page, parts, examples):
     "The components of a question."
@@ -457,7 +469,7 @@ def _closer(gr, parts):
 
 def _selected(keys): return f"<p class='note'>{len(keys) or 'Nobody'} selected" + ("" if keys else ": all people shown are written") + ".</p>"
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-028
+# %% ../../nbs/08_search/16_app.ipynb #cell-034
 def _wire(gr, blocks, page, parts, folder):
     "Connect events to the page's answers."
     from gradio import Request, SelectData   # Gradio reads these two annotations
@@ -524,7 +536,7 @@ def _wire_selection(gr, page, parts, folder, silent):
     for kind in ("csv", "html", "zip"):
         parts[kind].click(partial(written, kind), [parts[n] for n in ("picked", "keys", "query")], [parts["file"]], **silent)
 
-# %% ../../nbs/08_search/16_app.ipynb #ba1c22fe
+# %% ../../nbs/08_search/16_app.ipynb #cell-035
 def _shown(gr, answer, question):
     "An answer as the values of the page's components."
     return [gr.Gallery(answer.tiles, selected_index=None), answer.keys, answer.query, _note(answer, question),
@@ -539,7 +551,7 @@ def _note(answer, question=None):
     advice = "".join(f'<p class="note">{html.escape(n)}</p>' for n in answer.advice)
     return f'<p class="{"wrong" if answer.wrong else "note"}">{html.escape(answer.note)}{link}</p>{advice}'
 
-# %% ../../nbs/08_search/16_app.ipynb #fee4915c
+# %% ../../nbs/08_search/16_app.ipynb #cell-038
 def is_loopback(host:str) -> bool:
     "Whether an address is this computer's own."
     if host == "localhost": return True
@@ -559,7 +571,7 @@ def own_names(host:str, names:Sequence[str]=() # further names of the page
         out += [f"[{n}]" if ":" in str(n) else str(n) for n in found]
     return list(dict.fromkeys(out))
 
-# %% ../../nbs/08_search/16_app.ipynb #3fd01668
+# %% ../../nbs/08_search/16_app.ipynb #cell-040
 class OwnNames:
     "ASGI middleware: requests under another host name, or from another site's page, get a one-line refusal."
     def __init__(self, app, names:Sequence[str]):
@@ -589,7 +601,7 @@ class OwnNames:
         await send(dict(type="http.response.start", status=421, headers=headers))
         await send(dict(type="http.response.body", body=body))
 
-# %% ../../nbs/08_search/16_app.ipynb #ec40ef9a
+# %% ../../nbs/08_search/16_app.ipynb #cell-042
 def check_port(host:str, port:int):
     "Raise a one-line `TiprError` when nothing can listen there."
     if not 0 < port < 65_536: raise TiprError(f"port {port}: choose one between 1 and 65535")
@@ -601,7 +613,7 @@ def check_port(host:str, port:int):
             why = "in use" if e.errno == 98 else e.strerror
             raise TiprError(f"port {port} on {host}: {why}; choose another with port= (--port)") from None
 
-# %% ../../nbs/08_search/16_app.ipynb #61f40c6d
+# %% ../../nbs/08_search/16_app.ipynb #cell-044
 def serve(gallery:Gallery, *, host:str="127.0.0.1" # address to listen on
          , port:int=7860
          , enriched:Callable[[], Gallery]|None=None # makes the same gallery with a model that imagines pictures
@@ -649,7 +661,7 @@ def _warm(gallery):
     try: gallery.model
     except TiprError: pass
 
-# %% ../../nbs/08_search/16_app.ipynb #cell-031
+# %% ../../nbs/08_search/16_app.ipynb #cell-046
 def find_chromium() -> str|None:
     "Debian's Chromium, or another that is installed."
     found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]

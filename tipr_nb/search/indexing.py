@@ -104,6 +104,7 @@ class IndexReport:
     duplicates:int=0 # rows whose picture is the same, byte for byte, as another row's
     skipped:list[tuple[str, str]] = field(default_factory=list)  # (path, why)
     warnings:list[str] = field(default_factory=list)
+    notes:list[str] = field(default_factory=list)      # about the weights
     seconds:float=0.
 
     def lines(self) -> list[str]:
@@ -115,7 +116,7 @@ class IndexReport:
         if self.resumed: out.append(f"{self.resumed} photos were taken over from an interrupted run")
         if self.duplicates: out.append(f"{self.duplicates} people are copies of others, byte for byte")
         if self.skipped: out.append(f"{len(self.skipped)} skipped, such as {self.skipped[0][0]}: {self.skipped[0][1]}")
-        return out + [f"warning: {w}" for w in self.warnings]
+        return out + [f"warning: {w}" for w in self.warnings] + [f"note: {n}" for n in self.notes]
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-018
 class Encodes(Protocol):
