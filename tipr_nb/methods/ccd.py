@@ -21,7 +21,7 @@ from .objectives import Objective, register_objective
 from .tse import TSE
 from ..models import Features, PersonCLIP, tal_loss
 
-# %% ../../nbs/05_methods/11_ccd.ipynb #new-008
+# %% ../../nbs/05_methods/11_ccd.ipynb #cell-008
 def inject_noise(data:PersonDataset|Split, # of a dataset, the training split alone is changed
                  fraction:float, # of the captions exchanged, from 0 to 1
                  seed:int=0
