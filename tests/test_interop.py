@@ -264,7 +264,7 @@ def test_export_hugging_face(irra, tmp_path):
 
 def test_export_onnx_runs_without_torch(irra, tmp_path):
     from PIL import Image
-    from tipr_nb.interop import ImageTower
+    from tipr_nb.search import ImageTower
     from tipr_nb.search import TextTower
     model = load_peer(irra, say=None)
     save_onnx(model, tmp_path)

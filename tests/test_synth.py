@@ -9,7 +9,7 @@ from PIL import Image
 import PIL
 
 from tipr_nb import synth
-from tipr_nb.synth import benchmark, oracles, people, worlds
+from tipr_nb.synth import benchmark, oracles, views, worlds
 from tipr_nb.core import TiprError
 
 SMALL = "bd8225119eb1030bf3eec225aa80ba0554a39054902654d678e5d87cb267f40a"  # content of n_ids=60
@@ -81,7 +81,7 @@ def test_sizes(v1):
 def test_lookalikes_in_every_split_and_same_gallery(v1):
     for split in ("train", "val", "test"):
         kinds = {r["lookalike"] for r in v1 if r["split"] == split}
-        assert kinds == {"none", *people.LOOKALIKES}
+        assert kinds == {"none", *views.LOOKALIKES}
     families = {}
     for r in v1:
         families.setdefault(r["family"], []).append(r)
@@ -122,8 +122,8 @@ def test_annotators_held_out(v1):
 
 def test_captions_tell_only_what_is_seen(v1):
     for r in v1[::7]:
-        seen = people.observe(r["attributes"], r["view"], r["occluder"])
-        assert set(r["visible"]) == set(people.describable(seen))
+        seen = views.observe(r["attributes"], r["view"], r["occluder"])
+        assert set(r["visible"]) == set(views.describable(seen))
         for c in r["captions"]:
             said = {f: v for f, v in c["mentioned"].items() if f in synth.FIELDS}
             assert all(seen.get(f) == v for f, v in said.items())
@@ -180,8 +180,8 @@ def test_left_and_right():
         centre("front") > 16 > centre("back")
     )  # their left is the picture's right when they face us
     assert centre("left") is not None and centre("right") is None
-    assert "held" in people.observe(a, "left") and "held" not in people.observe(a, "right")
-    assert "held" not in people.observe(a, "front", "person right") and "held" in people.observe(
+    assert "held" in views.observe(a, "left") and "held" not in views.observe(a, "right")
+    assert "held" not in views.observe(a, "front", "person right") and "held" in views.observe(
         a, "front", "person left"
     )
 
@@ -195,11 +195,11 @@ def test_what_a_view_hides():
         hat="none",
         shoes="boots",
     )
-    assert "pattern" in people.observe(a, "front") and "pattern" not in people.observe(a, "back")
-    assert "glasses" not in people.observe(a, "back") and "shoes" not in people.observe(
+    assert "pattern" in views.observe(a, "front") and "pattern" not in views.observe(a, "back")
+    assert "glasses" not in views.observe(a, "back") and "shoes" not in views.observe(
         a, "front", "bench"
     )
-    assert "hair" not in people.observe(a | dict(hat="hood", upper="hoodie"), "front")
+    assert "hair" not in views.observe(a | dict(hat="hood", upper="hoodie"), "front")
 
 
 def test_what_is_visible_is_drawn(v1):

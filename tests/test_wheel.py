@@ -52,10 +52,10 @@ def test_metadata(wheel):
 EXTRAS = {"search": ("pyarrow", "from tipr_nb.search import indexing_lock\nwith indexing_lock('g'): pass"),
           "milvus": ("pymilvus", "from tipr_nb.search import Milvus\nMilvus.at('m.db')"),
           "detect": ("cv2", "from tipr_nb.search import find_detector\nfind_detector('hog')"),
-          "video": ("av", "from tipr_nb.search import read_moment\nread_moment('pyproject.toml#t=1.000')"),
-          "onnx": ("onnxscript", "from tipr_nb.interop import export_image_tower\nexport_image_tower(None, 'i.onnx')"),
+          "video": ("av", "from tipr_nb.search.video import FilmReader\nFilmReader('a.mp4')"),
+          "onnx": ("onnxscript", "from tipr_nb.interop.exports import export_image_tower\nexport_image_tower(None, 'i.onnx')"),
           "peft": ("peft", "from types import SimpleNamespace\nimport torch\nfrom tipr_nb.generation.pipelines import add_pipeline_lora\nadd_pipeline_lora(SimpleNamespace(unet=torch.nn.Linear(1, 1)), '.')"),
-          "hub": ("datasets", "import numpy as np\nfrom tipr_nb.data import Split\nfrom tipr_nb.interop import split_features\nsplit_features(Split('test', [], np.zeros(0, int), [], np.zeros(0, int), np.zeros(0, int)))"),
+          "hub": ("datasets", "import numpy as np\nfrom tipr_nb.data import Split\nfrom tipr_nb.interop.parquet import split_features\nsplit_features(Split('test', [], np.zeros(0, int), [], np.zeros(0, int), np.zeros(0, int)))"),
           "app": ("gradio", "from tipr_nb.search import search_page\nsearch_page(None)")}
 
 

@@ -400,8 +400,6 @@ def queries_section(plan: DemoPlan, data, result: Result) -> str:
 # %% ../nbs/12_demo.ipynb #cell-034
 def benchmark_section(data, seed: int = 0) -> str:
     "What the benchmark is, with pictures."
-    from tipr_nb.figures import nice
-
     test, rng = data.test, np.random.default_rng(seed)
     rows = [
         (name, f"{s.n_ids:,}", f"{len(s.images):,}", f"{len(s):,}")
@@ -872,7 +870,6 @@ def train_and_test(plan: DemoPlan, out: Path, data, log: StageLog) -> Result:
 
 def add_pictures_to(result: Result, plan: DemoPlan, data, log: StageLog):
     "The stage of pictures: generate, ask again, compare."
-    import torch
     from tipr_nb.generation import PersonGenerator, generate_split
     from tipr_nb.methods import enhance
 

@@ -256,7 +256,7 @@ def decode_text(data:bytes, path:str|Path, error:type[TiprError]=TiprError) -> s
     return text
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-036
-_JSON_KINDS = {dict: "an object", list: "a list"}
+_JSON_KINDS:dict[type, str] = {dict: "an object", list: "a list"}
 
 def _parse_json(text:str, where:str, remedy:str, error:type[TiprError]) -> Any:
     "JSON from a text; `where` is the file, or the file and the line."

@@ -10,6 +10,7 @@ import hashlib, os, re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def _gather_layout(layout:Layout, root:str|Path, found:Gathered) -> tuple[Path, 
     "Records of a public layout; its folder and the names of its files."
     annotation = find_annotation(layout, root)
     for where, record, split in annotation_records(layout, annotation):
-        found.take(lambda drop, r=record, w=where, s=split: parse_record(r, w, layout, drop, s), where)
+        found.take(partial(parse_record, record, where, layout, split=split), where)
     return annotation.home, [p.name for p in annotation.files.values()]
 
 def _gather_table(root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
@@ -196,7 +197,7 @@ def _gather_table(root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
     tables = find_tables(root)
     path = next(iter(tables.values()))
     for where, record in table_records(tables):
-        found.take(lambda drop, r=record, w=where: parse_table_row(r, w, drop), where)
+        found.take(partial(parse_table_row, record, where), where)
     if not found.total: raise DatasetError(f"{path}: no rows in it; the table needs image, caption and id")
     return path.parent, [path.name]
 
@@ -427,9 +428,9 @@ def check_dataset(
     if synthetic and root is None: root = load(None).root
     report.root = str(root)
     kind = "synth-pedes" if synthetic else name
-    if kind not in (*LAYOUTS, *_TABLE_NAMES):
-        rows, images = _check_loaded(report, load, root), Path()
-    else: rows, images = _check_files(report, kind, root, read_skip(skip))
+    images:Path|None = Path()
+    if kind in (*LAYOUTS, *_TABLE_NAMES): rows, images = _check_files(report, kind, root or "", read_skip(skip))
+    else: rows = _check_loaded(report, load, root)
     if images is not None:
         try: check_images(report, images, rows, verify, workers, skip_missing)
         except OSError as e: report.add("error", "images", *_parts(unreadable_error(e, images)))
