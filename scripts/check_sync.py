@@ -38,7 +38,7 @@ def notebook_findings() -> list[str]:
         if any(o.get("output_type") == "error" for c in code for o in c.get("outputs", [])): found.append(f"{name}: a cell holds an error")
         if any(isinstance(c["source"], str) and "\n" in c["source"] for c in code): found.append(f"{name}: a cell's source is one string; save it with nbformat")
         for c in code:
-            pictures, (said, wrong) = sum("image/png" in o.get("data", {}) for o in c.get("outputs", [])), descriptions(source(c))
+            pictures, (said, wrong) = sum(any(kind.startswith("image/") for kind in o.get("data", {})) for o in c.get("outputs", [])), descriptions(source(c))
             if (pictures or said) and (wrong or len(said) != pictures or not all(s.strip() for s in said)):
                 found.append(f"""{name}: the cell that begins {source(c).splitlines()[0][:50]!r} shows {pictures} pictures and describes {len(said)}{wrong}; one `#| fig-alt: "..."` for each picture shown (a list for several), and a cell that shows none has lost it""")
     return found

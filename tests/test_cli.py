@@ -70,7 +70,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
     assert done.returncode == 0 and "search" in done.stdout and busy() - before < 1.
 
 
-@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"], ["index"], ["search"], ["app"], ["convert"], ["card"], ["push"], ["data", "export"]])
+@pytest.mark.parametrize("words", [["demo"], ["data"], ["data", "synth"], ["data", "check"], ["data", "world"], ["data", "stats"], ["train"], ["evaluate"], ["grid"], ["index"], ["search"], ["app"], ["convert"], ["card"], ["models"], ["push"], ["data", "export"]])
 def test_every_command_helps(words):
     result = tipr(*words, "--help")
     assert result.exit_code == 0
@@ -99,7 +99,7 @@ def test_wrong_usage(words):
                                                (PermissionError(13, "denied", "runs/x"), 2, "runs/x: no permission"), (MemoryError("alloc of 9 GB"), 2, "smaller batch"), (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried"), 2, "CUDA out of memory")])
 def test_expected_failures_are_one_line(error, code, says):
     app = typer.Typer(pretty_exceptions_enable=False)
-    @cli.command(app)
+    @cli.register_command(app)
     def fail(): raise error
     result = CliRunner().invoke(app, [])
     assert result.exit_code == code and says in result.stderr and result.stderr.count("\n") == 1
@@ -108,7 +108,7 @@ def test_expected_failures_are_one_line(error, code, says):
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(2, "No such file", "inner.bin")])
 def test_bugs_are_not_hidden(error):
     app = typer.Typer(pretty_exceptions_enable=False)
-    @cli.command(app)
+    @cli.register_command(app)
     def fail(): raise error
     assert CliRunner().invoke(app, []).exception is error
 
@@ -482,3 +482,73 @@ def test_threads_wait_asleep_unless_told_otherwise(monkeypatch, given):
     if given is None: monkeypatch.delenv("OMP_WAIT_POLICY")
     cli.main()
     assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+
+
+# weights of any name, parts of one's own, files left out
+
+def test_models_lists_what_is_known_and_what_was_not_tried():
+    out = tipr("models")
+    assert out.exit_code == 0 and "clip-synth-world" in out.stdout and "ViT-B-16:openai" in out.stdout and out.stdout.count("not tried here") > 5
+    rows = json.loads(tipr("models", "--json").stdout)
+    assert {"name", "address", "licence", "parameters", "trained_on", "figures", "source", "downloaded"} <= set(rows["known"][0])
+
+
+def test_a_loss_and_a_transform_of_ones_own(few, tmp_path, monkeypatch):
+    (tmp_path/"my_parts.py").write_text('''
+from tipr_nb.methods import Objective
+
+class Gentle(Objective):
+    "One minus the cosine of each pair."
+    def __init__(self, *args, push=1., **kwargs):
+        super().__init__(*args, **kwargs)
+        self.push = push
+
+    def forward(self, features, batch, encoder):
+        return self.push*(1 - (features.image*features.text).sum(1)).mean()
+''')
+    monkeypatch.chdir(tmp_path)
+    own = ["--set", 'objectives=["my_parts:Gentle"]', "--set", "my_parts:Gentle.push=2"]
+    out = tipr("train", "clip-tiny", "--root", few, "--out", tmp_path/"run", *NANO, *own)
+    assert out.exit_code == 0, out.output
+    assert json.loads((tmp_path/"run"/"recipe.json").read_text())["objectives"] == [["my_parts:Gentle", {"push": 2}]]
+    refused(tipr("train", "clip-tiny", "--root", few, "--out", tmp_path/"b", *NANO, "--set", 'objectives=["my_parts:Gone"]'), "my_parts")
+
+
+def test_missing_images_are_left_out_when_asked(tmp_path):
+    from tipr_nb.synth import make_synth_pedes
+    root = make_synth_pedes(tmp_path/"broken", n_ids=(8, 2, 5))
+    records = json.loads((root/"reid_raw.json").read_text())
+    (root/"imgs"/records[0]["file_path"]).unlink()
+    refused(tipr("data", "stats", "synth-pedes", "--root", root), "--skip")
+    out = tipr("data", "stats", "synth-pedes", "--root", root, "--skip-missing", "1")
+    assert out.exit_code == 0 and "note: " in out.stdout
+    (tmp_path/"skip.txt").write_text(records[0]["file_path"] + "\n")
+    assert tipr("data", "stats", "synth-pedes", "--root", root, "--skip", tmp_path/"skip.txt").exit_code == 0
+    refused(tipr("data", "stats", "synth-pedes", "--root", root, "--skip", tmp_path/"none.txt"), "none.txt")
+
+
+def test_a_gallery_of_somebody_elses_weights(shelf, tmp_path):
+    import torch
+    from tipr_nb.models import PersonCLIP
+    from open_clip.model import CLIP
+    torch.manual_seed(0)
+    clip = CLIP(embed_dim=32, vision_cfg=dict(image_size=(96, 32), patch_size=16, width=64, layers=1), text_cfg=dict(context_length=77, vocab_size=600, width=64, heads=1, layers=1), quick_gelu=True)
+    torch.save({"model": {f"base_model.{k}": v for k, v in clip.state_dict().items()}}, tmp_path/"best.pth")
+    out = tipr("index", shelf, "--gallery", tmp_path/"g", "--model", tmp_path/"best.pth")
+    assert out.exit_code == 0 and "36 people" in out.stdout, out.output
+    assert tipr("index", shelf, "--gallery", tmp_path/"g").exit_code == 0
+    assert tipr("search", "a red coat", "--gallery", tmp_path/"g", "-k", 3).exit_code == 0
+    picture = sorted(shelf.rglob("*.png"))[0]
+    paths = tipr("search", "--image", picture, "--gallery", tmp_path/"g", "-k", 2, "--filepath-only").stdout.split()
+    assert len(paths) == 2 and str(picture) in paths
+    for wrong in ("ViT-B-16", "ViT-B-16:opnai", "nothing-like-it"): refused(tipr("index", shelf, "--gallery", tmp_path/"h", "--model", wrong), wrong.split(":")[-1])
+    assert not (tmp_path/"h").exists()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_console_that_cannot_show_a_name(people, encoding):
+    code = "import sys; from tipr_nb import cli; sys.argv = ['tipr']; cli.app = lambda prog_name: (cli.say('żółw 北门'), cli.say_json({'name': '北😀'})); cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"})
+    assert done.returncode == 0, done.stderr
+    shown = "utf-8" if encoding == "ascii" else encoding   # click writes UTF-8 where a stream says ASCII
+    assert json.loads(done.stdout.decode(shown).splitlines()[-1]) == {"name": "北😀"}

@@ -1,4 +1,4 @@
-import errno, os, subprocess, sys
+import errno, os, subprocess, sys, time
 import pytest
 from tipr_nb.core import (TiprError, atomic_path, cache_dir, ensure_torchvision, locked, os_errors, read_json, resolve_model, write_json,
     write_text)
@@ -458,3 +458,81 @@ def test_messages_have_one_line():
     assert str(TiprError("a\nb\r\nc\u2028d")) == "a b c d" and str(DatasetError("x\ny")) == "x y" and str(TiprError()) == ""
     import pickle
     assert str(pickle.loads(pickle.dumps(DatasetError("x\ny")))) == "x y"
+
+
+# a death before every change of the file system
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", ["new file", "file", "new folder", "folder", "folder, no exchange"])
+def test_dying_at_every_point_of_a_write(tmp_path, kind, monkeypatch):
+    from crash_points import crashes
+    from tipr_nb.core import files
+    if "no exchange" in kind: monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    home, folder = tmp_path / "home", "folder" in kind
+    home.mkdir()
+    path = home / "thing"
+
+    def write(text):
+        with atomic_path(path, folder=folder) as p:
+            if folder: (p / "a").write_text(text), (p / "b").write_text(text)
+            else: p.write_text(text)
+
+    def read():
+        if not path.exists(): return None
+        return {f.read_text() for f in path.iterdir()} if folder else {path.read_text()}
+
+    if not kind.startswith("new"): write("old")
+    points = 0
+    for points, _ in enumerate(crashes(lambda: write("new"), home), 1):
+        whole = [{"old"}, {"new"}] if not kind.startswith("new") else [None, {"new"}]
+        if "no exchange" in kind: whole.append(None)                  # between the two renames: the next write puts it right
+        assert read() in whole
+        with pytest.raises(RuntimeError):
+            with atomic_path(path, folder=folder): raise RuntimeError   # the next write fails, and still sweeps
+        assert read() in whole[:2] and os.listdir(home) in (["thing"], [])
+    assert points >= 4
+
+
+@needs_fork
+def test_dying_at_every_point_of_a_locked_json(tmp_path):
+    from crash_points import crashes
+    home = tmp_path / "home"
+    home.mkdir()
+    write_json(home / "run.json", {"step": 1})
+
+    def job():
+        with locked(home / "run.json"): write_json(home / "run.json", {"step": 2})
+
+    for _ in crashes(job, home):
+        assert read_json(home / "run.json")["step"] in (1, 2)
+        job()
+        assert read_json(home / "run.json")["step"] == 2 and sorted(os.listdir(home)) == [".run.json.lock", "run.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills a forked process's parent")
+def test_a_worker_ends_though_its_parent_was_gone_first():
+    "The parent may be killed before its worker has got as far as to look for it."
+    code = """
+import multiprocessing, time
+from tipr_nb.core import exit_with_parent
+
+def work():
+    time.sleep(1)
+    exit_with_parent()
+    time.sleep(60)
+
+worker = multiprocessing.get_context("fork").Process(target=work)
+worker.start()
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    parent.stdout.readline()
+    parent.kill()
+    parent.wait()
+    start = time.time()
+    parent.stdout.read()   # until nobody holds the pipe open
+    assert time.time() - start < 4

@@ -1,4 +1,4 @@
-"""Readers, doctor, image cache, transforms, samplers and loader of `tipr_nb.data`."""
+"""Readers, checks, image cache, transforms, samplers and loader of `tipr_nb.data`."""
 import json, multiprocessing, os, shutil
 from collections import Counter
 from dataclasses import replace
@@ -360,6 +360,31 @@ def test_wrong_pairs_out_of_range(cuhk, fraction):
     with pytest.raises(DatasetError, match="wrong_pairs="): cuhk.train.with_wrong_pairs(fraction)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_and_folders_under_the_names_of_images(tmp_path):
+    "Nothing waits for ever."
+    folder = layouts.cuhk_pedes(tmp_path)
+    d = load_dataset("cuhk-pedes", folder)
+    pipe, inner = d.train.images[0], d.train.images[1]
+    pipe.unlink(), inner.unlink()
+    os.mkfifo(pipe), inner.mkdir()
+    for path in (pipe, inner):
+        with pytest.raises(DatasetError, match="not a file"): read_image(path)
+    report = check_dataset("cuhk-pedes", folder, lengths=None)
+    assert len(report.unreadable) == 2
+
+
+def test_folders_that_may_not_be_listed(tmp_path, monkeypatch):
+    folder = layouts.cuhk_pedes(tmp_path)
+    listdir = os.listdir
+    def refuse(path, *args):
+        if str(path).endswith("cam_a"): raise PermissionError(13, "Permission denied", str(path))
+        return listdir(path, *args)
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert "cam_a: Permission denied" in refused("make it readable", "cuhk-pedes", folder)
+    assert "cam_a: Permission denied" in check_dataset("cuhk-pedes", folder, lengths=None).remedy
+
+
 # odd values in every field
 
 ODD_FIELDS = {"id digits": (dict(id="7" * 5000), "whole number"), "id huge number": (dict(id=10**400), "whole number"), "id nan": (dict(id=float("nan")), "whole number"), "id list": (dict(id=[1]), "whole number"), "split list": (dict(split=[1]), "split"),
@@ -482,7 +507,7 @@ def test_split_selections(cuhk):
     assert "12 ids" in repr(cuhk) and "ids" in cuhk._repr_html_() and cuhk.summary().loc["test", "ids"] == 4
 
 
-# doctor
+# checks
 
 def test_doctor_finds_it_all(tmp_path):
     folder = layouts.cuhk_pedes(tmp_path)
@@ -679,6 +704,25 @@ def test_two_processes_build_one_cache(cuhk, tmp_path):
     sums = [queue.get(timeout=100) for _ in jobs]
     for j in jobs: j.join()
     assert sums[0] == sums[1] == int(ImageFiles(paths, (48, 16)).batch(range(len(paths))).sum()) and len(list((tmp_path / "shared/images").glob("*.u8"))) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_dying_at_every_point_of_a_cache(tmp_path):
+    "Whatever is left, the next build gives the right pixels and leaves nothing lying about."
+    from crash_points import crashes
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, p in enumerate(paths): Image.new("RGB", (16, 48), (40 * i, 0, 0)).save(p)
+    home = tmp_path / "images"
+    home.mkdir()
+    build = lambda: ImageCache.build(paths, (48, 16), cache_dir=home, workers=1)
+    for changed in (False, True):
+        if changed:
+            build()
+            Image.new("RGB", (16, 48), (7, 0, 0)).save(paths[2])
+        for n in crashes(build, home):
+            assert build().batch(range(5))[:, 0, 0, 0].tolist() == [0, 40, 7 if changed else 80, 120, 160], n
+            assert [p.suffix for p in home.rglob("*") if p.is_file() and p.name != ".writing"].count(".u8") == 1      # a death after the rename leaves an empty folder until the next write
+        shutil.rmtree(home.with_name("images.before"))
 
 
 # one reader of pictures

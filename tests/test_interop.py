@@ -264,7 +264,7 @@ def test_export_hugging_face(irra, tmp_path):
 
 def test_export_onnx_runs_without_torch(irra, tmp_path):
     from PIL import Image
-    from tipr_nb.interop import ImageTower
+    from tipr_nb.search import ImageTower
     from tipr_nb.search import TextTower
     model = load_peer(irra, say=None)
     save_onnx(model, tmp_path)
@@ -373,3 +373,187 @@ def test_bad_input_is_one_line(irra, plain, reference, tmp_path, monkeypatch):
 
 def test_every_peer_is_tried_and_named():
     assert {"IRRA", "SEN", "RDE", "TBPS-CLIP", "OpenAI CLIP", "Hugging Face CLIPModel"} <= {p.name for p in PEERS}
+
+
+# pickles as other people's machines write them, and within limits
+
+class Named:
+    "Pickles as an instance or a call of a class that is not here."
+    def __init__(self, module, name, args=()):
+        self.module, self.name, self.args = module, name, args
+
+    def __reduce__(self):
+        made = types.ModuleType(self.module)
+        parts = self.module.split(".")
+        for i in range(1, len(parts) + 1): sys.modules.setdefault(".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+        made = sys.modules[self.module]
+        if not hasattr(made, self.name):
+            cls = type(self.name, (), {"__module__": self.module})
+            cls.__qualname__ = self.name
+            setattr(made, self.name, cls)
+        return getattr(made, self.name), self.args
+
+
+@pytest.fixture
+def clean_modules():
+    before = dict(sys.modules)
+    yield
+    for name in set(sys.modules) - set(before): del sys.modules[name]
+
+
+BESIDE = {
+    "posix path": lambda: argparse.Namespace(root=__import__("pathlib").PurePosixPath("/data")),
+    "windows path": lambda: argparse.Namespace(root=Named("pathlib", "WindowsPath", ("C:\\data",))),
+    "path of Python 3.13": lambda: Named("pathlib._local", "WindowsPath", ("C:\\data",)),
+    "NumPy numbers": lambda: [np.float64(73.4), np.float32(1), np.int64(4), np.bool_(True)],
+    "NumPy arrays": lambda: {"w": np.arange(5.), "state": np.random.get_state(), "generator": np.random.default_rng(0)},
+    "defaultdict": lambda: __import__("collections").defaultdict(list, loss=[1.]),
+    "dates": lambda: [__import__("datetime").datetime(2024, 1, 2), __import__("datetime").timedelta(3)],
+    "sets": lambda: [{1, 2}, frozenset("ab")],
+    "torch's own": lambda: [torch.device("cpu"), torch.float16, torch.Size([2]), torch.get_rng_state()],
+    "a config class": lambda: Named("their.config", "CfgNode"),
+    "tuples as keys": lambda: {(1, 2): 3},
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_lies_beside_the_weights_is_read_as_data(what, protocol, plain, tmp_path, clean_modules):
+    torch.save({"model": peer_state("IRRA", plain), "extra": BESIDE[what](), "epoch": 3}, tmp_path / "best.pth", pickle_protocol=protocol)
+    found = read_checkpoint(tmp_path / "best.pth")
+    assert found.beside == ["extra", "epoch"] and torch.equal(found.tensors["base_model.visual.proj"], plain.visual.proj)
+
+
+@pytest.mark.parametrize("form", ["before 2020", "whole module", "NumPy weights", "parameters", "module and compile prefixes"])
+def test_other_forms_of_the_same_weights(form, plain, tmp_path):
+    state = plain.state_dict()
+    saved = {"whole module": plain, "NumPy weights": {"state_dict": {k: v.numpy() for k, v in state.items()}}, "parameters": dict(plain.named_parameters()),
+             "module and compile prefixes": {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}}}.get(form, {"model": state})
+    torch.save(saved, tmp_path / "x.pth", _use_new_zipfile_serialization=form != "before 2020")
+    found = read_checkpoint(tmp_path / "x.pth").tensors
+    assert set(found) == set(state) and all(torch.equal(found[k], state[k]) for k in state)
+
+
+def quickly(path, match, seconds=5.):
+    import time
+    start = time.perf_counter()
+    with pytest.raises(TiprError, match=match) as e: load_peer(path, say=None)
+    assert time.perf_counter() - start < seconds and "\n" not in str(e.value)
+
+
+def archive(path, pickled, **storages):
+    import zipfile
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("x/data.pkl", pickled)
+        for k, v in storages.items(): z.writestr(f"x/data/{k.strip('_')}", v)
+    return path
+
+
+def test_small_files_cannot_take_long_or_much(tmp_path, plain):
+    import tracemalloc, zipfile
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("x/data.pkl", b"}" * 50_000_000)
+    tracemalloc.start()
+    quickly(tmp_path / "bomb.pth", "unpack to far more")
+    quickly(archive(tmp_path / "hash.pth", b"\x80\x02}(" + b")" + b"2\x86" * 60 + b"K\x01u."), "no tensors by name")
+    quickly(archive(tmp_path / "many.pth", b"\x80\x02" + b"}0" * 2_000_000 + b"}."), "unpack to far more", 20.)
+    quickly(archive(tmp_path / "deep.pth", b"\x80\x02" + b"(" * 100_000 + b"l" * 100_000 + b"."), "no tensors by name")
+    wide = b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00(J\x00\x00\x00\x10J\x00\x00\x00\x10t(K\x00K\x00t\x89c collections\nOrderedDict\n)Rt Rs."
+    quickly(archive(tmp_path / "wide.pth", wide.replace(b"t R", b"tR").replace(b"c collections", b"ccollections"), _0=b"\0" * 4), "not a complete checkpoint")
+    assert tracemalloc.get_traced_memory()[1] < 600e6
+    tracemalloc.stop()
+    prefixes = {f"p{i}.visual.conv1.weight": torch.zeros(1) for i in range(3000)}
+    torch.save(prefixes, tmp_path / "prefixes.pth")
+    quickly(tmp_path / "prefixes.pth", "no CLIP|unknown layout|missing", 20.)
+
+
+def test_crafted_shapes_build_nothing(tmp_path, plain):
+    state = peer_state("IRRA", plain)
+    torch.save(state | {"base_model.token_embedding.weight": torch.zeros(200_000_000, 0)}, tmp_path / "vocab.pth")
+    quickly(tmp_path / "vocab.pth", "not the weights of|builds no model")
+    torch.save(state | {"base_model.visual.conv1.weight": torch.zeros(60_000, 3, 1, 1)}, tmp_path / "width.pth")
+    quickly(tmp_path / "width.pth", "not the weights of|builds no model|no grid")
+
+
+# SigLIP, Long-CLIP, any name
+
+def siglip_model():
+    from transformers import SiglipConfig, SiglipModel
+    both = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(5)
+    return SiglipModel(SiglipConfig(text_config=both | dict(vocab_size=700, max_position_embeddings=16, projection_size=64), vision_config=both | dict(image_size=48, patch_size=16))).eval()
+
+
+def test_siglip_of_any_size(tmp_path):
+    theirs = siglip_model()
+    theirs.save_pretrained(tmp_path / "siglip")
+    model = load_peer(tmp_path / "siglip", say=None)
+    images, tokens = pixels((48, 48)), torch.randint(1, 690, (3, 16), generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    with torch.no_grad():
+        assert same(model.encode_image(images), theirs.vision_model(pixel_values=(images * std + mean - .5) / .5).pooler_output)
+        assert same(model.encode_text(tokens), theirs.text_model(input_ids=tokens).pooler_output)
+    assert load_peer(tmp_path / "siglip", image_size=(96, 32), say=None).encode_image(pixels()).shape == (3, 64)
+    with pytest.raises(TiprError, match="without its tokenizer"): model.encode_text(TEXTS)
+    model.save_pretrained(tmp_path / "ours")
+    again = PersonCLIP.from_pretrained(tmp_path / "ours")
+    assert same(again.encode_image(images), model.encode_image(images), 1e-7)
+
+
+@pytest.mark.parametrize("inside", ["", "base_model."])
+def test_long_clip_uses_both_tables(inside, tmp_path):
+    torch.manual_seed(6)
+    text = PlainText(length=60)
+    state = PlainCLIP().state_dict() | text.state_dict()
+    second = torch.randn(60, 64) * .1
+    torch.save({"model": {inside + k: v for k, v in (state | {"positional_embedding_res": second}).items()}}, tmp_path / "long.pt")
+    model = load_peer(tmp_path / "long.pt", say=None)
+    first = torch.zeros(60, 1)
+    first[:20] = 1
+    text.positional_embedding.data = text.positional_embedding.data * first + second * (1 - first)
+    tokens = torch.tensor([[698, *range(5, 50), 699], [698, *[7] * 10, 699, *[0] * 35]])
+    with torch.no_grad(): assert same(model.encode_text(tokens), text.text(tokens))
+    torch.save({"model": {inside + k: v for k, v in (state | {"positional_embedding_res": second[:30]}).items()}}, tmp_path / "odd.pt")
+    with pytest.raises(TiprError, match="tables of positions"): load_peer(tmp_path / "odd.pt", say=None)
+
+
+def test_one_name_for_every_kind_of_weights(irra, reference, tmp_path, monkeypatch):
+    from tipr_nb.interop import open_weights
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = open_weights(irra)
+    assert vars(model)["source"] == str(irra)
+    save_open_clip(model, tmp_path / "oc")
+    model.save_pretrained(tmp_path / "run" / "best")
+    hf_model().save_pretrained(tmp_path / "hf")
+    for name in (tmp_path / "oc", tmp_path / "run"): assert same(open_weights(name).encode_image(pixels()), model.encode_image(pixels()), 1e-6)
+    assert open_weights(tmp_path / "hf").image_size == (48, 48) and open_weights("synth-world").arch == "tipr-tiny"
+    torch.save(reference.state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(TiprError, match="quick_gelu"): open_weights(tmp_path / "bare.pt")
+    assert open_weights(f"ViT-B-16-quickgelu:{tmp_path / 'bare.pt'}").origin.quick_gelu
+    with pytest.raises(TiprError): open_weights(f"ViT-B-61:{tmp_path / 'bare.pt'}")
+    for name, words in {"ViT-B-16": "which weights", "ViT-B/32:opnai": "its tags are openai", "hf-hub:someone/clip": "hf download someone/clip", "nothing-like-it": "tipr models", "": "empty name"}.items():
+        with pytest.raises(TiprError, match=words) as e: open_weights(name)
+        assert "\n" not in str(e.value)
+
+
+def test_a_folder_with_several_layouts_takes_the_one_of_its_configuration(irra, tmp_path):
+    model = load_peer(irra, say=None)
+    save_open_clip(model, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")   # timm's own, beside open_clip's
+    (tmp_path / "config.json").write_text('{"architecture": "vit_base_patch16_clip_224"}')
+    assert same(load_peer(tmp_path, say=None).encode_text(TEXTS), model.encode_text(TEXTS), 1e-6)
+
+
+@pytest.mark.parametrize("name, text", [("config.json", "[]"), ("config.json", '{"vision_config": 3, "text_config": {}}'), ("open_clip_config.json", '{"model_cfg": []}'), ("open_clip_config.json", '{"model_cfg": {"vision_cfg": {"width": "x"}, "text_cfg": {}, "embed_dim": 64}}'),
+                                        ("open_clip_config.json", '{"model_cfg": {"vision_cfg": 5}}'), ("config.json", "[" * 100_000), ("config.json", '{"a": ' + "9" * 10_000 + "}")])
+def test_odd_configurations_are_one_line(name, text, reference, tmp_path):
+    from safetensors.torch import save_file
+    save_file(reference.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TiprError) as e: load_peer(tmp_path, say=None)
+    assert "\n" not in str(e.value)
+
+
+def test_known_weights_say_what_was_not_tried():
+    from tipr_nb.interop import known_weights
+    rows = known_weights()
+    assert len(rows) > 5 and not any(w.downloaded for w in rows) and all(w.address.startswith("https://") and w.source for w in rows)

@@ -57,3 +57,15 @@ def test_every_notebook_has_the_module_of_its_name():
     for path in NBS.glob("[0-9][0-9]_*/*.ipynb"):
         module = ROOT / "tipr_nb" / path.parent.name[3:] / f"{path.stem[3:]}.py"
         assert module.exists(), f"{path.relative_to(NBS)} exports no {module.relative_to(ROOT)}"
+
+
+FORMER = ("app backbones bodies checkpoints clip cmt corpora crops drawing engines generator gif hub indexing losses memory metrics peers people photos pictures pipelines pruning ranking recipes runs "
+          "loop tgte tir tokens towers wording worlds").split()
+
+
+def test_former_import_paths_are_gone():
+    "Modules lay flat in the package once; nothing may still import them from there."
+    pattern = re.compile(rf"(?:from|import) tipr_nb\.(?:{'|'.join(FORMER)})\b")
+    files = [p for kind in ("nbs/**/*.ipynb", "tests/*.py", "scripts/*.py", "benchmarks/*.py", "tipr_nb/**/*.py") for p in ROOT.glob(kind)]
+    found = [p.relative_to(ROOT).as_posix() for p in files if p != Path(__file__).resolve() and "_proc" not in p.parts and pattern.search(p.read_text(encoding="utf-8"))]
+    assert not found, ", ".join(found)

@@ -313,7 +313,7 @@ def test_facts_lose_nothing(shelf, encoding, separator):
 def test_text_in_a_code_page_is_one_line(shelf):
     for name, kind in (("facts.csv", "metadata"), ("b.csv", "boxes"), ("b.jsonl", "boxes"), ("b.txt", "boxes")):
         (shelf/name).write_bytes("path,place\nc1/0.png,Café\n".encode("cp1252"))
-        with pytest.raises(TiprError, match="line 2 is not UTF-8 text; save the file as UTF-8") as e: find_photos(shelf, **{kind: shelf/name})
+        with pytest.raises(TiprError, match="not UTF-8 text at byte .*save it as UTF-8") as e: find_photos(shelf, **{kind: shelf/name})
         assert name in str(e.value)
 
 
@@ -380,6 +380,18 @@ def test_heic_is_read_where_the_plug_in_is(shelf):
     heif.from_pillow(figure("red", "blue").resize((96, 192))).save(shelf/"phone.heic")
     opened = open_photo(find_photos(shelf/"phone.heic").items[0], (32, 16))
     assert opened.people and opened.people[0].width == 96
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F"])
+def test_a_picture_is_the_same_in_training_and_in_the_gallery(tmp_path, mode):
+    import numpy as np
+    from tipr_nb.data import read_image
+    grey = np.linspace(0, 255, 800).reshape(40, 20)
+    picture = Image.fromarray((grey*257).astype(np.uint16)) if mode == "I;16" else Image.fromarray(grey.astype(np.uint8)).convert(mode)
+    if mode in ("RGBA", "LA"): picture.putalpha(Image.fromarray((grey.T.reshape(40, 20)).astype(np.uint8)))
+    picture.save(tmp_path/"p.tif")
+    gap = np.abs(np.asarray(read_image(tmp_path/"p.tif"), int) - np.asarray(open_picture((tmp_path/"p.tif").read_bytes()), int))
+    assert gap.max() <= 1
 
 
 def test_postscript_by_any_name_starts_nothing(shelf, monkeypatch):

@@ -140,5 +140,5 @@ def test_registered_by_name():
 def test_no_network_and_no_corpus_needed():
     code = ("import socket; socket.socket.connect = lambda *a: (_ for _ in ()).throw(OSError('network used'))\n"
             "import os; os.environ['NLTK_DATA'] = '/nonexistent'\n"
-            "from tipr_nb.pruning import prune_caption; print(prune_caption('a man in a red coat'))")
+            "from tipr_nb.methods.pruning import prune_caption; print(prune_caption('a man in a red coat'))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "man red coat"

@@ -1,6 +1,6 @@
 "synth: the frozen benchmark, what a view shows, captions, building on disk, bad input."
 
-import json, os, re, signal, subprocess, sys, time
+import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 import PIL
 
 from tipr_nb import synth
-from tipr_nb.synth import benchmark, oracles, people, worlds
+from tipr_nb.synth import benchmark, oracles, views, worlds
 from tipr_nb.core import TiprError
 
 SMALL = "bd8225119eb1030bf3eec225aa80ba0554a39054902654d678e5d87cb267f40a"  # content of n_ids=60
@@ -81,7 +81,7 @@ def test_sizes(v1):
 def test_lookalikes_in_every_split_and_same_gallery(v1):
     for split in ("train", "val", "test"):
         kinds = {r["lookalike"] for r in v1 if r["split"] == split}
-        assert kinds == {"none", *people.LOOKALIKES}
+        assert kinds == {"none", *views.LOOKALIKES}
     families = {}
     for r in v1:
         families.setdefault(r["family"], []).append(r)
@@ -122,8 +122,8 @@ def test_annotators_held_out(v1):
 
 def test_captions_tell_only_what_is_seen(v1):
     for r in v1[::7]:
-        seen = people.observe(r["attributes"], r["view"], r["occluder"])
-        assert set(r["visible"]) == set(people.describable(seen))
+        seen = views.observe(r["attributes"], r["view"], r["occluder"])
+        assert set(r["visible"]) == set(views.describable(seen))
         for c in r["captions"]:
             said = {f: v for f, v in c["mentioned"].items() if f in synth.FIELDS}
             assert all(seen.get(f) == v for f, v in said.items())
@@ -180,8 +180,8 @@ def test_left_and_right():
         centre("front") > 16 > centre("back")
     )  # their left is the picture's right when they face us
     assert centre("left") is not None and centre("right") is None
-    assert "held" in people.observe(a, "left") and "held" not in people.observe(a, "right")
-    assert "held" not in people.observe(a, "front", "person right") and "held" in people.observe(
+    assert "held" in views.observe(a, "left") and "held" not in views.observe(a, "right")
+    assert "held" not in views.observe(a, "front", "person right") and "held" in views.observe(
         a, "front", "person left"
     )
 
@@ -195,11 +195,11 @@ def test_what_a_view_hides():
         hat="none",
         shoes="boots",
     )
-    assert "pattern" in people.observe(a, "front") and "pattern" not in people.observe(a, "back")
-    assert "glasses" not in people.observe(a, "back") and "shoes" not in people.observe(
+    assert "pattern" in views.observe(a, "front") and "pattern" not in views.observe(a, "back")
+    assert "glasses" not in views.observe(a, "back") and "shoes" not in views.observe(
         a, "front", "bench"
     )
-    assert "hair" not in people.observe(a | dict(hat="hood", upper="hoodie"), "front")
+    assert "hair" not in views.observe(a | dict(hat="hood", upper="hoodie"), "front")
 
 
 def test_what_is_visible_is_drawn(v1):
@@ -375,3 +375,93 @@ def test_killed_build_leaves_nothing_half_made(tmp_path):
         and (root / "manifest.json").exists()
     )
     assert not [q for q in tmp_path.glob(".v1.*") if q.is_dir()]
+
+
+def files(root: Path) -> dict[Path, bytes]:
+    "The content of every file of a folder."
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def started(call: str, **kwargs) -> subprocess.Popen:
+    "Another process that builds something with several workers."
+    code = f"from tipr_nb.synth import *; from tipr_nb.synth.benchmark import *; {call}"
+    return subprocess.Popen([sys.executable, "-c", code], **kwargs)
+
+
+def children(pid: int) -> list[int]:
+    "Process ids of a process's children."
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    "Whether a process runs; one that waits to be buried does not."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "call", ["make_synth_pedes({}, 2400, workers=3)", "world_arrays(9999, workers=3, path={})"]
+)
+def test_workers_end_with_their_parent(tmp_path, how, call):
+    "Two seconds after the parent's end no worker is left, and nothing holds its pipe open."
+    p = started(call.format(repr(str(tmp_path / "new"))), stdout=subprocess.PIPE)
+    until = time.time() + 120
+    while len(children(p.pid)) < 3 and time.time() < until:
+        time.sleep(0.05)
+    workers = children(p.pid)
+    assert len(workers) >= 3 and p.poll() is None
+    p.send_signal(how)
+    p.wait()
+    until = time.time() + 2
+    while any(map(alive, workers)) and time.time() < until:
+        time.sleep(0.02)
+    left = [w for w in workers if alive(w)]
+    for w in left:
+        os.kill(w, signal.SIGKILL)
+    assert not left
+    os.set_blocking(p.stdout.fileno(), False)
+    assert p.stdout.read() == b""  # the end of the pipe, not one that is still open (None)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_random_kills(small, tmp_path, how):
+    "Killed at 20 random moments with several workers: nothing half made, and the next call ends equal."
+    rng = np.random.default_rng(int(how))
+    whole = files(small)
+    root = tmp_path / "new"
+    call = f"make_synth_pedes({str(root)!r}, 60, workers=2)"
+    start = time.time()
+    started(call).wait()
+    seconds = time.time() - start
+    assert files(root) == whole
+    done = 0
+    for _ in range(20):
+        shutil.rmtree(root, ignore_errors=True)
+        p = started(call)
+        time.sleep(seconds * rng.random())
+        p.send_signal(how)
+        p.wait()
+        done += root.exists()
+        assert not root.exists() or files(root) == whole
+        assert synth.make_synth_pedes(root, 60, workers=2) == root and files(root) == whole
+        assert not [q for q in tmp_path.glob(".new.*") if q.is_dir()]
+    assert done < 20
+
+
+@pytest.mark.full
+def test_killed_arrays_leave_nothing_behind(tmp_path):
+    "The next call of `world_arrays` sweeps what a killed one left."
+    root = tmp_path / "world"
+    p = started(f"world_arrays(5000, workers=2, path={str(root)!r})")
+    while p.poll() is None and not list(tmp_path.glob(".world.*/world/images.npy")):
+        time.sleep(0.02)
+    p.kill()
+    p.wait()
+    assert not root.exists() and [q for q in tmp_path.glob(".world.*") if q.is_dir()]
+    pixels, _, _ = benchmark.world_arrays(64, workers=1, path=root)
+    assert len(pixels) == 64 and not [q for q in tmp_path.glob(".world.*") if q.is_dir()]

@@ -27,7 +27,7 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_what_the_package_needs(wheel):
     inside = {n.removeprefix("tipr_nb/") for n in wheel.namelist() if n.startswith("tipr_nb/")}
     here = {str(p.relative_to(ROOT / "tipr_nb")) for folder in ("archs", "weights", "templates") for p in (ROOT / "tipr_nb" / folder).rglob("*") if p.is_file()}
-    modules = {p.name for p in (ROOT / "tipr_nb").glob("*.py")}
+    modules = {str(p.relative_to(ROOT / "tipr_nb")) for kind in ("*.py", "*.pyi") for p in (ROOT / "tipr_nb").rglob(kind)}
     assert inside == here | modules | {"py.typed"}
     assert {"weights/clip-synth-world/model.safetensors", "weights/clip-synth-pedes/model.safetensors", "archs/tipr-tiny.json", "archs/words.txt", "templates/page.css"} <= inside
     assert all(wheel.getinfo(f"tipr_nb/{n}").file_size > 0 for n in inside if n != "py.typed")
@@ -49,12 +49,14 @@ def test_metadata(wheel):
     assert "tipr = tipr_nb.cli:main" in wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
 
 
-EXTRAS = {"search": ("pyarrow", "from tipr_nb.indexing import indexing_lock\nwith indexing_lock('g'): pass"),
-          "milvus": ("pymilvus", "from tipr_nb.engines import Milvus\nMilvus.at('m.db')"),
-          "onnx": ("onnxscript", "from tipr_nb.interop import export_image_tower\nexport_image_tower(None, 'i.onnx')"),
+EXTRAS = {"search": ("pyarrow", "from tipr_nb.search import indexing_lock\nwith indexing_lock('g'): pass"),
+          "milvus": ("pymilvus", "from tipr_nb.search import Milvus\nMilvus.at('m.db')"),
+          "detect": ("cv2", "from tipr_nb.search import find_detector\nfind_detector('hog')"),
+          "video": ("av", "from tipr_nb.search.video import FilmReader\nFilmReader('a.mp4')"),
+          "onnx": ("onnxscript", "from tipr_nb.interop.exports import export_image_tower\nexport_image_tower(None, 'i.onnx')"),
           "peft": ("peft", "from types import SimpleNamespace\nimport torch\nfrom tipr_nb.generation.pipelines import add_pipeline_lora\nadd_pipeline_lora(SimpleNamespace(unet=torch.nn.Linear(1, 1)), '.')"),
-          "hub": ("datasets", "import numpy as np\nfrom tipr_nb.corpora import Split\nfrom tipr_nb.hub import split_features\nsplit_features(Split('test', [], np.zeros(0, int), [], np.zeros(0, int), np.zeros(0, int)))"),
-          "app": ("gradio", "from tipr_nb.app import search_page\nsearch_page(None)")}
+          "hub": ("datasets", "import numpy as np\nfrom tipr_nb.data import Split\nfrom tipr_nb.interop.parquet import split_features\nsplit_features(Split('test', [], np.zeros(0, int), [], np.zeros(0, int), np.zeros(0, int)))"),
+          "app": ("gradio", "from tipr_nb.search import search_page\nsearch_page(None)")}
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

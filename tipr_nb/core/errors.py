@@ -20,7 +20,7 @@ class TiprError(ValueError):
         super().__init__(" ".join(str(message).splitlines()))   # a file's name may hold a line break
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-010
-def one_line(e:Exception) -> str: # at most 120 characters
+def one_line(e:BaseException) -> str: # at most 120 characters
     "An exception as a short line, without addresses and paths in it."
     text = " ".join(str(e).split())
     return re.sub(r"<[^>]*>|'/[^']*'", "it", f"{type(e).__name__}: {text}")[:120]

@@ -8,7 +8,7 @@ __all__ = ['REMEDY', 'TABLES', 'os_errors', 'sync', 'sync_tree', 'atomic_path', 
            'read_parquet', 'read_npy', 'read_rows', 'user_path', 'cache_dir', 'locked', 'file_sha256']
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-002
-import contextlib, csv, errno, hashlib, io, json, os, shutil, tempfile, tomllib
+import contextlib, csv, errno, hashlib, io, json, os, shutil, sys, tempfile, tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,7 @@ def _exchange(a:Path, b:Path) -> bool: # whether it was done
     try: renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError): return False
     here, exchange = -100, 2
+    sys.audit("os.rename", str(a), str(b), -1, -1)   # as a rename by Python itself tells its watchers
     return renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 def _activate(new:Path, path:Path):
@@ -255,7 +256,7 @@ def decode_text(data:bytes, path:str|Path, error:type[TiprError]=TiprError) -> s
     return text
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-036
-_JSON_KINDS = {dict: "an object", list: "a list"}
+_JSON_KINDS:dict[type, str] = {dict: "an object", list: "a list"}
 
 def _parse_json(text:str, where:str, remedy:str, error:type[TiprError]) -> Any:
     "JSON from a text; `where` is the file, or the file and the line."

@@ -7,7 +7,7 @@ __all__ = ['LineWriter', 'progress', 'cpu_features', 'native_bf16', 'usable_prec
            'fit_threads', 'exit_with_parent', 'ensure_torchvision']
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-002
-import contextlib, os, sys, threading, time
+import contextlib, multiprocessing, os, sys, threading, time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -149,12 +149,12 @@ def fit_threads():
 _LOOK_SECONDS = .5   # between two looks for the parent
 
 def exit_with_parent():
-    "Called in a worker process: it ends within a second of its parent's end, however that ended (a no-op on Windows)."
-    if os.name == "nt": return   # there a child never learns of it by its parent's number
+    "Called in a worker process: it ends within a second of its parent's end, however that ended."
     parent = os.getppid()
+    started_by = multiprocessing.parent_process()   # knows of an end before this line, and on Windows
 
     def watch():
-        while os.getppid() == parent: time.sleep(_LOOK_SECONDS)
+        while os.getppid() == parent and (started_by is None or started_by.is_alive()): time.sleep(_LOOK_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

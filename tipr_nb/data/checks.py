@@ -10,6 +10,7 @@ import hashlib, os, re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .corpora import DatasetError, PersonDataset
 from .crops import picture_header
 from .readers import (LAYOUTS, Layout, Row, annotation_records, check_ids, complete_rows, files_there,
     find_annotation, find_dataset, find_images, find_tables, is_old_rstpreid, leave_out, near_name, parse_record,
-    parse_table_row, read_skip, split_by_identity, table_records)
+    parse_table_row, read_skip, split_by_identity, table_records, unreadable_error)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-007
 LEVELS = ("ok", "note", "warning", "error")
@@ -167,6 +168,9 @@ def gather(report:Report, name:str, root:str|Path) -> tuple[Path, list[Row]]|Non
     except DatasetError as e:
         report.add("error", "annotation", *_parts(e))
         return None
+    except OSError as e:
+        report.add("error", "annotation", *_parts(unreadable_error(e, root)))
+        return None
     official = layout.annotation[0] if layout else names[0]
     if names == [official]: report.add("ok", "annotation", official)
     else:
@@ -185,7 +189,7 @@ def _gather_layout(layout:Layout, root:str|Path, found:Gathered) -> tuple[Path, 
     "Records of a public layout; its folder and the names of its files."
     annotation = find_annotation(layout, root)
     for where, record, split in annotation_records(layout, annotation):
-        found.take(lambda drop, r=record, w=where, s=split: parse_record(r, w, layout, drop, s), where)
+        found.take(partial(parse_record, record, where, layout, split=split), where)
     return annotation.home, [p.name for p in annotation.files.values()]
 
 def _gather_table(root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
@@ -193,7 +197,7 @@ def _gather_table(root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
     tables = find_tables(root)
     path = next(iter(tables.values()))
     for where, record in table_records(tables):
-        found.take(lambda drop, r=record, w=where: parse_table_row(r, w, drop), where)
+        found.take(partial(parse_table_row, record, where), where)
     if not found.total: raise DatasetError(f"{path}: no rows in it; the table needs image, caption and id")
     return path.parent, [path.name]
 
@@ -263,6 +267,7 @@ class ImageFacts:
 
 def image_facts(path:Path, verify:bool=True) -> ImageFacts:
     "Read (and decode) a file."
+    if os.path.exists(path) and not os.path.isfile(path): return ImageFacts(error="not a file")
     try: data = path.read_bytes()
     except (OSError, ValueError) as e: return ImageFacts(error=getattr(e, "strerror", None) or type(e).__name__)
     if not data: return ImageFacts(error="zero bytes")
@@ -386,9 +391,9 @@ def check_captions(report:Report, rows:list[Row], lengths:Callable[[Sequence[str
     said = f"median {int(np.median(counts))} CLIP tokens, longest {counts.max()}"
     if not cut: report.add("ok", "caption lengths", said)
     else:
-        share = cut/len(counts)
-        report.add("warning" if share > .01 else "note", "caption lengths",
-                   f"{said}; {cut:,} ({100*share:.1f} %) are longer than {limit}",
+        fraction = cut/len(counts)
+        report.add("warning" if fraction > .01 else "note", "caption lengths",
+                   f"{said}; {cut:,} ({100*fraction:.1f} %) are longer than {limit}",
                    "CLIP cuts them: take an encoder with a longer context, or live with it")
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-038
@@ -423,10 +428,12 @@ def check_dataset(
     if synthetic and root is None: root = load(None).root
     report.root = str(root)
     kind = "synth-pedes" if synthetic else name
-    if kind not in (*LAYOUTS, *_TABLE_NAMES):
-        rows, images = _check_loaded(report, load, root), Path()
-    else: rows, images = _check_files(report, kind, root, read_skip(skip))
-    if images is not None: check_images(report, images, rows, verify, workers, skip_missing)
+    images:Path|None = Path()
+    if kind in (*LAYOUTS, *_TABLE_NAMES): rows, images = _check_files(report, kind, root or "", read_skip(skip))
+    else: rows = _check_loaded(report, load, root)
+    if images is not None:
+        try: check_images(report, images, rows, verify, workers, skip_missing)
+        except OSError as e: report.add("error", "images", *_parts(unreadable_error(e, images)))
     check_captions(report, rows, lengths)
     return report
 

@@ -38,6 +38,8 @@ def picture_header(
 ) -> Image.Image: # not yet decoded
     "A picture whose header was read and whose pixels were not; only formats of pictures are tried."
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
+    special = isinstance(stream, (str, Path)) and os.path.exists(stream) and not os.path.isfile(stream)
+    if special: raise OSError("not a file")   # a folder, or a pipe that would be waited on for ever
     return Image.open(stream, formats=picture_formats())
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-011

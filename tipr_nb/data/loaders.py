@@ -308,7 +308,8 @@ def caption_specs(spec:CaptionSpec) -> list:
 def build_caption_transform(spec:str|Sequence|Callable) -> Callable:
     "One caption transform from its name, (name, arguments), or the callable itself."
     if callable(spec): return spec
-    name, arguments = (spec, {}) if isinstance(spec, str) else spec
+    name, *rest = (spec,) if isinstance(spec, str) else tuple(spec)
+    arguments:dict[str, Any] = dict(rest[0]) if rest else {}
     factory = find_registered(name, CAPTION_TRANSFORMS, "caption transform")
     try: return factory(**arguments)
     except TypeError as e: raise TiprError(f"caption transform {name!r}: {e}; give arguments that it has") from None

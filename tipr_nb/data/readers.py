@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'DATASETS', 'Layout', 'toy_person', 'toy_records', 'toy_people', 'read_skip', 'load_layout',
-           'annotation_notes', 'is_old_rstpreid', 'find_dataset', 'load_dataset']
+           'annotation_notes', 'is_old_rstpreid', 'find_dataset', 'unreadable_error', 'load_dataset']
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-002
 import json, os, re
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tipr_nb.core import (TABLES, TiprError, find_registered, read_json, read_rows, read_text, user_path,
+from tipr_nb.core import (TABLES, TiprError, find_registered, one_line, read_json, read_rows, read_text, user_path,
     write_json)
 from .corpora import DatasetError, PersonDataset, Split
 
@@ -428,10 +428,10 @@ def check_ids(rows:list[Row]) -> list[str]:
                            "starts, if numbers begin anew in each)")
     return []
 
-def hold_out(rows:list[Row], share:float, seed:int) -> list[int]:
-    "Training identities to hold out as val: `share` of them, at least two, drawn by `seed`."
+def hold_out(rows:list[Row], fraction:float, seed:int) -> list[int]:
+    "Training identities to hold out as val: `fraction` of them, at least two, drawn by `seed`."
     ids = np.unique([r.id for r in rows if r.split == "train"])
-    wanted = max(2, round(share*len(ids)))
+    wanted = max(2, round(fraction*len(ids)))
     n = max(min(wanted, len(ids) - 2), 0)
     drawn = np.random.default_rng([seed, 5]).permutation(ids)[:n]
     return sorted(drawn.tolist())
@@ -529,13 +529,13 @@ def assemble(
                                "retrieval needs at least two people to tell apart")
     return PersonDataset(name, root, notes=notes, **parts)
 
-def make_val(rows:list[Row], val:str, share:float, seed:int) -> str: # the note that says so
+def make_val(rows:list[Row], val:str, fraction:float, seed:int) -> str: # the note that says so
     "Hold out training identities as val, if asked to."
-    held = set(hold_out(rows, share, seed)) if val == "hold-out" else set()
+    held = set(hold_out(rows, fraction, seed)) if val == "hold-out" else set()
     if not held: return "no val split: take the last epoch"
     for r in rows:
         if r.split == "train" and r.id in held: r.split = "val"
-    return f"val: {100*share:g} % of training identities held out ({len(held)} ids, seed {seed})"
+    return f"val: {100*fraction:g} % of training identities held out ({len(held)} ids, seed {seed})"
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-050
 _ALREADY_READ = ("id", "split", "captions")
@@ -670,14 +670,14 @@ def _merge(first:Row, r:Row):
         first.caption_columns[name] = before + (r.caption_columns.get(name) or [None]*len(r.captions))
     first.captions += r.captions
 
-def split_by_identity(rows:list[Row], seed:int, share:float=.2) -> str: # the note that says so
+def split_by_identity(rows:list[Row], seed:int, fraction:float=.2) -> str: # the note that says so
     "Give rows without a split one, by identity and seed."
     ids = np.random.default_rng([seed, 7]).permutation(np.unique([r.id for r in rows]))
     if len(ids) < 4:
         table = rows[0].where.split(" ")[0]
         count = "1 identity" if len(ids) == 1 else f"{len(ids)} identities"
         raise DatasetError(f"{table}: only {count}; it takes at least 4 to split into train and test")
-    test = set(ids[:max(2, round(share*len(ids)))].tolist())
+    test = set(ids[:max(2, round(fraction*len(ids)))].tolist())
     for r in rows: r.split = "test" if r.id in test else "train"
     return f"no split column: {len(test)} of {len(ids)} identities drawn for test (seed {seed})"
 
@@ -714,6 +714,10 @@ def find_dataset(name:str, root:str|Path|None=None) -> Callable[..., PersonDatas
     if root is None and reads_files: raise DatasetError(f"{name} needs root: the folder it was unpacked to")
     return load
 
+def unreadable_error(e:OSError, root:str|Path) -> DatasetError:
+    "What to say where the system refuses to list or read a part of a dataset."
+    return DatasetError(f"{e.filename or root}: {e.strerror or one_line(e)}; make it readable, or give another root")
+
 def load_dataset(
     name:str,                                   # a key of `DATASETS`, an entry point, or package.module:function
     root:str|Path|None=None,                    # the dataset's folder, its parent, or the annotation file itself
@@ -734,8 +738,10 @@ def load_dataset(
     if not 0 < val_share < 1: raise DatasetError(f"val_share={val_share}; give a part between 0 and 1")
     if isinstance(skip_missing, bool) or not isinstance(skip_missing, int) or skip_missing < 0:
         raise DatasetError(f"skip_missing={skip_missing!r}; give how many images may be missing, 0 or more")
-    data = load(root, val=val, val_share=val_share, seed=seed, need=need, skip=read_skip(skip), drop_empty=drop_empty,
-                check_files=check_files, skip_missing=skip_missing)
+    try:
+        data = load(root, val=val, val_share=val_share, seed=seed, need=need, skip=read_skip(skip),
+                    drop_empty=drop_empty, check_files=check_files, skip_missing=skip_missing)
+    except OSError as e: raise unreadable_error(e, root or name) from None
     if wrong_pairs:
         data.train = data.train.with_wrong_pairs(wrong_pairs, seed)
         data.notes.append(f"{100*wrong_pairs:g} % of training captions given to other people's images (seed {seed})")

@@ -29,7 +29,7 @@ def region_colour(
     names, counts = np.unique(nearest_colour(picture[mask]), return_counts=True)
     return str(names[counts.argmax()])
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-007
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-008
 _GARMENTS = {"upper": 1, "lower": 2}  # -> label in `Pairs.regions`
 _PIXELS = 12  # a smaller region says nothing
 
@@ -60,6 +60,12 @@ def colour_hits(
     return table.assign(hit=table.said == table.seen)
 
 # %% ../../nbs/04_generation/06_alignment.ipynb #cell-011
+def _nobodys_own(n: int, seed: int) -> np.ndarray:
+    "A random permutation that is a single cycle, so that nobody keeps their own."
+    order = np.random.default_rng(seed).permutation(n)
+    return np.roll(np.arange(n)[order], 1)[np.argsort(order)]
+
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-013
 def colour_accuracy(
     pictures: Sequence[Any],  # one per caption
     pairs: Pairs,  # with `said` and `regions`
@@ -78,13 +84,26 @@ def colour_accuracy(
     table = pd.DataFrame(dict(n=counts, accuracy=percent(right), shuffled=percent(wrong)))
     return table.reindex(list(_GARMENTS))
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-012
-def _nobodys_own(n: int, seed: int) -> np.ndarray:
-    "A random permutation that is a single cycle, so that nobody keeps their own."
-    order = np.random.default_rng(seed).permutation(n)
-    return np.roll(np.arange(n)[order], 1)[np.argsort(order)]
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-017
+def _probe() -> Any:
+    "An untrained linear classifier of pixels."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-016
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+
+
+def _pil(chw: np.ndarray) -> Image.Image:
+    "A (3, h, w) array as a PIL image."
+    return Image.fromarray(np.ascontiguousarray(np.asarray(chw).transpose(1, 2, 0)))
+
+
+def _half_size(pictures: Sequence[Image.Image]) -> np.ndarray:  # (n, pixels) in [0, 1]
+    "Pixels of images at half their size."
+    return np.stack([np.asarray(p.reduce(2)).ravel() / 255 for p in pictures])
+
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-019
 def kind_accuracy(
     pictures: Sequence[Any],  # one PIL image per caption
     pairs: Pairs,  # with `said`
@@ -114,26 +133,15 @@ def kind_accuracy(
         rows[name] = dict(n=len(asked), accuracy=100 * hit.mean(), shuffled=100 * chance.mean())
     return pd.DataFrame(rows).T
 
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-017
-def _probe() -> Any:
-    "An untrained linear classifier of pixels."
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-022
+def _with_ceiling(
+    check: Callable[[list], pd.DataFrame], pictures: list, true: list, what: str
+) -> pd.DataFrame:
+    "A check of images beside the same check of true portraits."
+    table = check(pictures).assign(ceiling=check(true).accuracy)
+    return table.rename(index=lambda name: f"{name} {what}")
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
-
-
-def _pil(chw: np.ndarray) -> Image.Image:
-    "A (3, h, w) array as a PIL image."
-    return Image.fromarray(np.ascontiguousarray(np.asarray(chw).transpose(1, 2, 0)))
-
-
-def _half_size(pictures: Sequence[Image.Image]) -> np.ndarray:  # (n, pixels) in [0, 1]
-    "Pixels of images at half their size."
-    return np.stack([np.asarray(p.reduce(2)).ravel() / 255 for p in pictures])
-
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-020
+# %% ../../nbs/04_generation/06_alignment.ipynb #cell-024
 def follows_text(
     generator: Any,  # a PersonGenerator
     pairs: Pairs,  # held-out, with regions
@@ -160,11 +168,3 @@ def follows_text(
     if train is not None:
         parts.append(_with_ceiling(kinds, pictures, true, "kind"))
     return pd.concat(parts).assign(pictures_per_second=speed), pictures
-
-# %% ../../nbs/04_generation/06_alignment.ipynb #cell-021
-def _with_ceiling(
-    check: Callable[[list], pd.DataFrame], pictures: list, true: list, what: str
-) -> pd.DataFrame:
-    "A check of images beside the same check of true portraits."
-    table = check(pictures).assign(ceiling=check(true).accuracy)
-    return table.rename(index=lambda name: f"{name} {what}")

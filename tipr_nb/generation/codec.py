@@ -77,7 +77,7 @@ class PatchCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]     # its bases
 # where a saved pipeline looks for it, also when it was made in this notebook
 PatchCodec.__module__ = "tipr_nb.generation.codec"
 
-# %% ../../nbs/04_generation/01_codec.ipynb #cell-009
+# %% ../../nbs/04_generation/01_codec.ipynb #cell-011
 _BLOCK = 256  # pictures in memory at once as floats
 
 
@@ -95,7 +95,7 @@ def _blocks(pixels: np.ndarray, p: int) -> Iterator[Tensor]:
     for i in range(0, len(pixels), _BLOCK):
         yield _patches(pixels[i : i + _BLOCK], p)
 
-# %% ../../nbs/04_generation/01_codec.ipynb #cell-010
+# %% ../../nbs/04_generation/01_codec.ipynb #cell-013
 def _principal(pixels: np.ndarray, p: int, channels: int, power: float) -> tuple[Tensor, Tensor]:
     "Mean colour (3,) and the encoder's matrix (channels, 3pp)."
     size = 3 * p * p
@@ -120,14 +120,14 @@ def _principal(pixels: np.ndarray, p: int, channels: int, power: float) -> tuple
     spread = (value * scale**2).mean().sqrt()
     return colour, (vector * scale / spread).T
 
-# %% ../../nbs/04_generation/01_codec.ipynb #cell-011
+# %% ../../nbs/04_generation/01_codec.ipynb #cell-015
 def _kernel(w: Tensor, c: int, k: int, p: int) -> Tensor:
     "Least-squares weights (c kk, 3pp) as the kernel (c, 3, kp, kp) of a transposed convolution."
     blocks = w.view(c, k, k, 3, p, p)
     mirrored = blocks.flip(1, 2)  # a code paints the patches around it, so offsets are mirrored
     return mirrored.permute(0, 3, 1, 4, 2, 5).reshape(c, 3, k * p, k * p)
 
-# %% ../../nbs/04_generation/01_codec.ipynb #cell-012
+# %% ../../nbs/04_generation/01_codec.ipynb #cell-018
 def fit_codec(
     pixels: np.ndarray,  # (n, h, w, 3) uint8 pictures
     patch_size: int = 4,

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-003
-from ..core import (TiprError, atomic_path, cache_dir, fit_threads, known_name, locked, os_errors, progress,
-    read_json, write_json)
+from ..core import (TiprError, atomic_path, cache_dir, exit_with_parent, fit_threads, known_name, locked,
+    os_errors, progress, read_json, write_json)
 from ..data import Split, stack_images
 from .generator import PersonGenerator, caption_seed, check_caption
 
@@ -37,6 +37,14 @@ def is_black(image: Image.Image) -> bool:
     return int(np.asarray(image.convert("L")).max()) <= _BLACK_LEVEL
 
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-008
+def _of_others(captions: list[str], seed: int) -> list[str]:
+    "Another caption for each, the same for equal ones."
+    different: list[str] = sorted(set(captions))
+    order = np.random.default_rng(seed).permutation(different)
+    other = dict(zip(order, np.roll(order, 1)))  # one cycle: nobody keeps their own
+    return [str(other[c]) for c in captions]
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-010
 @dataclass
 class Pictures:
     "A folder of generated images, found by caption."
@@ -102,15 +110,7 @@ class Pictures:
             captions = _of_others(captions, shuffle)
         return PictureField(self, captions, tuple(image_size), choose)
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-009
-def _of_others(captions: list[str], seed: int) -> list[str]:
-    "Another caption for each, the same for equal ones."
-    different: list[str] = sorted(set(captions))
-    order = np.random.default_rng(seed).permutation(different)
-    other = dict(zip(order, np.roll(order, 1)))  # one cycle: nobody keeps their own
-    return [str(other[c]) for c in captions]
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-011
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-013
 @dataclass
 class PictureField:
     "Images for the captions of a batch, as the training loader wants them."
@@ -140,7 +140,7 @@ class PictureField:
         images = [self.pictures.open(c, k) for c, k in zip(captions, self.which(captions))]
         return stack_images(images, self.image_size)
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-013
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-016
 def open_pictures(
     folder: str | Path,  # what generate_split made
     settings: dict | None = None,  # if given, what the images must have been made with
@@ -169,7 +169,129 @@ def open_pictures(
             )
     return Pictures(folder, made["per_caption"])
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-015
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-019
+_ALL_BLACK = 8  # so many images and all of them black: nothing will come of the rest
+
+
+@dataclass(frozen=True)
+class _Order:
+    "One image to make."
+
+    caption: str
+    k: int
+
+
+def _report_black(black: int, done: int, checker: bool, report: Callable[[str], None]):
+    "Say what came out black; an error where that was everything."
+    if not black:
+        return
+    why = (
+        "load with safety_checker=False, or reword the captions"
+        if checker
+        else "try other steps, guidance or dtype=torch.float32"
+    )
+    if black == done:
+        raise TiprError(f"all {done} pictures came out black; {why}")
+    report(f"{black:,} pictures came out black and were not kept; {why}")
+
+
+def _process() -> tuple[int, int]:
+    "Rank and number of processes, as `accelerate launch` and `torchrun` tell them; it ends when they do."
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        exit_with_parent()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _span(seconds: float) -> str:
+    "A time span for people."
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-021
+@dataclass
+class _Claim:
+    "A folder, marked as made with these settings."
+
+    folder: Path
+    settings: dict
+    per_caption: int
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    def take(self) -> Pictures:
+        "Mark the folder, or say whose it is."
+        with locked(self.manifest):
+            if not self.manifest.exists() or self._is_empty():
+                write_json(
+                    self.manifest, dict(settings=self.settings, per_caption=self.per_caption)
+                )
+            pictures = open_pictures(self.folder, self.settings)
+        if pictures.per_caption != self.per_caption:
+            raise TiprError(
+                f"{self.folder}: was made with per_caption={pictures.per_caption}, not {self.per_caption}; "
+                "choose another folder, or the same number"
+            )
+        return pictures
+
+    def _is_empty(self) -> bool:
+        "Whether no image lies there."
+        return next((self.folder / "pictures").glob("*/*.png"), None) is None
+
+    def list_captions(self, captions: list[str]):
+        "A table that tells people which image is whose; it is made anew where it cannot be read."
+        table = self.folder / "captions.csv"
+        pictures = Pictures(self.folder, self.per_caption)
+        with locked(self.manifest):
+            known = _listed(table)
+            if known.issuperset(captions):
+                return
+            rows = [
+                (c, pictures.path(c).relative_to(self.folder).as_posix())
+                for c in sorted(known | set(captions))
+            ]
+            with atomic_path(table) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+                csv.writer(f).writerows([("caption", "picture"), *rows])
+
+
+def _listed(table: Path) -> set[str]:
+    "Captions of a table of images; none where it is missing or damaged."
+    try:
+        with open(table, newline="", encoding="utf-8") as f:
+            return {row["caption"] for row in csv.DictReader(f)}
+    except (OSError, KeyError, UnicodeDecodeError, csv.Error):
+        return set()
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-023
+_LEFT_AFTER = 3600.0  # seconds after which a half-written file has no owner any more
+
+
+def _save_picture(im: Image.Image, path: Path):
+    "Write one PNG under a temporary name and rename it."
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
+        try:
+            im.save(tmp, format="PNG")
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path):
+    "Remove what killed processes left half written."
+    for tmp in (folder / "pictures").glob("*/.*.tmp"):
+        try:
+            if time.time() - tmp.stat().st_mtime > _LEFT_AFTER:
+                tmp.unlink()
+        except OSError:
+            continue
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-025
 def generate_split(
     generator: PersonGenerator,  # what draws
     split: Any,  # anything with .captions
@@ -232,127 +354,7 @@ def generate_split(
         report(f"{done - black:,} pictures in {_span(seconds)}, {done / seconds:.1f} pictures/s")
     return pictures
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-016
-_ALL_BLACK = 8  # so many images and all of them black: nothing will come of the rest
-
-
-@dataclass(frozen=True)
-class _Order:
-    "One image to make."
-
-    caption: str
-    k: int
-
-
-def _report_black(black: int, done: int, checker: bool, report: Callable[[str], None]):
-    "Say what came out black; an error where that was everything."
-    if not black:
-        return
-    why = (
-        "load with safety_checker=False, or reword the captions"
-        if checker
-        else "try other steps, guidance or dtype=torch.float32"
-    )
-    if black == done:
-        raise TiprError(f"all {done} pictures came out black; {why}")
-    report(f"{black:,} pictures came out black and were not kept; {why}")
-
-
-def _process() -> tuple[int, int]:
-    "Rank and number of processes, as `accelerate launch` and `torchrun` tell them."
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _span(seconds: float) -> str:
-    "A time span for people."
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-017
-@dataclass
-class _Claim:
-    "A folder, marked as made with these settings."
-
-    folder: Path
-    settings: dict
-    per_caption: int
-
-    @property
-    def manifest(self) -> Path:
-        return self.folder / "manifest.json"
-
-    def take(self) -> Pictures:
-        "Mark the folder, or say whose it is."
-        with locked(self.manifest):
-            if not self.manifest.exists() or self._is_empty():
-                write_json(
-                    self.manifest, dict(settings=self.settings, per_caption=self.per_caption)
-                )
-            pictures = open_pictures(self.folder, self.settings)
-        if pictures.per_caption != self.per_caption:
-            raise TiprError(
-                f"{self.folder}: was made with per_caption={pictures.per_caption}, not {self.per_caption}; "
-                "choose another folder, or the same number"
-            )
-        return pictures
-
-    def _is_empty(self) -> bool:
-        "Whether no image lies there."
-        return next((self.folder / "pictures").glob("*/*.png"), None) is None
-
-    def list_captions(self, captions: list[str]):
-        "A table that tells people which image is whose; it is made anew where it cannot be read."
-        table = self.folder / "captions.csv"
-        pictures = Pictures(self.folder, self.per_caption)
-        with locked(self.manifest):
-            known = _listed(table)
-            if known.issuperset(captions):
-                return
-            rows = [
-                (c, pictures.path(c).relative_to(self.folder).as_posix())
-                for c in sorted(known | set(captions))
-            ]
-            with atomic_path(table) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-                csv.writer(f).writerows([("caption", "picture"), *rows])
-
-
-def _listed(table: Path) -> set[str]:
-    "Captions of a table of images; none where it is missing or damaged."
-    try:
-        with open(table, newline="", encoding="utf-8") as f:
-            return {row["caption"] for row in csv.DictReader(f)}
-    except (OSError, KeyError, UnicodeDecodeError, csv.Error):
-        return set()
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-018
-_LEFT_AFTER = 3600.0  # seconds after which a half-written file has no owner any more
-
-
-def _save_picture(im: Image.Image, path: Path):
-    "Write one PNG under a temporary name and rename it."
-    with os_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-        try:
-            im.save(tmp, format="PNG")
-            os.replace(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
-
-
-def _sweep(folder: Path):
-    "Remove what killed processes left half written."
-    for tmp in (folder / "pictures").glob("*/.*.tmp"):
-        try:
-            if time.time() - tmp.stat().st_mtime > _LEFT_AFTER:
-                tmp.unlink()
-        except OSError:
-            continue
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-031
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-038
 def pictures_for(
     dataset: Any,  # a PersonDataset
     splits: Sequence[str] = ("train",),  # whose captions
@@ -379,7 +381,30 @@ def pictures_for(
         generate_split(generator, dataset.splits[name], folder, per_caption, report=report)
     return open_pictures(folder, settings)
 
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-034
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-041
+def _column(name: str, values: np.ndarray, photos: np.ndarray, further: list[Path]) -> np.ndarray:
+    "A column of the split's images for the further ones: as of the photos, but for what depends on pixels."
+    if name == "box":
+        return np.full((len(further), 4), np.nan)  # the whole image
+    if name != "pixels":
+        return values[photos]
+    size: Any = values.shape[1:3]
+    images = []
+    for path in further:
+        with Image.open(path) as im:
+            images.append(im.convert("RGB"))
+    return stack_images(images, size).permute(0, 2, 3, 1).numpy()
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-043
+def _contiguous(known: np.ndarray, new: np.ndarray) -> np.ndarray:
+    "Further identities numbered on from the known ones, without gaps."
+    fresh = np.unique(new[new > known.max()])
+    if not len(fresh):
+        return new
+    numbered = known.max() + 1 + np.searchsorted(fresh, new)
+    return np.where(new > known.max(), numbered, new)
+
+# %% ../../nbs/04_generation/04_pictures.ipynb #cell-045
 IDENTITIES = ("person", "own", "caption")  # whose a generated image is
 
 
@@ -419,26 +444,3 @@ def add_pictures(
         },
         {name: np.concatenate([v, v[rows]]) for name, v in split.caption_columns.items()},
     )
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-035
-def _column(name: str, values: np.ndarray, photos: np.ndarray, further: list[Path]) -> np.ndarray:
-    "A column of the split's images for the further ones: as of the photos, but for what depends on pixels."
-    if name == "box":
-        return np.full((len(further), 4), np.nan)  # the whole image
-    if name != "pixels":
-        return values[photos]
-    size: Any = values.shape[1:3]
-    images = []
-    for path in further:
-        with Image.open(path) as im:
-            images.append(im.convert("RGB"))
-    return stack_images(images, size).permute(0, 2, 3, 1).numpy()
-
-# %% ../../nbs/04_generation/04_pictures.ipynb #cell-036
-def _contiguous(known: np.ndarray, new: np.ndarray) -> np.ndarray:
-    "Further identities numbered on from the known ones, without gaps."
-    fresh = np.unique(new[new > known.max()])
-    if not len(fresh):
-        return new
-    numbered = known.max() + 1 + np.searchsorted(fresh, new)
-    return np.where(new > known.max(), numbered, new)

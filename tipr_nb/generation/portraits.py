@@ -76,26 +76,6 @@ class Pairs:
         return cls(photos, list(split.captions), np.asarray(split.caption_image))
 
 # %% ../../nbs/04_generation/05_portraits.ipynb #cell-011
-def world_portraits(
-    n_photos: int,  # records of synth-world; about 1.6 portraits and 3 captions come of each
-    seed: int = 0,  # 0: what the shipped generator learned from; 1: held out
-    size: tuple[int, int] = (96, 32),
-    regions: bool = False,  # keep the garments' masks too
-    path: str | Path | None = None,  # folder to keep them in
-) -> Pairs:
-    "Portraits and captions from synth-world, rendered in about 2 ms each, or read from where they were kept."
-    if path is None:
-        return _render_pairs(n_photos, seed, size, regions)
-    path = Path(path)
-    settings = dict(n_photos=n_photos, seed=seed, size=list(size), regions=regions, version=1)
-    with locked(path):
-        if not (path / "pairs.json").exists():
-            pairs = _render_pairs(n_photos, seed, size, regions)
-            with atomic_path(path, folder=True) as tmp:
-                _write_pairs(tmp, pairs, settings)
-    return _read_pairs(path, settings)
-
-# %% ../../nbs/04_generation/05_portraits.ipynb #cell-012
 def _render_pairs(n_photos: int, seed: int, size: tuple[int, int], regions: bool) -> Pairs:
     "Portraits for the captions of so many records; one picture for captions that want the same view and pose."
     pictures = []
@@ -154,3 +134,23 @@ def _read_pairs(folder: Path, settings: dict) -> Pairs:
     return Pairs(
         pictures, kept["captions"], np.array(kept["caption_picture"]), kept["said"], regions
     )
+
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-015
+def world_portraits(
+    n_photos: int,  # records of synth-world; about 1.6 portraits and 3 captions come of each
+    seed: int = 0,  # 0: what the shipped generator learned from; 1: held out
+    size: tuple[int, int] = (96, 32),
+    regions: bool = False,  # keep the garments' masks too
+    path: str | Path | None = None,  # folder to keep them in
+) -> Pairs:
+    "Portraits and captions from synth-world, rendered in about 2 ms each, or read from where they were kept."
+    if path is None:
+        return _render_pairs(n_photos, seed, size, regions)
+    path = Path(path)
+    settings = dict(n_photos=n_photos, seed=seed, size=list(size), regions=regions, version=1)
+    with locked(path):
+        if not (path / "pairs.json").exists():
+            pairs = _render_pairs(n_photos, seed, size, regions)
+            with atomic_path(path, folder=True) as tmp:
+                _write_pairs(tmp, pairs, settings)
+    return _read_pairs(path, settings)

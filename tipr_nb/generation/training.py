@@ -127,7 +127,7 @@ def states_of(pipeline: Any, captions: Sequence[str]) -> Tensor:  # (b, L, d)
     ids = encoded.input_ids.to(pipeline.text_encoder.device)
     return pipeline.text_encoder(ids)[0].float()
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-020
+# %% ../../nbs/04_generation/07_training.ipynb #cell-021
 @dataclass
 class GeneratorRecipe:
     "What decides how a generator is trained."
@@ -362,7 +362,7 @@ class GeneratorRun:
 
 _MAY_CHANGE = ("updates", "decay_from", "precision")  # settings that may differ when a run goes on
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-025
+# %% ../../nbs/04_generation/07_training.ipynb #cell-027
 def train_generator(
     pipeline: Any,  # of `small_pipeline`, or a real one in Stable Diffusion's layout
     pairs: Pairs,  # of `world_portraits`, or of a dataset's split
@@ -410,7 +410,7 @@ def train_generator(
         run.finish()
     return run
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-034
+# %% ../../nbs/04_generation/07_training.ipynb #cell-035
 SMALL = GeneratorRecipe(updates=4000, decay_from=0.55)  # of the one that ships
 
 
@@ -447,7 +447,7 @@ def generator_card(
         portraits=len(run.pairs.pictures),
     )
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-035
+# %% ../../nbs/04_generation/07_training.ipynb #cell-036
 _ASKED = 384  # held-out captions that the shipped generator is measured on
 
 
@@ -485,7 +485,7 @@ def train_small(
         write_text(tmp / "README.md", generator_card(run, generator, table, n))
     return run
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-041
+# %% ../../nbs/04_generation/07_training.ipynb #cell-042
 def save_lora(
     run: GeneratorRun,  # trained with recipe.lora above 0
     folder: str | Path,
@@ -506,7 +506,7 @@ def save_lora(
             str(tmp), unet_lora_layers=layers, safe_serialization=True
         )
 
-# %% ../../nbs/04_generation/07_training.ipynb #cell-043
+# %% ../../nbs/04_generation/07_training.ipynb #cell-045
 def tune_pipeline(
     source: str | Path,  # a pipeline's folder or hub id, in Stable Diffusion's layout
     split: Split,  # real people with real captions

@@ -2,7 +2,6 @@
 from .checkpoints import read_checkpoint as read_checkpoint
 from .checkpoints import read_pickle as read_pickle
 from .checkpoints import read_script as read_script
-from .exports import ImageTower as ImageTower
 from .exports import convert_file as convert_file
 from .exports import save_hf as save_hf
 from .exports import save_onnx as save_onnx

@@ -8,7 +8,7 @@ __all__ = ['split_tag', 'open_tag', 'open_weights', 'KnownWeights', 'known_weigh
 # %% ../../nbs/09_interop/05_weights.ipynb #cell-003
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 

@@ -36,7 +36,10 @@ OBJECTIVES:dict[str, type[Objective]|str] = { # name -> class, or the path of on
     "TGTE": "tipr_nb.methods.tgte:TGTE",
     "GIF": "tipr_nb.methods.gif:GIF",
     "TIR": "tipr_nb.methods.tir:TIR",
-    "CMT": "tipr_nb.methods.cmt:CMT"}
+    "CMT": "tipr_nb.methods.cmt:CMT",
+    "IRR": "tipr_nb.methods.irr:IRR",
+    "TSE": "tipr_nb.methods.tse:TSE",
+    "CCD": "tipr_nb.methods.ccd:CCD"}
 
 def register_objective(name:str) -> Callable[[type[Objective]], type[Objective]]:
     "Class decorator: make an objective known to recipes under `name`."

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core import TiprError
 
-# %% ../../nbs/03_models/03_attention.ipynb #cell-004
+# %% ../../nbs/03_models/03_attention.ipynb #cell-005
 _HALF = (torch.bfloat16, torch.float16)
 
 

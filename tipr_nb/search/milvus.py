@@ -11,7 +11,7 @@ __all__ = ['LIKE_PATTERNS', 'MILVUS_INDICES', 'NUMBER_LIMITS', 'MILVUS_TYPES', '
            'sync_store', 'StoreEngine', 'build_milvus', 'MilvusEngine']
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-003
-import contextlib, hashlib, json, os, re
+import contextlib, hashlib, json, logging, os, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +109,7 @@ class Milvus:
         pymilvus = need("pymilvus", "milvus", "the Milvus engine")
         if not is_server(uri):
             need("milvus_lite", "milvus", "a Milvus file")
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)   # its errors are reported by us, in one line
         try:
             cls.clients[uri, token] = pymilvus.MilvusClient(uri, token=token, timeout=10)
         except Exception as e:   # of pymilvus, grpc, and plain ones
