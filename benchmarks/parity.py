@@ -51,6 +51,9 @@ class Peer:
 def with_prefix(prefix: str, names: dict[str, str]) -> dict[str, str]: return {k: f"{prefix}.{v}" for k, v in names.items()}
 
 
+BRANCH = {"mlp.layers.0": "hidden", "mlp.bns.0": "norm", "mlp.layers.1": "out"}
+RDE_NAMES = ({f"visul_emb_layer.{k}": f"encoder.addons.tse.image.{v}" for k, v in ({"fc": "linear"} | BRANCH).items()}
+             | {f"texual_emb_layer.{k}": f"encoder.addons.tse.text.{v}" for k, v in ({"linear": "linear"} | BRANCH).items()})
 CLASSIFIER = {"classifier": "objectives.ID.classifier"}
 PEERS = [
     Peer("irra", "irra", ".", "IRRA", "--img_aug --batch_size 64 --MLM --loss_names sdm+mlm+id --num_epoch 60",
@@ -59,13 +62,13 @@ PEERS = [
     Peer("sen", "sen", ".", "SEN", "--img_aug --batch_size 128 --need_MAE --mae_loss_weight 10 --tri_loss_weight 10 --mask_ratio 0.7 --lr 1e-5 --loss_names sdm+mae+id+tri --num_epoch 60 --lrscheduler cosine",
          CLASSIFIER | with_prefix("objectives.TIR.decoder", DECODER), {"sdm_loss": "SDM", "id_loss": "ID", "mae_loss": "TIR", "tri_loss": "CMT"}, "RandomIdnumSampler"),
     Peer("rde", "rde", "2024-CVPR-RDE", "RDE", "--img_aug --txt_aug --batch_size 64 --select_ratio 0.3 --tau 0.015 --margin 0.1 --loss_names TAL+sr0.3_tau0.015_margin0.1_n0.0 --num_epoch 60",
-         {}, {"bge_loss": "TAL", "tse_loss": "TSE"}),
+         RDE_NAMES, {"bge_loss+tse_loss": "CCD"}),
 ]
 CODE = ("model/build.py", "model/clip_model.py", "model/objectives.py", "solver/build.py", "solver/lr_scheduler.py", "datasets/sampler.py", "datasets/build.py", "utils/options.py")
 REVISIONS = {"IRRA": "3d8705306d6a", "SEN": "57420976021f", "RDE": "deb346b17b55"}
 
 
-SMALL = dict(embed_dim=256, quick_gelu=True, vision_cfg=dict(image_size=224, layers=2, width=256, head_width=64, patch_size=16),
+SMALL = dict(embed_dim=512, quick_gelu=True, vision_cfg=dict(image_size=224, layers=2, width=256, head_width=64, patch_size=16),
              text_cfg=dict(context_length=77, vocab_size=49408, width=256, heads=4, layers=2))
 
 
@@ -275,11 +278,11 @@ def compare(peer: Peer, folder: Path, arch: str, image_size: tuple[int, int], ba
     pairing = Pairing(theirs, ours, peer.names)
     start = pairing.tensors(lambda p: p)
     own = dict(ours.named_parameters())
-    new = [k for k in own if not k.startswith("encoder.")]
+    new = [k for k in own if not k.startswith("encoder.clip.")]
     with torch.no_grad():
         for k in new:
             if k in start: own[k].copy_(start[k])
-    rows = [dict(what="weights at the start, towers", value=distance({k: own[k] for k in own if k.startswith("encoder.")}, start), limit=1e-6),
+    rows = [dict(what="weights at the start, towers", value=distance({k: own[k] for k in own if k.startswith("encoder.clip.")}, start), limit=1e-6),
             dict(what="parameters of ours that they do not have", value=sum(k not in start for k in own if own[k].requires_grad and k != "encoder.clip.logit_scale"), limit=0)]
     names = {id(p): n for n, p in own.items()}
     with on_a_cpu(): optimizer = solver.build_optimizer(args, theirs)
@@ -311,12 +314,12 @@ def compare(peer: Peer, folder: Path, arch: str, image_size: tuple[int, int], ba
         if number == 0:
             for there, here in peer.losses.items():
                 if here not in seen["losses"]: continue
-                a, b = ours.weights[here]*seen["losses"][here], float(result[there])
+                a, b = ours.weights[here]*seen["losses"][here], float(sum(result[k].detach() for k in there.split("+")))
                 rows.append(dict(what=f"loss {here}", value=abs(a - b)/abs(b), limit=1e-6, ours=round(a, 6), theirs=round(b, 6)))
             rows.append(dict(what="gradient", value=distance(seen["grads"], pairing.tensors(lambda p: p.grad)), limit=1e-4))
         for g in optimizer.param_groups: g["lr"] = g["initial"]*factor
         optimizer.step()
-        print(f"   step {number + 1}: loss {float(sum(ours.weights[k]*v for k, v in seen['losses'].items())):.5f}, theirs {float(total):.5f}", flush=True)
+        print(f"   step {number + 1}: loss {float(sum(ours.weights[k]*v for k, v in seen['losses'].items())):.5f}, theirs {float(total.detach()):.5f}", flush=True)
     end = pairing.tensors(lambda p: p)
     moved = {k: end[k] - start[k] for k in end}
     mine = {k: own[k].detach() - start[k] for k in end if k in own}
