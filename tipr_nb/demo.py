@@ -590,11 +590,10 @@ def _next_steps(result: Result) -> str:
 
 # %% ../nbs/12_demo.ipynb #cell-039
 FOOTER = (
-    "<footer><p>The people on this page are drawn; none of them exists. A model trained on drawings finds "
-    "drawings, not photographs: for those, train on a real dataset (the package's documentation has a page for "
-    "each). "
-    "Searching for people in pictures touches their privacy; use it where those concerned, or the law, allow "
-    "it.</p></footer>"
+    "<footer><p>The people on this page are rendered; none of them exists. For photographs, train on a real dataset "
+    "(the package's documentation has a page for each) or take published weights (<code>tipr models</code> lists "
+    "some). Searching for people in pictures touches their privacy; use it where those concerned, or the law, "
+    "allow it.</p></footer>"
 )
 
 
