@@ -222,3 +222,142 @@ def test_many_at_once(gallery):
     for t in threads: t.start()
     for t in threads: t.join()
     assert len(out) == 24 and not any(a.wrong for a in out)
+
+
+def test_clicks_and_links_while_somebody_indexes(tmp_path):
+    "Two hundred clicks, links and likes made before a re-index: the right person, or a sentence that says the gallery has changed; never somebody else."
+    import random
+    shelf = archive(tmp_path/"p")
+    for i in range(12): figure("white", "white", (40 + i, 90)).save(shelf/"c1"/f"extra{i}.png")
+    gallery, r = Gallery.build(shelf, ColourModel(), tmp_path/"g", pattern=r"(?P<camera>c\d)/"), random.Random(0)
+    page, right, gone = Page(gallery), 0, 0
+    for round in range(10):
+        known = {h.key: h for h in page.gallery.hits(range(len(page.gallery)))}
+        old = page.ask(Question("a red coat and blue trousers", k=30))
+        moving = sorted(shelf.rglob("*.png"))
+        for p in r.sample(moving, 4): p.rename(p.with_name(f"{r.choice('abyz')}{round}-{p.name}"))
+        r.choice(sorted(shelf.rglob("*.png"))).unlink()
+        figure("black", "white", (30 + round, 70)).save(shelf/f"c{1 + round % 3}"/f"{r.choice('az')}new{round}.png")
+        Gallery.build(shelf, ColourModel(), gallery.folder)
+        for key in r.sample(old.keys, 20):
+            person, _, facts = page.look(key, old.query)
+            like = page.ask(Question.of({k: v[0] for k, v in urllib.parse.parse_qs(Question(like=key, k=3).link()[1:]).items()}))
+            if "the gallery has changed; ask again" in facts:
+                gone += 1
+                assert person is None and like.wrong and "ask again" in like.note
+                continue
+            right += 1
+            assert np.array_equal(np.asarray(person), np.asarray(known[key].picture().resize(person.size, 3) if known[key].path.exists() else person))
+            assert page.gallery.find(key).key == key and not like.wrong and key not in like.keys and known[key].path.name in page.gallery.find(key).path.name
+    assert right + gone == 200 and gone > 0
+    assert page.ask(Question("a red coat", where="camera == 'c9'")).note.startswith("Nobody") and "rows" not in page.look("f"*24, None)[2]
+
+
+def test_nothing_of_a_table_or_a_name_becomes_part_of_the_page(tmp_path):
+    bad = "<img src=x onerror=alert(1)>"
+    shelf = archive(tmp_path/"p")
+    first = sorted(shelf.rglob("*.png"))[0]
+    first.rename(first.with_name(f"{bad}.png"))
+    lines = [f'"{p.relative_to(shelf)}","{bad if i % 2 else "<b>plain</b>"}"' for i, p in enumerate(sorted(shelf.rglob("*.png")))]
+    (tmp_path/"t.csv").write_text('path,"<i>note</i>"\n' + "\n".join(lines) + "\n")
+    gallery = Gallery.build(shelf, ColourModel(), tmp_path/"g", metadata=tmp_path/"t.csv")
+    page = Page(gallery)
+    for key in page.ask(Question("a man", k=36)).keys:
+        facts = page.look(key, None)[2]
+        assert "<img src" not in facts and "<b>" not in facts and "<i>" not in facts
+    assert "<img src" not in gallery_facts(gallery) and "&lt;img src" in gallery_facts(gallery)
+    from tipr_nb.search.app import _note
+    for answer in (page.ask(Question("a man", where=f"note == '{bad}' and")), page.ask(Question(bad, where=bad))): assert "<img src" not in _note(answer, Question(bad, where=bad))
+
+
+@pytest.mark.parametrize("data,why", [(b"nothing", "not a picture"), (b"", "not a picture"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"), (None, "million pixels|more than")])
+def test_uploads_are_limited_before_they_are_decoded(gallery, tmp_path, data, why):
+    path = tmp_path/"x.png"
+    if data is None: Image.new("L", (20_000, 20_000)).save(path)
+    else: path.write_bytes(data)
+    answer = Page(gallery).ask(Question(k=3), path)
+    assert answer.wrong and answer.note.startswith("your picture: ") and re.search(why, answer.note) and "\n" not in answer.note
+    figure("green", "white").save(path)
+    assert gallery.find(Page(gallery).ask(Question(k=3), path).keys[0]).path.name == "green-white-0.png"
+
+
+def request(address, host=None, **headers):
+    r = urllib.request.Request(address, headers=({"Host": host} if host else {}) | headers)
+    try: return urllib.request.urlopen(r, timeout=10).status
+    except urllib.error.HTTPError as e: return e.code
+
+
+def test_the_page_answers_its_own_names_alone(address):
+    port = address.rstrip("/").rsplit(":", 1)[1]
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}"): assert request(address, host) == 200
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", f"localhost.evil.example:{port}", "192.168.1.7"):
+        for path in ("", "config", "gradio_api/info", "gradio_api/file=x"): assert request(address + path, host) == 421, (host, path)
+    assert request(address, Origin="http://evil.example") == 421 and request(address, Origin=address.rstrip("/")) == 200
+
+
+def test_beyond_loopback_a_password_is_wanted(gallery, capsys):
+    blocks, address = serve(gallery, host="0.0.0.0", port=free_port(), wait=False)
+    try:
+        said = capsys.readouterr().err
+        port = address.rstrip("/").rsplit(":", 1)[1]
+        assert "the name tipr and the password" in said
+        assert request(f"http://127.0.0.1:{port}/config") == 401 and request(f"http://127.0.0.1:{port}/config", "evil.example") == 421
+        data = urllib.parse.urlencode(dict(username="tipr", password=said.split()[-1])).encode()
+        assert urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/login", data), timeout=10).status == 200
+        with pytest.raises(urllib.error.HTTPError): urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/login", data.replace(b"password=", b"password=x")), timeout=10)
+    finally: blocks.close()
+
+
+def test_a_proxy_in_the_environment_is_no_hindrance(gallery, monkeypatch):
+    dead = f"http://127.0.0.1:{free_port()}"
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"): monkeypatch.setenv(name, dead)
+    for name in ("NO_PROXY", "no_proxy"): monkeypatch.delenv(name, raising=False)
+    blocks, address = serve(gallery, port=free_port(), wait=False)
+    try: assert urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=10).status == 200
+    finally: blocks.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_by_keyboard_and_finger(address, gallery, tmp_path, width):
+    chromium = find_chromium()
+    if chromium is None: pytest.skip("no Chromium here; apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport=dict(width=width, height=840))
+        page.set_default_timeout(60_000)
+        page.goto(address)
+        page.wait_for_selector("#q textarea")
+        page.fill("#q textarea", "a red coat and blue trousers")
+        page.keyboard.press("Enter")                                   # Enter searches
+        page.wait_for_selector("#people button img")
+        page.wait_for_function("location.search.includes('red+coat')")    # the address follows
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth + 1")
+        page.locator("#people button").first.click()
+        page.wait_for_selector("#heat img")
+        box = page.locator("#person img").bounding_box()
+        assert box["y"] >= 0 and box["y"] < 840 and box["width"] > 30     # visible without scrolling
+        page.wait_for_selector("#closer button:has-text('Whole photo')")
+        page.screenshot(path=tmp_path/f"closer-{width}.png")
+        page.click("#pick")
+        page.wait_for_function("document.querySelector('#take') && true")
+        page.keyboard.press("Escape")                                  # Esc closes
+        page.wait_for_function("!document.querySelector('#closer') || document.querySelector('#closer').offsetParent === null")
+        page.locator("#people button").nth(1).click()
+        page.wait_for_selector("#heat img")
+        page.click("#more_like")
+        page.wait_for_function("document.querySelector('#note').innerText.includes('most like the one you picked')")
+        page.wait_for_function("document.querySelector('#q textarea').value === ''")      # the sentence is gone, the person is shown
+        page.wait_for_selector("#liked img")
+        page.screenshot(path=tmp_path/f"like-{width}.png", full_page=True)
+        page.wait_for_function("location.search.includes('like=')")
+        page.go_back()                                                 # Back follows
+        page.wait_for_function("document.querySelector('#q textarea') && document.querySelector('#q textarea').value.startsWith('a red coat')")
+        page.wait_for_selector("#people button img")
+        page.click("#next")
+        page.wait_for_function("document.querySelector('#note').innerText.includes('from rank 25')")
+        assert page.locator("#people button img").count() == 12
+        page.click("#take button")
+        page.click("#export_csv")
+        page.wait_for_selector("#file a")
+        browser.close()

@@ -306,7 +306,7 @@ def test_killed_and_resumed_is_the_same_gallery(shelf, gallery, tmp_path):
     assert sorted(p.name for p in gallery.iterdir()) == sorted(p.name for p in (tmp_path/"calm").iterdir()) or read_manifest(gallery)["generation"] != "g000001"
 
 
-STEPS = ["Indexer.encode", "Indexer.write", "write_skipped", "sync_folder", "build_engine", "write_json", "drop_engines", "sweep"]
+STEPS = ["Indexer.encode", "Indexer.write", "write_skipped", "sync_folder", "build_engine", "write_manifest", "drop_engines", "sweep"]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -387,3 +387,79 @@ def test_engines_are_kept_up_to_date(shelf, gallery):
     assert set(facts["engines"]) == {"ivf", "milvus"} and facts["count"] == 37 and (gallery/facts["generation"]/"index-ivf.faiss").exists()
     with pytest.raises(TiprError, match="choose exact"): index(gallery, shelf, engines={"annoy": {}})
     assert read_manifest(gallery)["generation"] == facts["generation"]
+
+
+@pytest.mark.parametrize("name", ["key.json", "000000.parquet", "000000.npy", "000001.npy", ".work"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "folder"])
+def test_a_damaged_journal_never_blocks(shelf, gallery, name, how, tmp_path):
+    class Fails(ColourModel):
+        def encode_image(self, pictures):
+            if self.seen >= 24: raise RuntimeError("out of memory")
+            return super().encode_image(pictures)
+    with pytest.raises(RuntimeError): index(gallery, shelf, Fails(), checkpoint=0.)
+    path = gallery/name if name == ".work" else gallery/".work"/name
+    data = path.read_bytes() if path.is_file() else b"x"
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if how == "folder": path.mkdir()
+    else: path.write_bytes(data[:-20] if how == "cut" else data[:-3] + bytes([data[-3] ^ 1 if len(data) > 2 else 0]) + data[-2:])
+    model = ColourModel()
+    assert index(gallery, shelf, model).people == 36
+    index(tmp_path/"calm", shelf)
+    same_galleries(gallery, tmp_path/"calm")
+
+
+@pytest.mark.parametrize("name", ["gallery.json", "features.npy", "items.parquet", "skipped.parquet"])
+@pytest.mark.parametrize("how", ["flipped", "noise", "empty", "folder"])
+def test_damaged_files_never_block_indexing(shelf, gallery, name, how):
+    (shelf/"c1"/"broken.png").write_bytes(b"no picture")
+    index(gallery, shelf)
+    path = gallery/name if name == "gallery.json" else gallery/"g000001"/name
+    data = bytearray(path.read_bytes())
+    data[len(data)//2] ^= 1
+    path.unlink()
+    if how == "folder": path.mkdir()
+    else: path.write_bytes(dict(flipped=bytes(data), noise=b"\x00\xff"*300, empty=b"")[how])
+    if how == "folder" and name == "gallery.json":
+        with pytest.raises(TiprError): index(gallery, shelf)
+        return
+    if name in ("features.npy", "items.parquet"):
+        with pytest.raises(TiprError, match="tipr index") as e: Snapshot.open(gallery)
+        assert "\n" not in str(e.value)
+    assert index(gallery, shelf).people == 36 and Snapshot.open(gallery).features.shape == (36, 16)
+    assert index(gallery, shelf, rebuild=True).people == 36
+
+
+def test_files_are_private(shelf, gallery):
+    old = os.umask(0o022)
+    (gallery.parent/"own").mkdir()         # a folder of the user's keeps its rights, what we put into it is private
+    try:
+        for folder in (gallery, gallery.parent/"own"): index(folder, shelf)
+    finally: os.umask(old)
+    assert gallery.stat().st_mode & 0o077 == 0
+    for folder in (gallery, gallery.parent/"own"):
+        for part in (folder/"g000001", folder/"gallery.json"): assert part.stat().st_mode & 0o077 == 0
+
+
+def test_a_moved_folder_is_known_by_its_content(shelf, gallery, tmp_path):
+    (tmp_path/"empty").mkdir()
+    calls = []
+    def finder(picture):
+        calls.append(1)
+        return [] if len(calls) == 3 else [(4, 4, 40, 90), (2, 2, 44, 94)]
+    model = ColourModel()
+    index(gallery, shelf, model, detector=finder)
+    before = Snapshot.open(gallery).features.copy()
+    shelf.rename(tmp_path/"elsewhere")
+    for p in (tmp_path/"elsewhere").rglob("*.png"): os.utime(p)
+    model.seen = 0
+    report = index(gallery, tmp_path/"elsewhere", model, detector=finder)
+    assert len(calls) == 36 and model.seen == 0 and report.moved == 36 and report.people == 70 and len(report.skipped) == 1
+    assert (Snapshot.open(gallery).features == before).all() and {r["root"] for r in rows(gallery, "root")} == {str(tmp_path/"elsewhere")}
+
+
+def test_when_a_picture_was_taken_can_be_told(shelf, gallery, tmp_path):
+    first = sorted(shelf.rglob("*.png"))[0].relative_to(shelf)
+    (tmp_path/"t.csv").write_text(f"path,taken\n{first},2024-05-01 10:30:00\n")
+    index(gallery, shelf, metadata=tmp_path/"t.csv")
+    table = rows(gallery, "path", "taken")
+    assert str(table[0]["taken"]) == "2024-05-01 10:30:00" and table[1]["taken"] is None and "taken_" not in Snapshot.open(gallery).items.names

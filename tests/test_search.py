@@ -340,3 +340,98 @@ def test_damaged_text_tower(real, tmp_path):
 def test_words_and_printing():
     assert query_words(dict(text=["a", "b"], image=None, without=["c"])) == "a; b, without c" and printable("a\tb\x1b") == "a\\tb\\x1b" and printable(None) == ""
     assert "person at rank" not in hits_html(Hits([Hit(Path("/nowhere/x.png"), .5, 1, 0)]))
+
+
+def test_keys_find_the_same_person_after_changes(own):
+    gallery, shelf = own
+    keys = {h.key: h.path for h in gallery.hits(range(36))}
+    assert len(keys) == 36
+    figure("white", "white", (40, 80)).save(shelf/"c1"/"aaa.png")
+    gone = sorted(shelf.rglob("*.png"))[5]
+    gone.unlink()
+    Gallery.build(shelf, ColourModel(), gallery.folder)
+    for key, path in keys.items():
+        if path == gone:
+            with pytest.raises(TiprError, match="ask again"): gallery.find(key)
+            with pytest.raises(TiprError, match="ask again"): gallery.search(image=key)
+        else: assert gallery.find(key).path == path and path not in [h.path for h in gallery.search(image=key, k=36)]
+    hit = Gallery(gallery.folder, ColourModel()).search("a red coat and blue trousers", k=1)[0]
+    figure("white", "white", (40, 81)).save(shelf/"c1"/"aab.png")
+    Gallery.build(shelf, ColourModel(), gallery.folder)
+    assert gallery.search(image=hit, k=36)[-1].path != hit.path and hit.path not in [h.path for h in gallery.search(image=hit, k=36)]
+
+
+def test_a_gallery_remembers_how_it_was_made(tmp_path):
+    scene = Image.new("RGB", (260, 110), (200, 200, 200))
+    for i, coat in enumerate(("red", "blue", "green", "yellow")): scene.paste(figure(coat, "black"), (10 + 60*i, 8))
+    (tmp_path/"s"/"c1").mkdir(parents=True)
+    scene.save(tmp_path/"s"/"c1"/"s.png")
+    (tmp_path/"b.json").write_text(json.dumps({"s/c1/s.png": [[10 + 60*i, 8, 58 + 60*i, 104] for i in range(4)]}))
+    model = ColourModel()
+    first = Gallery.build(tmp_path/"s", model, tmp_path/"g", boxes=tmp_path/"b.json", pattern=PATTERN)
+    assert len(first) == 4
+    again = Gallery.build(tmp_path/"s", model, tmp_path/"g")
+    assert len(again) == 4 and again.report.encoded == 0 and "camera" in again.items.own
+    shutil.move(tmp_path/"s", tmp_path/"moved")
+    (tmp_path/"b.json").write_text(json.dumps({"moved/c1/s.png": [[10 + 60*i, 8, 58 + 60*i, 104] for i in range(4)]}))
+    moved = Gallery.build(tmp_path/"moved", model, tmp_path/"g")
+    assert len(moved) == 4 and moved.report.encoded == 0 and moved.report.moved == 1
+    with pytest.raises(TiprError, match="--recut") as e: Gallery.build(tmp_path/"moved", model, tmp_path/"g", detector=lambda picture: [(0, 0, 40, 100)])
+    assert "\n" not in str(e.value) and "by boxes" in str(e.value)
+    assert len(Gallery(tmp_path/"g")) == 4
+    assert len(Gallery.build(tmp_path/"moved", model, tmp_path/"g", recut=True)) == 1
+    Gallery.build(tmp_path/"moved", model, tmp_path/"g", boxes=tmp_path/"b.json", recut=True)
+    (tmp_path/"b.json").unlink()
+    with pytest.raises(TiprError, match="are gone"): Gallery.build(tmp_path/"moved", model, tmp_path/"g")
+    assert len(Gallery(tmp_path/"g")) == 4
+
+
+def test_an_open_gallery_meets_a_rebuild_with_another_model(own):
+    gallery, shelf = own
+    class Turned(ColourModel):
+        fingerprint = "turned"
+        def unit(self, colours): return super().unit(colours)[:, ::-1].copy()
+    Gallery.build(shelf, Turned(), gallery.folder, rebuild=True)
+    with pytest.raises(TiprError, match="another model|where its model is"): gallery.search("a red coat and blue trousers")
+
+
+def test_one_hit_per_track(tmp_path):
+    shelf = archive(tmp_path/"p", 3)
+    tracks = {p: f"t{p.stem.rsplit('-', 1)[0]}" for p in shelf.rglob("*.png")}
+    (tmp_path/"t.csv").write_text("path,track\n" + "".join(f"{p.relative_to(shelf)},{t}\n" for p, t in tracks.items() if "white-white" not in t))
+    gallery = Gallery.build(shelf, ColourModel(), tmp_path/"g", metadata=tmp_path/"t.csv")
+    hits = gallery.search("a red coat and blue trousers", k=6, group="track")
+    assert len({h.metadata["track"] for h in hits}) == 6 and hits[0].frames == 3 and hits[0].score == max(h.score for h in gallery.search("a red coat and blue trousers", k=1))
+    assert len(gallery.search("a man", k=100, group="track")) == 35 + 3      # without a track everybody stands alone
+    with pytest.raises(TiprError, match="no such column"): gallery.search("a man", group="film")
+
+
+def test_many_questions_and_frames_of_data(gallery, tmp_path):
+    many = gallery.search_many(["a red coat and blue trousers", "a green coat and red trousers"], k=3, where="width > 3")
+    assert [names(h)[0] for h in many] == ["red-blue-0.png", "green-red-0.png"] and names(many[0]) == names(gallery.search("a red coat and blue trousers", k=3))
+    frame = many[0].to_pandas()
+    assert list(frame["rank"]) == [1, 2, 3] and list(frame["key"]) == [h.key for h in many[0]] and "camera" in frame.columns and len(Hits().to_pandas()) == 0
+    many[0].to_zip(tmp_path/"h.zip")
+    import zipfile
+    assert len([n for n in zipfile.ZipFile(tmp_path/"h.zip").namelist() if n.endswith(".png")]) == 3
+    assert all((p.stat().st_mode & 0o077) == 0 for p in (tmp_path/"h.zip",))
+
+
+def test_everything_from_outside_is_escaped(tmp_path):
+    "A file name, a column's name, its values, a query and a note, each hostile, in every report."
+    bad = "<img src=x onerror=alert(1)>"
+    hits = Hits([Hit(tmp_path/f"{bad}.png", .5, 1, 0, metadata={bad: bad}, name=f"{bad}.png")], query=dict(text=[bad], where=bad, without=[bad], image=bad), notes=[bad])
+    for page in (hits.to_html(), hits._repr_html_()): assert "<img src=x" not in page and page.count("&lt;img src=x") >= 5
+    table = Hits([Hit(Path("a.png"), .5, 1, 0, metadata=dict(note="=1+1", other="@x", number=-4))]).to_csv()
+    assert "'=1+1" in table and "'@x" in table and ",-4" in table
+
+
+def test_what_the_default_weights_are_is_said(shelf, tmp_path):
+    "At index, in notes, JSON, table and page; not where the weights are the user's choice."
+    from tipr_nb.search import Page, Question
+    gallery = Gallery.build([*shelf.rglob("c1/*.png")], folder=tmp_path/"g")
+    hits = gallery.search("a man in a red coat", k=2)
+    places = [*gallery.report.lines(), hits.to_json(), hits.table(), hits.to_html(), *Page(gallery).ask(Question("a man in a red coat", k=2)).advice]
+    assert sum("trained on rendered people" in p and "--model" in p for p in places) == 5
+    other = Gallery.build([*shelf.rglob("c1/*.png")], ColourModel(), tmp_path/"o")
+    assert not other.search("a man", k=2).notes and not other.report.notes

@@ -191,3 +191,19 @@ def test_a_log_of_another_kind_is_begun_anew(tmp_path):
     for damage in (b"\x00\xff garbage\n", b"[1]\n", b"", json.dumps(dict(film="b")).encode() + b"\n"):
         (tmp_path/"a.jsonl").write_bytes(damage)
         assert DetectionLog(tmp_path/"a.jsonl", dict(film="a")).frames == []
+
+
+FOOTAGE = "/usr/share/doc/opencv-doc/examples/data/vtest.avi"
+
+
+@pytest.mark.skipif(not os.path.exists(FOOTAGE), reason="needs Debian's opencv-doc")
+def test_a_real_film_and_the_detector_without_download(tmp_path):
+    pytest.importorskip("cv2", reason="needs the extra `detect`")
+    from tipr_nb.search import find_detector
+    from tipr_nb.search.detectors import detected_people
+    reader = FilmReader(FOOTAGE)
+    assert 79 < reader.seconds < 80 and reader.picture(40.).size == (768, 576)
+    people = detected_people(find_detector("hog"), reader.picture(40.))
+    walker = (277, 203, 302, 281)                 # as background subtraction sees him
+    assert 3 <= len(people) <= 12
+    assert any(max(p.box[0], walker[0]) < min(p.box[2], walker[2]) and abs(p.box[3] - walker[3]) < 12 for p in people)

@@ -1154,8 +1154,19 @@ def tipr_app(
     gallery: GalleryFolder,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Only this computer reaches the default; there is no password.")
+        str, typer.Option(help="Address to listen on. Only this computer reaches the default; others want a password.")
     ] = "127.0.0.1",
+    password: Annotated[
+        Optional[str],
+        typer.Option(
+            envvar="TIPR_PASSWORD",
+            help="Password of the page, the user's name is tipr; beyond this computer one is made when left out.",
+        ),
+    ] = None,
+    name: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A further host name that the page answers to, behind a proxy; may be given several times."),
+    ] = None,
     imagine: Annotated[
         Optional[bool],
         typer.Option(
@@ -1179,12 +1190,13 @@ def tipr_app(
 ):
     """Open the search page for a gallery.
 
-    It listens on this computer only, and hands out pictures of the gallery and nothing else. Ctrl-C ends it.
+    It listens on this computer only and answers its own names only. It hands out pictures of the gallery and nothing
+    else. Ctrl-C ends it.
 
     Example: tipr app --gallery my-gallery
     """
     from tipr_nb.core import resolve_model
-    from tipr_nb.search import EXAMPLES, Gallery, serve
+    from tipr_nb.search import Gallery, serve
 
     opened = Gallery(gallery, model, root, loader=open_model)
     if generator:
@@ -1197,7 +1209,9 @@ def tipr_app(
         host=host,
         port=port,
         enriched=imagining,
-        examples=example or EXAMPLES,
+        examples=example,
+        password=password,
+        names=name or (),
         title=title,
         browser=browser,
         wait=False,

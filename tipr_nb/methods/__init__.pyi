@@ -1,4 +1,8 @@
 # The names that this folder offers to others; they are imported when they are first asked for.
+from .ccd import CCD as CCD
+from .ccd import clean_pairs as clean_pairs
+from .ccd import consensus as consensus
+from .ccd import inject_noise as inject_noise
 from .cmt import CMT as CMT
 from .cmt import cmt_loss as cmt_loss
 from .cmt import cmt_terms as cmt_terms
@@ -33,6 +37,7 @@ from .pruning import tag_words as tag_words
 from .pruning import tidy as tidy
 from .tgte import Gate as Gate
 from .tgte import PICTURE_WEIGHT as PICTURE_WEIGHT
+from .tgte import PicturesAsPhotos as PicturesAsPhotos
 from .tgte import TGTE as TGTE
 from .tgte import attach_gate as attach_gate
 from .tgte import attend as attend
@@ -51,3 +56,10 @@ from .tir import restore as restore
 from .tir import sincos_positions as sincos_positions
 from .tir import split_patches as split_patches
 from .tir import unpatchify as unpatchify
+from .tse import LastAttention as LastAttention
+from .tse import TSE as TSE
+from .tse import TokenSelection as TokenSelection
+from .tse import TokenSelectionModel as TokenSelectionModel
+from .tse import attach_selection as attach_selection
+from .tse import side_by_side as side_by_side
+from .tse import with_selection as with_selection

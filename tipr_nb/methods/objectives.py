@@ -34,10 +34,13 @@ class Objective(nn.Module):
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-009
 OBJECTIVES:dict[str, type[Objective]|str] = { # name -> class, or the path of one that is imported when it is asked for
     "TGTE": "tipr_nb.methods.tgte:TGTE",
+    "PicturesAsPhotos": "tipr_nb.methods.tgte:PicturesAsPhotos",
     "GIF": "tipr_nb.methods.gif:GIF",
     "TIR": "tipr_nb.methods.tir:TIR",
     "CMT": "tipr_nb.methods.cmt:CMT",
-    "IRR": "tipr_nb.methods.irr:IRR"}
+    "IRR": "tipr_nb.methods.irr:IRR",
+    "TSE": "tipr_nb.methods.tse:TSE",
+    "CCD": "tipr_nb.methods.ccd:CCD"}
 
 def register_objective(name:str) -> Callable[[type[Objective]], type[Objective]]:
     "Class decorator: make an objective known to recipes under `name`."

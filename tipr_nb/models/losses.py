@@ -98,8 +98,8 @@ def tal_loss(
     ids: Tensor,  # (b,) identities
     temperature: float = 0.015,  # of positives' weights and of the log-sum-exp
     margin: float = 0.1,  # by which positives should lead
-    reduction: str = "sum",  # over the batch: 'sum' as released, or 'mean'
-) -> Tensor:  # ()
+    reduction: str = "sum",  # over the batch: 'sum' as released, or 'mean'; 'none' for each pair's own
+) -> Tensor:  # (), or (b,)
     "Triplet alignment loss: soft positives against a log-sum-exp of all negatives, both directions (RDE, CVPR 2024)."
     same = ids[:, None] == ids
     least = torch.finfo(image.dtype).min / 4
@@ -113,4 +113,6 @@ def tal_loss(
 
     sim = image @ text.T
     loss = one_way(sim) + one_way(sim.T)
+    if reduction == "none":
+        return loss
     return loss.sum() if reduction == "sum" else loss.mean()

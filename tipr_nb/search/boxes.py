@@ -43,13 +43,13 @@ class RawBoxes(NamedTuple):
     format: str|None                         # xyxy, xywh, cxcywh; None: to be decided from the values
     values: list[tuple[float, ...]|None]     # one per row; None: this row has none
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-010
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-011
 def plain_name(column:str) -> str:
     "A column's name without what only says that it is a box's: `bbox_x1` is `x1`."
     name = column.lower()
     return re.sub(r"^(bbox|bb|box)_(?=.)", "", name)
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-011
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-013
 def raw_boxes(table:"pa.Table",
               path:str|Path="the table", # for messages
               box_format:str|None=None # what a column called box or bbox holds
@@ -71,7 +71,7 @@ def raw_boxes(table:"pa.Table",
                         "call the four columns x0, y0, x1, y1 or x, y, w, h")
     return None
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-012
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-014
 def _four_columns(table, columns, path):
     "Rows of numbers; a row without any of the four has no box."
     values = []
@@ -93,7 +93,7 @@ def _one_column(table, column, path):
             raise TiprError(f"{path}: row {i+1}: {e}") from None
     return values
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-014
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-016
 def decide_format(values:Sequence[tuple[float, ...]], # boxes in one unknown format
                   sizes:Iterable[tuple[int, int]|None]=() # (width, height) of each one's picture, where known
                  ) -> str|None: # xyxy, xywh, or None: cannot be told
@@ -107,7 +107,7 @@ def decide_format(values:Sequence[tuple[float, ...]], # boxes in one unknown for
             return "xyxy"
     return None
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-016
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-018
 def corner_box(box:Sequence[float], # four numbers
                box_format:str # xyxy, xywh or cxcywh
               ) -> tuple[float, ...]:
@@ -119,13 +119,13 @@ def corner_box(box:Sequence[float], # four numbers
         return (a - c/2, b - d/2, a + c/2, b + d/2)
     return (a, b, c, d)
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-018
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-020
 def are_fractions(values:Iterable[tuple[float, ...]]) -> bool:
     "Whether boxes are given in fractions of the picture: nothing above 1, and not whole numbers alone."
     numbers = [v for box in values for v in box]
     return bool(numbers) and max(numbers) <= 1.001 and any(v != int(v) for v in numbers)
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-021
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-023
 LABEL_NAMES = ("label", "class", "class_name", "category", "category_name", "cls", "object")
 CONFIDENCE_NAMES = ("confidence", "conf", "score", "detection_score", "detection_conf", "prob", "probability")
 OTHER_LABELS = frozenset("car truck bus bicycle motorcycle vehicle animal dog cat bird train boat".split())
@@ -149,7 +149,7 @@ def person_rows(table:"pa.Table", path:str|Path="the table") -> tuple["pa.Table"
     counted = ", ".join(f"{n} {label}" for label, n in others.most_common(4))
     return table.filter(kept), [f"boxes that are no persons left out: {counted}"]
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-024
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-026
 def path_column(table:"pa.Table", path:str|Path) -> str:
     "The column of file names."
     lower = {c.lower(): c for c in reversed(table.column_names)}
@@ -158,7 +158,7 @@ def path_column(table:"pa.Table", path:str|Path) -> str:
             return lower[name]
     raise TiprError(f"{path}: no column of file names; call it `path` (columns: {', '.join(table.column_names)[:200]})")
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-025
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-028
 class FileNames:
     "Absolute paths for the names in a table."
     def __init__(self,
@@ -182,7 +182,7 @@ class FileNames:
             found = next((t for t in tried if os.path.lexists(t)), tried[0])
         return found
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-028
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-031
 def frame_files(known:Iterable[str], # absolute paths of what was found
                 path:str|Path # the MOT file, for messages and to prefer its own sequence
                ) -> dict[int, str]:
@@ -194,12 +194,13 @@ def frame_files(known:Iterable[str], # absolute paths of what was found
         digits = re.search(r"(\d+)$", os.path.splitext(file)[0])
         number = int(digits[1]) if digits and len(digits[1]) < 18 else None
         if number in files:
-            raise TiprError(f"{path}: frame {number} may be {files[number]} or {file}; give the folder of one sequence")
+            which = f"{files[number]} or {file}"
+            raise TiprError(f"{path}: frame {number} may be {which}; give the folder of one sequence")
         if number is not None:
             files[number] = file
     return files
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-032
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-035
 class Listing:
     "Rows of one or several tables, by the absolute path of the file they speak of."
     def __init__(self):
@@ -269,7 +270,7 @@ class Listing:
             return None
         return need("pyarrow", "search", "reading tables").concat_tables(self.tables, promote_options="permissive")
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-033
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-036
 def _name_of(source):
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the table"
 
@@ -284,7 +285,7 @@ def _with_confidence(table):
     place = table.column_names.index(column)
     return table.set_column(place, "confidence", numbers)
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-034
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-037
 class PictureSizes(dict):
     "Sizes of pictures, each read once; None for one that cannot be read."
     def __call__(self, file:str) -> tuple[int, int]|None:
@@ -295,7 +296,7 @@ class PictureSizes(dict):
                 self[file] = None
         return self[file]
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-035
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-039
 def pixel_boxes(boxes:RawBoxes,
                 files:Sequence[str], # absolute path of each row's picture
                 name:str, # of the table, for messages
@@ -323,12 +324,13 @@ def pixel_boxes(boxes:RawBoxes,
             shown = tuple(int(v) if v == int(v) else v for v in box)
             raise TiprError(f"{name}: row {i+1}: box {shown} is empty; right must exceed left, and bottom top "
                             f"({', '.join(boxes.columns)})")
-        width, height = (sizes(file) or (1, 1)) if scale else (1, 1)   # what cannot be read is listed when it is opened
+        known = sizes(file) if scale else None   # a picture that cannot be read is listed when it is opened
+        width, height = known or (1, 1)
         x0, y0, x1, y1 = corners
         pixels.append((round(x0*width), round(y0*height), round(x1*width), round(y1*height)))
     return pixels
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-040
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-044
 @dataclass
 class Gathered:
     "Everything that sources mean, before it is looked at."
@@ -414,7 +416,7 @@ class Gathered:
                 films.append(photo)
         return films
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-041
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-045
 def _folder_of(source):
     return os.path.dirname(os.path.abspath(source)) if isinstance(source, (str, os.PathLike)) else os.getcwd()
 
@@ -425,7 +427,7 @@ def _shown(sources):
     more = ", …" if len(sources) > 3 else ""
     return ", ".join(str(s)[:200] if isinstance(s, (str, os.PathLike)) else "a table" for s in sources[:3]) + more
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-042
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-046
 def gather(sources:Any, # folder, glob, table or picture; or a list of them
            boxes:Any=None, # table of boxes
            exclude:Sequence[str]=EXCLUDED, # patterns of names to leave out
@@ -443,7 +445,7 @@ def gather(sources:Any, # folder, glob, table or picture; or a list of them
         _add_boxes(gathered, boxes)
     return gathered
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-043
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-047
 def find_photos(sources:Any, # folder, glob, table or picture; or a list of them
                 boxes:Any=None, # table of boxes (CSV, JSON, COCO, MOT, ...): only these people are cut out
                 metadata:Any=None, # table of facts by file name
@@ -467,7 +469,7 @@ def find_photos(sources:Any, # folder, glob, table or picture; or a list of them
                         f"{' '.join(sorted(SUFFIXES))}{notes}")
     return photos
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-044
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-048
 def _add_boxes(gathered, boxes):
     "Rows of a table of boxes; at least one must speak of a photo that was found."
     listing = gathered.listing
@@ -477,20 +479,22 @@ def _add_boxes(gathered, boxes):
     files = listing.add(boxes, [*_roots(gathered.found), _folder_of(boxes)], gathered.found, gathered.box_format)
     if files and not listing.boxed:
         columns = ", ".join(load_table(boxes).table.column_names)
-        raise TiprError(f"{name}: no columns of boxes; call them x0, y0, x1, y1 or x, y, w, h (columns: {columns[:200]})")
+        raise TiprError(f"{name}: no columns of boxes; call them x0, y0, x1, y1 or x, y, w, h "
+                        f"(columns: {columns[:200]})")
     _note_missing(files, gathered.found, name, listing.notes)
 
 def _note_missing(files, found, name, notes):
     "Count rows whose file was not found; all of them is an error."
     missing = [f for f in files if f not in found]
     if files and len(missing) == len(files):
-        raise TiprError(f"{name}: no row speaks of a photo that was found; are its paths relative to the photos' folder?"
+        raise TiprError(f"{name}: no row speaks of a photo that was found; "
+                        "are its paths relative to the photos' folder?"
                         f" (the first means {missing[0][:200]})")
     if missing:
         rows = f"{len(missing)} of {len(files)} rows of {os.path.basename(name)}"
         notes.append(f"{rows} speak of no photo here (such as {missing[0][:200]})")
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-045
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-049
 def photos_of(gathered:Gathered, need_box:bool=False) -> Photos:
     "Photos in order with their boxes, and the files that are none."
     photos = Photos([], list(gathered.problems), gathered.listing.table(), notes=list(gathered.listing.notes))
@@ -511,7 +515,7 @@ def photos_of(gathered:Gathered, need_box:bool=False) -> Photos:
         photos.notes.append(f"{gathered.excluded} hidden or excluded files and folders left out")
     return photos
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-046
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-050
 def _with_rows(photo, rows, listing):
     "The photo with its boxes in order, each once, or with the one row that speaks of it."
     boxed = sorted({box: row for box, row in reversed(rows) if box is not None}.items())
@@ -521,7 +525,7 @@ def _with_rows(photo, rows, listing):
         one_row([r for _, r in rows], listing, photo.name, "the table of photos")
     return photo._replace(rows=tuple(r for _, r in rows[:1]))
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-050
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-054
 def one_row(rows:Sequence[int], # rows of `table` that speak of one photo
             table:"pa.Table", photo:str, name:str) -> int:
     "The row, if all of them say the same; else an error that names the column."
@@ -534,7 +538,7 @@ def one_row(rows:Sequence[int], # rows of `table` that speak of one photo
                             f"and differ in {column}; keep one row a photo")
     return rows[0]
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-051
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-055
 def attach_metadata(photos:Photos, metadata:Any # file, Arrow table or DataFrame
                    ) -> None:
     "Join a table of facts by file name."
@@ -559,7 +563,7 @@ def attach_metadata(photos:Photos, metadata:Any # file, Arrow table or DataFrame
         if mine:
             photos.items[i] = photo._replace(meta=one_row(mine, photos.metadata, photo.name, name))
 
-# %% ../../nbs/08_search/03_boxes.ipynb #cell-052
+# %% ../../nbs/08_search/03_boxes.ipynb #cell-056
 def attach_pattern(photos:Photos, pattern:str # with named groups, such as (?P<camera>c\d+)
                   ) -> None:
     "Named groups of `pattern` in each name, as columns beside those of `metadata`."

@@ -28,7 +28,7 @@ class Found(NamedTuple):
     box: Box
     confidence: float|None = None   # as the detector says it
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-008
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-009
 def kept_people(found:Iterable[Found],
                 score:float=0., # least confidence; people without one stay
                 min_height:int=MIN_HEIGHT # pixels
@@ -46,7 +46,7 @@ def person_order(person:Found) -> tuple:
     "From left to right, whatever order a detector gives."
     return person.box, -(person.confidence or 0.)
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-012
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-013
 class HogDetector:
     "OpenCV's pedestrian detector: no weights to download; upright people, seen in full."
     def __init__(self,
@@ -86,7 +86,7 @@ class HogDetector:
         y0, y1 = y + h*.12, y + h*.88
         return (max(0, x0), max(0, y0), min(size[0], x1), min(size[1], y1), float(weight))
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-015
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-016
 class PipelineDetector:
     "An object detector of transformers, by hub id or folder."
     def __init__(self,
@@ -128,7 +128,7 @@ class PipelineDetector:
                 people.append((box["xmin"], box["ymin"], box["xmax"], box["ymax"], float(found["score"])))
         return people
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-017
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-018
 class NamedDetector:
     "Somebody's function with a name that a gallery can remember."
     def __init__(self, function:Callable, # picture -> boxes
@@ -141,7 +141,7 @@ class NamedDetector:
     def __call__(self, picture:Image.Image) -> list:
         return self.function(picture)
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-018
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-020
 def find_detector(name:str, # hog, a hub id, a folder, or module:function
                   label:str="person", # of a detector of transformers
                   score:float|None=None, # least confidence; None: the detector's own default
@@ -172,7 +172,7 @@ def _checked_number(what, value, most):
         raise TiprError(f"{what}={str(value)[:40]}: a number from 0 to {most:.0f}")
     return number
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-024
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-026
 class PersonCrop(NamedTuple):
     "One person cut out of a photo, at the model's size."
     picture: Image.Image|None       # RGB at (width, height) of the model; None where the content is known already
@@ -182,7 +182,7 @@ class PersonCrop(NamedTuple):
     at: int                         # which of the photo's boxes this is
     confidence: float|None = None   # of the detector
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-025
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-028
 @dataclass
 class Opened:
     "A photo after it was read: its people, or why there are none."
@@ -193,7 +193,7 @@ class Opened:
     taken: datetime|None = None     # of the EXIF header
     skipped_decode: bool = False    # content known, pixels not looked at
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-027
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-031
 def open_photo(photo:Photo,
                size:tuple[int, int], # (height, width) the model wants
                detector:Callable|None=None, # picture -> [(x0, y0, x1, y1, ...), ...]
@@ -210,7 +210,7 @@ def open_photo(photo:Photo,
         opened.problems.append(str(e))
     return opened
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-028
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-032
 def _open_file(opened, size, detector, known, max_pixels):
     "A picture file."
     data, opened.photo = _read(opened.photo)
@@ -240,7 +240,7 @@ def _read(photo):
     except OSError as e:
         raise PhotoError(os_reason(e)) from None
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-029
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-033
 def detected_people(detector:Callable, # picture -> boxes
                     picture:Image.Image) -> list[Found]:
     "What a detector finds, in whole pixels and a fixed order; its failure is a `PhotoError`."
@@ -255,7 +255,7 @@ def detected_people(detector:Callable, # picture -> boxes
         return found
     return kept_people(found, detector.score, detector.min_height)
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-031
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-035
 def _cut_all(opened, picture, full, size, detector):
     "Every person of a picture, or the whole of it."
     boxes = opened.photo.boxes
@@ -287,7 +287,7 @@ def _resized(picture, size):
         return picture
     return picture.resize(size[::-1], Image.Resampling.BILINEAR)
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-036
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-040
 def looks_like_scene(width:int, height:int) -> bool:
     "Whether a picture is too wide to be one upright person."
     return height < 1.3*width
@@ -300,7 +300,7 @@ def scene_warning(n_scenes:int, n:int, example:str) -> str|None:
             "the model expects person crops: give boxes (--boxes), or have people found (--detect hog, or a detector "
             "of transformers by name)")
 
-# %% ../../nbs/08_search/04_detectors.ipynb #cell-040
+# %% ../../nbs/08_search/04_detectors.ipynb #cell-044
 def open_ahead(photos:Iterable[Photo],
                size:tuple[int, int], # (height, width) the model wants
                workers:int=2, # threads

@@ -143,7 +143,7 @@ class FilterReader(ComparisonReader):
             return self.method(node)
         self.fail(node, f"{type(node).__name__} is not part of the filter language")
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-019
+# %% ../../nbs/08_search/06_filters.ipynb #cell-020
 MAX_FILTER = 2000   # characters
 MAX_DEPTH = 40      # brackets inside each other
 
@@ -154,7 +154,7 @@ def nesting(text:str) -> Iterator[int]:
         depth += (c in "([{~-") - (c in ")]}")
         yield depth
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-021
+# %% ../../nbs/08_search/06_filters.ipynb #cell-022
 def parse_filter(text:str # such as `camera == 'c2' and x0 > 10`
                 ) -> Test|Every|Some:
     "Parse a filter; anything outside the small language is a one-line `TiprError`. Nothing is evaluated."
@@ -177,7 +177,7 @@ def parse_filter(text:str # such as `camera == 'c2' and x0 > 10`
     except (ValueError, MemoryError):
         raise TiprError(f"filter {shown!r}: cannot be parsed; {EXAMPLE}") from None
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-025
+# %% ../../nbs/08_search/06_filters.ipynb #cell-026
 def column_kind(t:"pa.DataType") -> str:
     "int, float, bool, time or text."
     types = need("pyarrow", "search", "metadata").types
@@ -189,7 +189,7 @@ def column_kind(t:"pa.DataType") -> str:
         return "float"
     return "time" if types.is_timestamp(t) else "text"
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-027
+# %% ../../nbs/08_search/06_filters.ipynb #cell-028
 PLAIN_TYPES = {"int32": np.int32, "int64": np.int64, "double": np.float64, "timestamp[us]": np.int64}
 
 def plain_array(array:"pa.Array") -> np.ndarray:
@@ -203,7 +203,7 @@ def bit_array(array:"pa.Array", buffer:int) -> np.ndarray:
     bits = np.unpackbits(packed, bitorder="little")
     return bits[array.offset:array.offset + len(array)].astype(bool)
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-029
+# %% ../../nbs/08_search/06_filters.ipynb #cell-030
 @dataclass
 class Column:
     "One metadata column, ready for comparisons."
@@ -236,7 +236,7 @@ class Column:
         value = self.values[row].item()
         return value if self.words is None else self.words[value]
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-032
+# %% ../../nbs/08_search/06_filters.ipynb #cell-033
 KIND_EXAMPLES = {"int": "whole numbers, such as 7", "float": "numbers, such as 0.5", "bool": "True or False",
                  "text": "text, such as 'c2' (in quotes)", "time": "times, such as '2024-05-01 10:00'"}
 
@@ -254,7 +254,7 @@ def typed_value(column:str, kind:str, value:Any) -> Any:
         return microseconds(column, value)
     raise TiprError(f"filter: column {column} holds {KIND_EXAMPLES[kind]}; {repr(value)[:60]} is none")
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-033
+# %% ../../nbs/08_search/06_filters.ipynb #cell-034
 def microseconds(column:str, value:str # ISO 8601, with or without a zone
                 ) -> int:
     "A time as microseconds since 1970, UTC where a zone is given."
@@ -267,7 +267,7 @@ def microseconds(column:str, value:str # ISO 8601, with or without a zone
         raise TiprError(f"filter: column {column} holds times; {shown}") from None
     return int((time - datetime(1970, 1, 1)).total_seconds()*1_000_000 + .5)
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-036
+# %% ../../nbs/08_search/06_filters.ipynb #cell-037
 OPERATORS:dict[str, Callable] = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
                                  ">": operator.gt, ">=": operator.ge, "startswith": str.startswith,
                                  "endswith": str.endswith, "contains": operator.contains}
@@ -280,7 +280,7 @@ def word_test(word:str, op:str, value:Any) -> bool:
         return not OPERATORS[op[4:]](word, value)
     return OPERATORS[op](word, value)
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-038
+# %% ../../nbs/08_search/06_filters.ipynb #cell-039
 def test_mask(column:Column, test:Test) -> np.ndarray: # (n,) bool
     "Rows where one comparison holds; never where the value is missing."
     valid = column.valid if column.valid is not None else np.ones(len(column.values), bool)
@@ -297,7 +297,7 @@ def test_mask(column:Column, test:Test) -> np.ndarray: # (n,) bool
         found = OPERATORS[test.op](column.values, test.value)
     return found if column.valid is None else found & column.valid
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-040
+# %% ../../nbs/08_search/06_filters.ipynb #cell-041
 def checked_tree(node:Test|Every|Some,
                  kind_of:Callable[[str], str], # kind of a known column
                  names:Collection[str], # columns that there are
@@ -323,7 +323,7 @@ def checked_tree(node:Test|Every|Some,
         return Test(node.column, node.op, tuple(typed_value(node.column, kind, v) for v in node.value))
     return Test(node.column, node.op, typed_value(node.column, kind, node.value))
 
-# %% ../../nbs/08_search/06_filters.ipynb #cell-042
+# %% ../../nbs/08_search/06_filters.ipynb #cell-043
 class Selection:
     "The rows of a table that a filter allows, as a mask, as row numbers, and as a tree for other engines."
     def __init__(self,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping, Protocol, Sequence, TYPE_CHECKING
 
 import numpy as np
-from ..core import TiprError, atomic_path, need, os_errors, progress, read_json, write_json
+from ..core import TiprError, atomic_path, need, os_errors, progress, read_json
 from .photos import MAX_PIXELS, Photo, Photos
 from .tables import column_name, tidy_table
 from .detectors import Opened, looks_like_scene, open_ahead, scene_warning
@@ -27,7 +27,7 @@ from .milvus import Milvus, build_milvus, milvus_errors
 from .towers import as_numpy, export_text_tower, model_fingerprint
 from .storage import (FORMAT, HIDDEN, ITEM_TYPES, NO_PERSON, RESERVED, STATE, Damaged, Items, Journal, Snapshot,
     file_sums, indexing_lock, item_schema, journal_schema, load_features, next_generation, read_manifest, shown_name, sweep,
-    sync_folder, tower_folder, write_skipped)
+    sync_folder, tower_folder, write_manifest, write_skipped)
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-004
 if TYPE_CHECKING: import pyarrow as pa
@@ -104,6 +104,7 @@ class IndexReport:
     duplicates:int=0 # rows whose picture is the same, byte for byte, as another row's
     skipped:list[tuple[str, str]] = field(default_factory=list)  # (path, why)
     warnings:list[str] = field(default_factory=list)
+    notes:list[str] = field(default_factory=list)      # about the weights
     seconds:float=0.
 
     def lines(self) -> list[str]:
@@ -115,7 +116,7 @@ class IndexReport:
         if self.resumed: out.append(f"{self.resumed} photos were taken over from an interrupted run")
         if self.duplicates: out.append(f"{self.duplicates} people are copies of others, byte for byte")
         if self.skipped: out.append(f"{len(self.skipped)} skipped, such as {self.skipped[0][0]}: {self.skipped[0][1]}")
-        return out + [f"warning: {w}" for w in self.warnings]
+        return out + [f"warning: {w}" for w in self.warnings] + [f"note: {n}" for n in self.notes]
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-018
 class Encodes(Protocol):
@@ -627,13 +628,12 @@ class Indexer:
     def activate(self):
         "Write the next snapshot with its engines, and name it in the manifest."
         name = next_generation(self.folder)
-        with atomic_path(self.folder/name, folder=True) as new:
-            new.chmod(0o700)
+        with atomic_path(self.folder/name, folder=True, private=True) as new:
             manifest = self.write(new) | dict(generation=name)
             sync_folder(new)
         manifest |= self.engines(self.folder/name, manifest)
         manifest["text_tower"] = self.text_tower()
-        write_json(self.folder/"gallery.json", manifest)
+        write_manifest(self.folder, manifest)
         sync_folder(self.folder)
         if self.before is not None: drop_engines(self.before)
         sweep(self.folder)
@@ -791,14 +791,13 @@ def import_features(folder:str|Path # the new gallery
     with indexing_lock(folder), os_errors(folder):
         if (folder/"gallery.json").exists(): raise TiprError(f"{folder}: holds a gallery already; choose a new folder")
         sweep(folder)
-        with atomic_path(folder/"g000001", folder=True) as new:
-            new.chmod(0o700)
+        with atomic_path(folder/"g000001", folder=True, private=True) as new:
             need("pyarrow.parquet", "search", "a gallery").write_table(table, new/"items.parquet", row_group_size=4096, compression="zstd")
             copy_features(new/"features.npy", features, dtype)
             manifest["sha256"] = file_sums(new)
         manifest["engines"] = {e: build_engine(e, o, folder/"g000001", manifest) for e, o in (engines or {}).items()}
         manifest["engine"] = next(iter(engines or {}), "exact")
-        write_json(folder/"gallery.json", manifest)
+        write_manifest(folder, manifest)
     return manifest
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-070

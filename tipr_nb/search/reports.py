@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Box', 'printable', 'read_picture', 'Hit', 'framed', 'Hits', 'text_table', 'hits_csv', 'hits_html', 'image_tag',
-           'thumbnail', 'write_private', 'hits_zip']
+           'thumbnail', 'hits_zip']
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-003
 import base64, csv, html, io, json, os, zipfile
@@ -138,14 +138,14 @@ class Hits(list):
                ) -> str:
         "A self-contained page of pictures."
         page = hits_html(self)
-        if path is not None: write_private(path, page)
+        if path is not None: write_text(path, page, private=True)
         return page
 
     def to_csv(self, path:str|Path|None=None # write it there
               ) -> str:
         "One line per hit, for a spreadsheet."
         text = hits_csv(self)
-        if path is not None: write_private(path, text)
+        if path is not None: write_text(path, text, private=True)
         return text
 
     def to_zip(self, path:str|Path) -> Path:
@@ -267,15 +267,10 @@ def thumbnail(hit:Hit, height:int=200) -> str:
     return f'<div class="gone">{"the photo is gone" if gone else "not readable"}</div>'
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-026
-def write_private(path:str|Path, text:str):
-    "Write text, readable by its owner alone."
-    write_text(path, text)
-    os.chmod(path, 0o600)
-
 def hits_zip(hits:Hits, path:str|Path) -> Path:
     "Pictures, table and page in one archive; photos that are gone are missing from it."
     path = Path(path)
-    with atomic_path(path) as p, zipfile.ZipFile(p, "w") as archive:
+    with atomic_path(path, private=True) as p, zipfile.ZipFile(p, "w") as archive:
         archive.writestr("hits.csv", hits_csv(hits))
         archive.writestr("hits.html", hits_html(hits))
         archive.writestr("hits.json", hits.to_json())
@@ -284,5 +279,4 @@ def hits_zip(hits:Hits, path:str|Path) -> Path:
             try: hit.picture().save(out, "PNG")
             except TiprError: continue
             archive.writestr(f"{hit.rank:04d}-{hit.key[:12] or hit.row}.png", out.getvalue())
-    os.chmod(path, 0o600)
     return path

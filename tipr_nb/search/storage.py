@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ITEM_TYPES', 'RESERVED', 'HIDDEN', 'KEY', 'FORMAT', 'CHECKED_FILES', 'QUICK_CHECK', 'SKIPPED_TYPES', 'STATE',
-           'NO_PERSON', 'item_schema', 'shown_name', 'person_key', 'Damaged', 'read_manifest', 'snapshot_folder',
-           'tower_folder', 'Items', 'load_features', 'file_sums', 'check_sums', 'write_skipped', 'read_skipped',
-           'Snapshot', 'journal_schema', 'Journal', 'remove', 'indexing_lock', 'film_folder', 'sweep',
+           'NO_PERSON', 'item_schema', 'shown_name', 'person_key', 'Damaged', 'read_manifest', 'write_manifest',
+           'snapshot_folder', 'tower_folder', 'Items', 'load_features', 'file_sums', 'check_sums', 'write_skipped',
+           'read_skipped', 'Snapshot', 'journal_schema', 'Journal', 'remove', 'indexing_lock', 'film_folder', 'sweep',
            'next_generation', 'sync_folder']
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-003
@@ -95,6 +95,10 @@ def _check_manifest(folder, manifest):
     for name in ("skipped", "duplicates"): manifest.setdefault(name, 0)
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-018
+def write_manifest(folder:str|Path, manifest:Mapping):
+    "Name a snapshot: the one change that makes an indexing real. Readable by its owner alone."
+    write_json(Path(folder)/"gallery.json", manifest, private=True)
+
 def snapshot_folder(folder:str|Path, manifest:Mapping) -> Path:
     "The folder of the active snapshot."
     return Path(folder)/manifest["generation"]

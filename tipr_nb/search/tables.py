@@ -164,7 +164,7 @@ class Rows:
     records: list[dict]
     notes: list[str] = field(default_factory=list)
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-029
+# %% ../../nbs/08_search/02_tables.ipynb #cell-030
 def four_numbers(box:Any # list or text of four numbers
                 ) -> list[float]:
     "Four finite numbers, or an error."
@@ -178,7 +178,7 @@ def four_numbers(box:Any # list or text of four numbers
         raise TiprError(f"a box is four numbers, not {str(box)[:60]}")
     return values
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-031
+# %% ../../nbs/08_search/02_tables.ipynb #cell-032
 def coco_rows(data:dict) -> Rows:
     "COCO's annotations of persons as rows with corners."
     names = {im["id"]: im["file_name"] for im in data["images"]}
@@ -199,7 +199,7 @@ def coco_rows(data:dict) -> Rows:
             records.append(_coco_record(names[a["image_id"]], a))
     return Rows(records, [f"{n} annotations {why} left out" for why, n in left.items()])
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-032
+# %% ../../nbs/08_search/02_tables.ipynb #cell-033
 def _person_ids(labels, used):
     "Ids of the categories that are persons; without a list of categories, 1 as in COCO, or the only one."
     persons = {i for i, name in labels.items() if name.lower() in PERSON_LABELS}
@@ -219,7 +219,7 @@ def _coco_record(name, annotation):
     facts = annotation | (attributes if isinstance(attributes, dict) else {})
     return record | {k: facts[k] for k in ("track_id", "occluded", "truncated") if k in facts}
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-034
+# %% ../../nbs/08_search/02_tables.ipynb #cell-035
 def megadetector_rows(data:dict) -> Rows:
     "MegaDetector's persons as rows with corners, in fractions of the picture."
     labels = data.get("detection_categories") or {"1": "animal", "2": "person", "3": "vehicle"}
@@ -238,7 +238,7 @@ def megadetector_rows(data:dict) -> Rows:
             records.append(dict(path=image["file"], score=found.get("conf"), **box))
     return Rows(records, [f"{n} {what} left out" for what, n in left.items()])
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-037
+# %% ../../nbs/08_search/02_tables.ipynb #cell-038
 def record_rows(record:dict # of one picture or of one person
                ) -> list[dict]:
     "One row per box."
@@ -255,7 +255,7 @@ def record_rows(record:dict # of one picture or of one person
         rows.append(shared | row)
     return rows
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-038
+# %% ../../nbs/08_search/02_tables.ipynb #cell-039
 def _flat(record):
     "A record without bulky parts, with a box that is a dictionary spread over it."
     flat = {}
@@ -266,7 +266,7 @@ def _flat(record):
             flat[key] = value
     return flat
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-040
+# %% ../../nbs/08_search/02_tables.ipynb #cell-041
 def json_rows(data:Any # what a JSON file holds
              ) -> Rows:
     "Rows of any of the shapes above."
@@ -282,7 +282,7 @@ def json_rows(data:Any # what a JSON file holds
         return Rows([row for record in data for row in record_rows(record)])
     raise TiprError('expected {"file": [[x0, y0, x1, y1], ...]}, a list of records, COCO or MegaDetector')
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-043
+# %% ../../nbs/08_search/02_tables.ipynb #cell-044
 MOT_PEOPLE = (1, 2, 7)   # pedestrian, person on a vehicle, static person
 
 def mot_rows(text:str, path:str|Path="the file") -> Rows:
@@ -303,7 +303,7 @@ def mot_rows(text:str, path:str|Path="the file") -> Rows:
     notes = [f"{left} rows of a MOT ground truth left out (to be ignored, or no pedestrians)"] if left else []
     return Rows([_mot_record(v, truth) for v in people], notes)
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-044
+# %% ../../nbs/08_search/02_tables.ipynb #cell-045
 def _mot_record(v, truth):
     record = dict(frame=int(v[0]), left=v[2], top=v[3], width=v[4], height=v[5])
     if v[1] > 0:
@@ -312,7 +312,7 @@ def _mot_record(v, truth):
         record["confidence"] = v[6]
     return record
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-047
+# %% ../../nbs/08_search/02_tables.ipynb #cell-048
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl", ".ndjson")
 
 class Table(NamedTuple):
@@ -320,7 +320,7 @@ class Table(NamedTuple):
     table: "pa.Table"
     notes: list[str]
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-048
+# %% ../../nbs/08_search/02_tables.ipynb #cell-050
 def load_table(source:Any # file (CSV, TSV, Parquet, JSON, JSONL, MOT), Arrow table or DataFrame
               ) -> Table:
     "Read a table; what cannot be read is one line with the file's name and the row."
@@ -336,12 +336,13 @@ def load_table(source:Any # file (CSV, TSV, Parquet, JSON, JSONL, MOT), Arrow ta
         table, notes = _read_by_suffix(pa, path)
     except TiprError as e:
         raise e if str(e).startswith(str(path)) else TiprError(f"{path}: {e}") from None
-    except (pa.ArrowException, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+    except (pa.ArrowException, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as e:
         reason = f"no {e.args[0]!r}" if isinstance(e, KeyError) else (str(e).splitlines() or [type(e).__name__])[0]
         raise TiprError(f"{path}: not a readable table: {reason[:200]}; correct that row") from None
     return Table(_checked(table, path), notes)
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-049
+# %% ../../nbs/08_search/02_tables.ipynb #cell-051
 def _checked(table, path):
     if not table.num_rows:
         raise TiprError(f"{path}: the table has no rows")
@@ -374,7 +375,7 @@ def _arrow_column(pa, values):
     except (pa.ArrowException, OverflowError, ValueError):
         return pa.array([None if v is None else str(v) for v in values], pa.string())
 
-# %% ../../nbs/08_search/02_tables.ipynb #cell-050
+# %% ../../nbs/08_search/02_tables.ipynb #cell-052
 def read_table(path:Any # file, Arrow table or DataFrame
               ) -> "pa.Table":
     "The table alone, with identifiers for names and five types."

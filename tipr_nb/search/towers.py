@@ -118,7 +118,7 @@ def quiet_exporter() -> Iterator[None]:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-025
+# %% ../../nbs/08_search/09_towers.ipynb #cell-026
 def trace_onnx(encoder:Any, # a module
                forward:Any, # (encoder, input) -> raw features
                example:Any, # an input
@@ -143,7 +143,7 @@ def trace_onnx(encoder:Any, # a module
                           dynamic_shapes={"x": dynamic}, dynamo=True, external_data=False, verbose=False)
     encoder.train(was_training)
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-026
+# %% ../../nbs/08_search/09_towers.ipynb #cell-027
 def export_onnx(encoder:Any, path:str|Path) -> None:
     "The text tower, token ids (b, L) to unit features (b, d), as one ONNX file."
     import torch
@@ -152,7 +152,7 @@ def export_onnx(encoder:Any, path:str|Path) -> None:
     axes = {0: any_length, 1: any_length} if getattr(encoder, "trims", True) else {0: any_length}
     trace_onnx(encoder, lambda model, tokens: model.text_features(tokens)[0], example, path, "tokens", axes)
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-028
+# %% ../../nbs/08_search/09_towers.ipynb #cell-029
 TOWER_FILES = ("text.onnx", "tokenizer.json", "text.json")
 
 def export_text_tower(encoder:Any, # a `PersonCLIP`
@@ -173,7 +173,7 @@ def export_text_tower(encoder:Any, # a `PersonCLIP`
             copy_tower(kept, folder)
     return folder
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-029
+# %% ../../nbs/08_search/09_towers.ipynb #cell-030
 def is_complete(folder, fingerprint, data, full):
     "Whether an exported tower is whole and of these weights, this tokenizer and this way of padding."
     if not all((folder/f).is_file() for f in TOWER_FILES):
@@ -203,7 +203,7 @@ def write_text_tower(encoder, folder, data, fingerprint):
                  n_bytes=(folder/"text.onnx").stat().st_size)
     write_json(folder/"text.json", facts)
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-032
+# %% ../../nbs/08_search/09_towers.ipynb #cell-033
 def onnx_session(path:str|Path) -> Any: # onnxruntime's session
     "A network ready to run, or one line about what is wrong with the file."
     ort = need("onnxruntime", "search", "a gallery's tower")
@@ -218,7 +218,7 @@ def onnx_session(path:str|Path) -> Any: # onnxruntime's session
         reason = str(e).splitlines()[0][:120]
         raise TiprError(f"{path}: ONNX Runtime cannot read it ({reason}); run `tipr index` again") from None
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-034
+# %% ../../nbs/08_search/09_towers.ipynb #cell-035
 def tower_facts(path:str|Path, # text.json or image.json
                 needed:set[str]) -> dict:
     "What a tower says about itself, with the size of its network checked."
@@ -232,7 +232,7 @@ def tower_facts(path:str|Path, # text.json or image.json
         raise TiprError(f"{network}: {size} bytes instead of {facts['n_bytes']} (cut short?); run `tipr index` again")
     return facts
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-036
+# %% ../../nbs/08_search/09_towers.ipynb #cell-037
 class TextTower:
     "A text tower run by ONNX Runtime; no PyTorch is imported."
     needed = {"fingerprint", "dim", "start", "end", "context_length", "full", "n_bytes"}
@@ -261,7 +261,7 @@ class TextTower:
         texts = [texts] if isinstance(texts, str) else texts
         return self.session.run(None, {"tokens": self.tokens(texts)})[0]
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-044
+# %% ../../nbs/08_search/09_towers.ipynb #cell-045
 def export_image_tower(encoder:Any, # a `PersonCLIP`
                        fingerprint:str|None=None
                       ) -> Path|None: # the folder in the cache; None: this tower cannot be exported
@@ -279,7 +279,7 @@ def image_tower_folder(fingerprint:str) -> Path:
     "Where the cache keeps a model's image tower."
     return cache_dir()/"image-towers"/fingerprint
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-045
+# %% ../../nbs/08_search/09_towers.ipynb #cell-046
 def write_image_tower(encoder:Any, # a `PersonCLIP`
                       folder:str|Path, # where `image.onnx` and `image.json` go
                       fingerprint:str) -> None:
@@ -295,7 +295,7 @@ def write_image_tower(encoder:Any, # a `PersonCLIP`
                  n_bytes=(folder/"image.onnx").stat().st_size)
     write_json(folder/"image.json", facts)
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-046
+# %% ../../nbs/08_search/09_towers.ipynb #cell-047
 class ImageTower:
     "An image tower run by ONNX Runtime; no PyTorch is imported."
     needed = {"fingerprint", "dim", "image_size", "mean", "std", "n_bytes"}
@@ -324,7 +324,7 @@ class ImageTower:
         images = np.stack([self.pixels(p) for p in pictures])
         return self.session.run(None, {"images": images})[0]
 
-# %% ../../nbs/08_search/09_towers.ipynb #cell-047
+# %% ../../nbs/08_search/09_towers.ipynb #cell-048
 def image_tower(fingerprint:str # of the gallery's model
                ) -> ImageTower|None: # None: not exported yet, or damaged
     "The image tower that the cache keeps for a model."

@@ -1,0 +1,91 @@
+"""RDE's token selection: the recorded attention, the order of sorted batches, one dot product, checkpoints, a run."""
+import pytest
+import torch
+
+from tipr_nb.core import TiprError
+from tipr_nb.data import load_dataset
+from tipr_nb.evaluation import evaluate
+from tipr_nb.methods import LastAttention, TokenSelectionModel, attach_selection, build_objective, with_selection
+from tipr_nb.models import PersonCLIP
+
+
+@pytest.fixture()
+def nano():
+    torch.manual_seed(0)
+    return PersonCLIP("tipr-nano").eval()
+
+
+def sentences(n):
+    garments = "red coat,blue jeans,white shoes,a black bag,long hair,a hat".split(",")
+    return [f"person {i} in " + " and ".join(garments[:1 + i*7 % 6]) for i in range(n)]
+
+
+def test_attention_of_the_photo_is_the_towers_own(nano):
+    x = torch.randn(4, 3, *nano.image_size)
+    recorder = LastAttention(nano)
+    with recorder.record():
+        nano.image_features(x)
+    want = nano.attention(x)[:, -1].mean(1)[:, 0]
+    assert torch.allclose(recorder.row("image", torch.zeros(4, dtype=torch.long)), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 70])     # 70: the tower runs captions of like length together
+def test_a_captions_feature_does_not_depend_on_its_batch(nano, n):
+    model = TokenSelectionModel(nano)
+    words = sentences(n)
+    together = model.encode_text(words)
+    alone = torch.cat([model.encode_text(words[i]) for i in (0, 1, n - 1)])
+    assert torch.allclose(together[[0, 1, n - 1]], alone, atol=1e-4)
+
+
+def test_nothing_is_kept_outside_a_recorded_pass(nano):
+    recorder = LastAttention(nano)
+    nano.encode_text(sentences(4))
+    assert recorder.pieces == dict(image=[], text=[])
+    with pytest.raises(TiprError, match="no pass was recorded"):
+        recorder.row("image", torch.zeros(1, dtype=torch.long))
+
+
+def test_travels_with_the_checkpoint(nano, tmp_path):
+    build_objective("TSE", nano, 4, width=48)
+    nano.save_pretrained(tmp_path)
+    back = PersonCLIP.from_pretrained(tmp_path)
+    assert not back.addons and "tse" in back.config()["addons"]
+    both = with_selection(back)
+    assert isinstance(both, TokenSelectionModel) and both.dim == nano.dim + 48
+    want = TokenSelectionModel(nano)
+    assert torch.equal(both.encode_text(sentences(3)), want.encode_text(sentences(3)))
+    assert torch.allclose(both.encode_text(sentences(3)).norm(dim=1), torch.ones(3), atol=1e-5)
+    plain = PersonCLIP("tipr-nano")
+    assert with_selection(plain) is plain
+
+
+def test_selected_words_are_the_attended_ones(nano):
+    selection = attach_selection(nano, fraction=.04)          # int(75 * .04) = 3 words
+    tokens, attention = torch.randn(1, 8, nano.dim), torch.tensor([[.9, .1, .5, .2, .4, .3, .9, .9]])
+    mask = torch.tensor([[True]*7 + [False]])                 # start, five words, end, padding
+    got = selection.eval().text_feature(tokens, attention, mask, 77)
+    for i in (1, 3):                                          # the words attended to least change nothing
+        assert torch.equal(selection.text_feature(tokens.index_fill(1, torch.tensor([i]), 7.), attention, mask, 77), got)
+    for i in (0, 6, 7):                                       # nor do start, end and padding
+        assert torch.equal(selection.text_feature(tokens.index_fill(1, torch.tensor([i]), 7.), attention, mask, 77), got)
+    assert not torch.equal(selection.text_feature(tokens.index_fill(1, torch.tensor([2]), 7.), attention, mask, 77), got)
+
+
+def test_bad_input(nano):
+    with pytest.raises(TiprError, match="fraction=0"):
+        build_objective("TSE", nano, 4, fraction=0)
+    with pytest.raises(TiprError, match="use a plain ViT"):
+        LastAttention(PersonCLIP("RN50", (256, 128)))
+
+
+def test_trains_and_evaluates(tmp_path):
+    from tipr_nb.synth import make_synth_pedes
+    from tipr_nb.training import RECIPES, train
+    data = load_dataset("synth-pedes", make_synth_pedes(tmp_path/"data", n_ids=(12, 4, 5), workers=1))
+    recipe = RECIPES["tal-tiny"].replace(arch="tipr-nano", pretrained=None, precision="no", batch_size=8, epochs=1, objectives=["TAL", "TSE"],
+                                         caption_transform=("mask", {"flavour": "rde"}))
+    run = train(recipe, data, tmp_path/"run", device="cpu", verbose=False)
+    assert run.history["loss/TSE"].dropna().gt(0).all()
+    model = with_selection(PersonCLIP.from_pretrained(tmp_path/"run"/"best"))
+    assert evaluate(model, data.val, n_boot=0).n_queries == len(data.val)
