@@ -185,7 +185,8 @@ class TIR(Objective):
         self.check(features, batch, encoder)
         keep, drop = (part[features.local].to(encoder.device) for part in self.split(len(features.ids)))
         colour, view = self.views(batch)
-        mask = torch.ones_like(features.text_mask) if self.attend_padding else features.text_mask
+        mask = features.text_mask
+        if self.attend_padding and mask is not None: mask = torch.ones_like(mask)
         painted = self.decoder(encoder.encode_kept(view, keep), keep, features.text_tokens, mask, drop)
         targets = normalise_patches(patchify(colour, encoder.patch_size)) if self.per_patch else patchify(colour, encoder.patch_size)
         loss = restoration_loss(painted, targets, drop)
