@@ -435,3 +435,10 @@ def test_what_the_default_weights_are_is_said(shelf, tmp_path):
     assert sum("trained on rendered people" in p and "--model" in p for p in places) == 5
     other = Gallery.build([*shelf.rglob("c1/*.png")], ColourModel(), tmp_path/"o")
     assert not other.search("a man", k=2).notes and not other.report.notes
+
+
+def test_sentences_that_cannot_be_understood_are_noted(real, gallery):
+    assert any("--without" in n for n in gallery.search("a man not wearing a hat", k=2).notes)
+    assert any("English" in n for n in gallery.search("une femme en manteau rouge", k=2).notes) and any("English" in n for n in gallery.search("戴帽子的男人", k=2).notes)
+    long = Gallery(real.folder).search("a man in a red coat " * 30, k=2).notes
+    assert any("tokens were left out" in n for n in long) and not Gallery(real.folder).search("a man in a red coat", k=2).notes

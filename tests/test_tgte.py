@@ -257,3 +257,16 @@ def test_pictures_to_show_are_kept_within_bounds(monkeypatch):
     assert len(query._drawn) <= 3 and painter.n == 6 and len(query.known) == 6
     query.encode_text(["person 0"])
     assert painter.n == 6 and len(query.imagined) == 1 and painter.n == 7      # the feature was known, its picture is drawn again to be shown
+
+
+def test_pictures_as_photos_is_the_switch_of_old_recipes(nano):
+    from tipr_nb.training import RECIPES
+    batch = batch_of(nano)
+    f = nano(batch)
+    alone = build_objective("PicturesAsPhotos", nano, 3)(f, batch, nano)
+    assert torch.allclose(alone, tal_loss(f.drawn[0], f.text, f.ids))
+    assert torch.allclose(alone, TGTE(nano, 3, picture_weight=0., as_photos=1.)(f, batch, nano) - tal_loss(f.image, f.text, f.ids), atol=1e-3)
+    old = RECIPES["gea-tiny"].replace(objectives=[("TGTE", dict(picture_weight=0., as_photos=.3))])
+    new = RECIPES["gea-tiny"].replace(objectives=["TAL", ("PicturesAsPhotos", dict(weight=.3))])
+    assert old.objectives[0][1]["as_photos"] == .3 and old.hash() != new.hash()
+    with pytest.raises(TiprError, match="no generated pictures|no drawn pictures"): build_objective("PicturesAsPhotos", nano, 3)(nano(batch), Batch(batch.images, batch.tokens, batch.ids, batch.captions), nano)

@@ -471,7 +471,7 @@ def tipr_generate(
         else:
             generate_captions(data, root, split or ["train"], load_generator, out, per_caption)
 
-# %% ../nbs/13_cli.ipynb #fe39db16
+# %% ../nbs/13_cli.ipynb #cell-024
 def generate_sentences(sentences: list[str], generator: Any, out: Path, per_caption: int):
     "Pictures of sentences, and where they are."
     from types import SimpleNamespace
@@ -538,7 +538,7 @@ def learn_to_generate(
         f"generate --data {data} {use}"
     )
 
-# %% ../nbs/13_cli.ipynb #cell-026
+# %% ../nbs/13_cli.ipynb #cell-027
 def parse_value(written: str) -> Any:
     "A value as JSON where it is JSON, as Python's constants, else as text."
     try:
@@ -580,7 +580,7 @@ def _change(recipe, key: str, value) -> dict[str, Any]:
         f"{', '.join(names)}"
     )
 
-# %% ../nbs/13_cli.ipynb #cell-028
+# %% ../nbs/13_cli.ipynb #cell-029
 @register_command(app, "train")
 def tipr_train(
     recipe: Annotated[
@@ -688,7 +688,7 @@ def _summary(run: Any, folder: Path, data: str, root: Path | None) -> str:
         f"next:    tipr evaluate {folder / 'best'} --data {data}{where}"
     )
 
-# %% ../nbs/13_cli.ipynb #cell-029
+# %% ../nbs/13_cli.ipynb #cell-030
 def generated_extra(
     recipe: Any,
     dataset: Any,
@@ -711,7 +711,7 @@ def generated_extra(
         )
     return {"generated": generated.field(dataset.train, recipe.image_size)}
 
-# %% ../nbs/13_cli.ipynb #cell-031
+# %% ../nbs/13_cli.ipynb #cell-032
 @register_command(app, "evaluate")
 def tipr_evaluate(
     checkpoint: Annotated[
@@ -796,7 +796,7 @@ def open_model(name: str | None) -> Any:  # a `PersonCLIP`, or None
 
     return open_weights(name)
 
-# %% ../nbs/13_cli.ipynb #cell-033
+# %% ../nbs/13_cli.ipynb #cell-034
 @register_command(app, "grid")
 def tipr_grid(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The grid: a TOML or JSON file of rows and seeds.")],
@@ -827,7 +827,7 @@ def tipr_grid(
             "tries them again"
         )
 
-# %% ../nbs/13_cli.ipynb #cell-035
+# %% ../nbs/13_cli.ipynb #cell-036
 GalleryFolder = Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]
 Weights = Annotated[
     Optional[str],
@@ -974,7 +974,7 @@ def tipr_index(
         )
     )
 
-# %% ../nbs/13_cli.ipynb #cell-036
+# %% ../nbs/13_cli.ipynb #cell-037
 def check_engine(engine: str | None, options: dict) -> str | None:
     "The engine that options go with; `none` as a quantiser becomes None."
     if engine:
@@ -1019,7 +1019,7 @@ def named_detector(
     finally:
         sys.path.remove("")
 
-# %% ../nbs/13_cli.ipynb #enriched-new
+# %% ../nbs/13_cli.ipynb #cell-040
 def enriched(
     gallery: Any,  # a `Gallery`
     generator: str | None = None,  # folder or hub id; None: the shipped one
@@ -1038,7 +1038,7 @@ def row_or_key(text: str) -> int | str:
     "A row number as such; anything else is a key."
     return int(text) if text.isdigit() and len(text) < 12 else text
 
-# %% ../nbs/13_cli.ipynb #cell-039
+# %% ../nbs/13_cli.ipynb #cell-042
 _REQUIRED: Any = ...  # Typer's default of an option that must be given
 
 
@@ -1148,7 +1148,7 @@ def tipr_search(
         if path:
             say(f"{kind}: {path}")
 
-# %% ../nbs/13_cli.ipynb #cell-041
+# %% ../nbs/13_cli.ipynb #cell-044
 @register_command(app, "app")
 def tipr_app(
     gallery: GalleryFolder,
@@ -1219,7 +1219,7 @@ def tipr_app(
     say(f"{opened!r}\n{address}   <- open this in a browser; Ctrl-C ends it")
     blocks.block_thread()
 
-# %% ../nbs/13_cli.ipynb #65bec456
+# %% ../nbs/13_cli.ipynb #cell-046
 @register_command(app, "models")
 def tipr_models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False):
     """List weights for photographs, and what --model takes.
@@ -1251,7 +1251,7 @@ def tipr_models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON
         "hub id (owner/name or hf-hub:owner/name)"
     )
 
-# %% ../nbs/13_cli.ipynb #cell-043
+# %% ../nbs/13_cli.ipynb #cell-048
 @register_command(app, "convert")
 def tipr_convert(
     source: Annotated[
@@ -1291,7 +1291,7 @@ def tipr_convert(
 
     convert_file(source, out, to, parse_size(size) if size else None, quick_gelu, say)
 
-# %% ../nbs/13_cli.ipynb #cell-045
+# %% ../nbs/13_cli.ipynb #cell-050
 @register_command(app, "card")
 def tipr_card(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished training run.")]):
     """Print a model card filled from a run.
@@ -1345,7 +1345,7 @@ def data_export(
     folder = export_dataset(open_dataset(name, root, need=()), out, split or None)
     say(f"written: {folder} ({', '.join(sorted(p.name for p in folder.rglob('*.parquet')))})")
 
-# %% ../nbs/13_cli.ipynb #cell-047
+# %% ../nbs/13_cli.ipynb #cell-052
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -1371,7 +1371,7 @@ def main():
             stream.reconfigure(errors="backslashreplace")  # a console that cannot show a letter shows its number
     app(prog_name="tipr")
 
-# %% ../nbs/13_cli.ipynb #cell-048
+# %% ../nbs/13_cli.ipynb #cell-053
 #| eval: false
 if __name__ == "__main__":
     main()

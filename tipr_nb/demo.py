@@ -24,7 +24,7 @@ import numpy as np
 
 from .core import TiprError, atomic_path, cache_dir, free_threads, progress, read_json, write_json, write_text
 
-# %% ../nbs/12_demo.ipynb #cell-006
+# %% ../nbs/12_demo.ipynb #cell-004
 @dataclass
 class DemoPlan:
     "What a demo computes."
@@ -46,7 +46,7 @@ class DemoPlan:
 
 QUICK: dict[str, Any] = dict(n_ids=(320, 40, 100), picture_people=60, quick=True)
 
-# %% ../nbs/12_demo.ipynb #cell-010
+# %% ../nbs/12_demo.ipynb #cell-007
 def peak_memory() -> float:  # MiB
     "The most memory this process has held so far, plus the most of any one of its finished children."
     unit = 1024 if sys.platform != "darwin" else 1024**2
@@ -96,7 +96,7 @@ class StageLog:
             k: round(v, 1) for k, v in (self.data["seconds"] | {"total": sum(self.data["seconds"].values())}).items()
         }
 
-# %% ../nbs/12_demo.ipynb #cell-014
+# %% ../nbs/12_demo.ipynb #cell-011
 def demo_data(plan: DemoPlan):
     "The embedded benchmark, or the plan's smaller copy of it, from the cache folder."
     from tipr_nb.data import load_dataset
@@ -110,7 +110,7 @@ def demo_data(plan: DemoPlan):
         make_synth_pedes(cache_dir() / ("synth-pedes-v1-" + "-".join(map(str, plan.n_ids))), n_ids=plan.n_ids),
     )
 
-# %% ../nbs/12_demo.ipynb #cell-019
+# %% ../nbs/12_demo.ipynb #cell-015
 def top_pictures(
     features,  # `evaluation.SplitFeatures`: unit features of captions and images
     split,  # the same split
@@ -125,7 +125,7 @@ def top_pictures(
     hits = split.image_ids[order] == split.caption_ids[query]
     return order[:k], hits[:k], int(np.argmax(hits)) + 1 if hits.any() else 0
 
-# %% ../nbs/12_demo.ipynb #cell-020
+# %% ../nbs/12_demo.ipynb #cell-016
 def draw_queries(split, n: int, seed: int = 0) -> list[int]:  # indices of captions
     "Captions to show, drawn at random: of as many kinds as there are in equal parts, no identity twice."
     kinds = split.caption_columns.get("kind", np.zeros(len(split), int))
@@ -141,7 +141,7 @@ def draw_queries(split, n: int, seed: int = 0) -> list[int]:  # indices of capti
             seen.add(split.caption_ids[chosen[-1]])
     return sorted(chosen, key=lambda i: (str(kinds[i]), i))
 
-# %% ../nbs/12_demo.ipynb #cell-023
+# %% ../nbs/12_demo.ipynb #cell-019
 esc = html.escape
 
 
@@ -173,7 +173,7 @@ _BADGES = {
     for mark, path in dict(hit="M1 5.4 L3.9 8.2 L9 2", miss="M1.8 1.8 L8.2 8.2 M8.2 1.8 L1.8 8.2").items()
 }
 
-# %% ../nbs/12_demo.ipynb #cell-024
+# %% ../nbs/12_demo.ipynb #cell-020
 def _shown_person(split, query: int, generated: Any | None) -> str:
     "The picture left of a ranking: the generated one, or the one that the sentence was written about."
     if generated is not None:
@@ -215,7 +215,7 @@ def query_card(
         f'<p class="note">{marks}{esc("; ".join(found))}</p>{"".join(rows)}</article>'
     )
 
-# %% ../nbs/12_demo.ipynb #cell-026
+# %% ../nbs/12_demo.ipynb #cell-022
 def stylesheet() -> str:
     "The page's style sheet, which ships with the package."
     return (files("tipr_nb") / "templates" / "page.css").read_text(encoding="utf-8")
@@ -231,7 +231,7 @@ def html_document(title: str, body: str) -> str:
         f'href="data:,">\n<style>\n{stylesheet()}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n'
     )
 
-# %% ../nbs/12_demo.ipynb #cell-028
+# %% ../nbs/12_demo.ipynb #cell-024
 METRIC_NAMES = {"r1": "Rank-1", "r5": "Rank-5", "r10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 
@@ -267,7 +267,7 @@ def html_table(rows: Iterable[Sequence], head: Sequence[str] = (), numbers: Iter
         + f"<tbody>{''.join(row(r, 'td') for r in rows)}</tbody></table></div>"
     )
 
-# %% ../nbs/12_demo.ipynb #cell-031
+# %% ../nbs/12_demo.ipynb #cell-027
 @dataclass
 class Result:
     "What the demo found."
@@ -314,7 +314,7 @@ def opening(plan: DemoPlan, data, result: Result) -> str:
         "interval, from a bootstrap over identities; the tick on Rank-1 is chance.</p>"
     )
 
-# %% ../nbs/12_demo.ipynb #cell-032
+# %% ../nbs/12_demo.ipynb #cell-028
 ALONE, WITH, SHUFFLED = "sentence", "sentence + its picture", "sentence + shuffled picture"
 
 
@@ -363,7 +363,7 @@ def pictures_section(plan: DemoPlan, result: Result) -> str:
         + '<p class="note">In brackets: 95 % interval of the difference, paired, from a bootstrap over identities.</p>'
     )
 
-# %% ../nbs/12_demo.ipynb #cell-033
+# %% ../nbs/12_demo.ipynb #cell-029
 def asked_by(
     result: Result,
     query: int,  # index of a caption
@@ -397,7 +397,7 @@ def queries_section(plan: DemoPlan, data, result: Result) -> str:
         'var(--miss)">✗ someone else</span></p>' + "".join(cards)
     )
 
-# %% ../nbs/12_demo.ipynb #cell-034
+# %% ../nbs/12_demo.ipynb #cell-030
 def benchmark_section(data, seed: int = 0) -> str:
     "What the benchmark is, with pictures."
     test, rng = data.test, np.random.default_rng(seed)
@@ -421,7 +421,7 @@ def benchmark_section(data, seed: int = 0) -> str:
         f'<div class="people">{people}</div>{counts}{families(test)}'
     )
 
-# %% ../nbs/12_demo.ipynb #cell-035
+# %% ../nbs/12_demo.ipynb #cell-031
 def families(split, most: int = 4) -> str:
     "One look-alike family of each type: people who differ in one thing only."
     c = split.image_columns
@@ -464,7 +464,7 @@ def _from_the_front(split, images: np.ndarray) -> int:
     front = [i for i in images if views is not None and views[i] == "front"]
     return int((front or list(images))[0])
 
-# %% ../nbs/12_demo.ipynb #cell-036
+# %% ../nbs/12_demo.ipynb #cell-032
 def curve_section(result: Result) -> str:
     "Losses and validation scores."
     from tipr_nb.figures import learning_curve
@@ -492,7 +492,7 @@ def curve_section(result: Result) -> str:
         f'The test split is touched once, at the end.</p><div class="charts">{"".join(charts)}</div>'
     )
 
-# %% ../nbs/12_demo.ipynb #cell-037
+# %% ../nbs/12_demo.ipynb #cell-033
 _ROW_NAMES = dict(
     lookalike=LOOKALIKE_NAMES | {"none": "no look-alike"}, annotator={f"t{i}": f"writer {i}" for i in range(1, 20)}
 )
@@ -529,7 +529,7 @@ def breakdown_section(
         f'<div class="charts">{"".join(charts)}</div>'
     )
 
-# %% ../nbs/12_demo.ipynb #cell-038
+# %% ../nbs/12_demo.ipynb #cell-034
 def demo_command(plan: DemoPlan, out: str | Path) -> str:
     "The command that makes this page."
     parts = (
@@ -588,13 +588,12 @@ def _next_steps(result: Result) -> str:
         "runs/sdm-id"
     )
 
-# %% ../nbs/12_demo.ipynb #cell-039
+# %% ../nbs/12_demo.ipynb #cell-035
 FOOTER = (
-    "<footer><p>The people on this page are drawn; none of them exists. A model trained on drawings finds "
-    "drawings, not photographs: for those, train on a real dataset (the package's documentation has a page for "
-    "each). "
-    "Searching for people in pictures touches their privacy; use it where those concerned, or the law, allow "
-    "it.</p></footer>"
+    "<footer><p>The people on this page are rendered; none of them exists. For photographs, train on a real dataset "
+    "(the package's documentation has a page for each) or take published weights (<code>tipr models</code> lists "
+    "some). Searching for people in pictures touches their privacy; use it where those concerned, or the law, "
+    "allow it.</p></footer>"
 )
 
 
@@ -612,7 +611,7 @@ def build_page(plan: DemoPlan, out: str | Path, data, result: Result, log: Stage
     ]
     return html_document("tipr demo: a sentence goes in, a person comes out", "\n".join(parts))
 
-# %% ../nbs/12_demo.ipynb #cell-041
+# %% ../nbs/12_demo.ipynb #cell-037
 def as_json(plan: DemoPlan, out: str | Path, data, result: Result, log: StageLog) -> dict:
     "What `metrics.json` holds: the headline under `test`, the ways of asking under `pictures`, how it was made."
     run, test = result.run, result.test.to_dict()
@@ -654,7 +653,7 @@ def as_json(plan: DemoPlan, out: str | Path, data, result: Result, log: StageLog
         | made
     )
 
-# %% ../nbs/12_demo.ipynb #cell-044
+# %% ../nbs/12_demo.ipynb #cell-039
 def overview_figure(
     split,
     query: int,  # index of a caption
@@ -711,7 +710,7 @@ def overview_figure(
             ax.text(x, y, text, fontsize=8, color=MUTED, va="center")
     return fig
 
-# %% ../nbs/12_demo.ipynb #cell-046
+# %% ../nbs/12_demo.ipynb #cell-041
 def draw_overview(plan: DemoPlan, data, result: Result):
     "The overview of the first drawn sentence with a hit on top and a miss further down (or simply the first)."
     queries = draw_queries(data.test, plan.queries, plan.seed)
@@ -721,10 +720,10 @@ def draw_overview(plan: DemoPlan, data, result: Result):
     pool = np.arange(len(data.test.images)) if column is None else np.flatnonzero(column == own[q])
     return overview_figure(data.test, q, *tops[q][:2], np.random.default_rng(plan.seed).permutation(pool), len(pool))
 
-# %% ../nbs/12_demo.ipynb #cell-048
+# %% ../nbs/12_demo.ipynb #cell-043
 DEMO_STAGES = ("benchmark", "training", "test", "pictures", "page")
 
-# %% ../nbs/12_demo.ipynb #cell-050
+# %% ../nbs/12_demo.ipynb #cell-045
 def picture_queries(split, people: int, seed: int = 0) -> np.ndarray:  # indices of captions
     "The complete captions of some identities, drawn at random; all their captions where there are no kinds."
     ids = np.unique(split.caption_ids)
@@ -735,7 +734,7 @@ def picture_queries(split, people: int, seed: int = 0) -> np.ndarray:  # indices
         mine &= kinds == "complete"
     return np.flatnonzero(mine)
 
-# %% ../nbs/12_demo.ipynb #cell-052
+# %% ../nbs/12_demo.ipynb #cell-047
 def shuffled(n: int, seed: int = 0) -> np.ndarray:  # (n,) positions
     "An order in which nobody keeps their own place."
     order = np.random.default_rng(seed).permutation(n)
@@ -743,7 +742,7 @@ def shuffled(n: int, seed: int = 0) -> np.ndarray:  # (n,) positions
     other[order] = np.roll(order, 1)
     return other
 
-# %% ../nbs/12_demo.ipynb #cell-054
+# %% ../nbs/12_demo.ipynb #cell-049
 def ask_with_pictures(
     result: Result,
     split,
@@ -766,7 +765,7 @@ def ask_with_pictures(
         if name != ALONE:
             result.gains[name] = compare(result.ways[ALONE], result.ways[name], metrics=("r1", "mAP"))
 
-# %% ../nbs/12_demo.ipynb #cell-058
+# %% ../nbs/12_demo.ipynb #cell-053
 def step_seconds(
     recipe,
     data,
@@ -790,7 +789,7 @@ def step_seconds(
             seconds.append(time.perf_counter() - start)
     return min(seconds[1:]), trainer.total_steps
 
-# %% ../nbs/12_demo.ipynb #cell-059
+# %% ../nbs/12_demo.ipynb #cell-054
 def picture_seconds(captions: Sequence[str]) -> float:
     "What a picture takes on this machine, from one batch."
     from tipr_nb.generation import PersonGenerator
@@ -818,7 +817,7 @@ def expected_seconds(plan: DemoPlan, data) -> dict[str, float]:  # stage -> seco
         "pictures": each * (len(asked) + plan.queries),
     }
 
-# %% ../nbs/12_demo.ipynb #cell-060
+# %% ../nbs/12_demo.ipynb #cell-055
 def expectation(
     seconds: dict[str, float],  # stage -> seconds
 ) -> str:
@@ -831,7 +830,7 @@ def expectation(
         "call has done"
     )
 
-# %% ../nbs/12_demo.ipynb #cell-063
+# %% ../nbs/12_demo.ipynb #cell-058
 def scores_before(recipe, data) -> dict[str, float]:
     "Scores on val of the weights that a recipe starts from; nothing where it starts from random ones."
     from tipr_nb.evaluation import evaluate
@@ -847,7 +846,7 @@ def few_threads() -> contextlib.AbstractContextManager[None]:
     "Two threads at most inside the block, as many as are free: the steps of a model this small are short."
     return free_threads(min(2, os.cpu_count() or 1))
 
-# %% ../nbs/12_demo.ipynb #cell-064
+# %% ../nbs/12_demo.ipynb #cell-059
 def train_and_test(plan: DemoPlan, out: Path, data, log: StageLog) -> Result:
     "The stages of training and test."
     from tipr_nb.evaluation import encode_split, evaluate
@@ -895,7 +894,7 @@ def add_pictures_to(result: Result, plan: DemoPlan, data, log: StageLog):
             )[0]
     log.say(f"      {verdict(result.gains[WITH])}")
 
-# %% ../nbs/12_demo.ipynb #cell-065
+# %% ../nbs/12_demo.ipynb #cell-060
 def run_demo(
     out: str | Path = "runs/demo",  # folder of the page, the numbers and the training run
     plan: DemoPlan | None = None,  # what to compute; the whole demo by default
@@ -921,7 +920,7 @@ def run_demo(
     say(f"      done in {log.seconds['total']:.0f} s, {log.data['memory'] / 1024:.1f} GiB at most")
     return out / "index.html"
 
-# %% ../nbs/12_demo.ipynb #cell-073
+# %% ../nbs/12_demo.ipynb #cell-067
 def keep_results(
     demo: str | Path = "runs/demo",  # a finished demo
     nbs: str | Path = "nbs",  # folder of the notebooks

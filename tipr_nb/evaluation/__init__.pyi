@@ -1,5 +1,9 @@
 # The names that this folder offers to others; they are imported when they are first asked for.
+from .calibration import Calibration as Calibration
+from .calibration import best_hits as best_hits
+from .calibration import open_set as open_set
 from .comparison import compare as compare
+from .distribution import mean_similarity_distribution as mean_similarity_distribution
 from .metrics import HEADLINE as HEADLINE
 from .metrics import Metrics as Metrics
 from .metrics import TITLES as TITLES
@@ -17,3 +21,5 @@ from .protocol import evaluate_weights as evaluate_weights
 from .ranking import TIES as TIES
 from .ranking import read_features as read_features
 from .ranking import toy_features as toy_features
+from .trec import write_qrels as write_qrels
+from .trec import write_trec as write_trec

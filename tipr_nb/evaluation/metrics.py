@@ -22,9 +22,13 @@ HEADLINE = ("r1", "r5", "r10", "mAP", "mINP")
 @dataclass
 class Metrics:
     "Retrieval quality in percent: what a paper's table row holds, and what it should say beside it."
-    r1:float; r5:float; r10:float               # R@k: share of queries with a hit in the first k
-    mAP:float; mINP:float                       # means of AP and INP
-    n_queries:int; n_gallery:int                # all queries, matched or not; all gallery items
+    r1:float                                    # R@k: share of queries with a hit in the first k
+    r5:float
+    r10:float
+    mAP:float                                   # mean of AP
+    mINP:float                                  # mean of INP
+    n_queries:int                               # all queries, matched or not
+    n_gallery:int                               # all gallery items
     n_unmatched:int=0                           # queries without any hit: left out of every mean
     chance_r1:float=0.                          # R@1 of a random order
     intervals:dict[str, tuple[float, float]]=field(default_factory=dict) # 95 %, cluster bootstrap over identities
@@ -32,14 +36,17 @@ class Metrics:
     per_query:pd.DataFrame|None=field(default=None, repr=False)          # id, gallery, n_hits, rank, AP, INP, r1 ...
     recall:dict[int, float]=field(default_factory=dict)                  # every k asked for
     n_galleries:int=1                           # the headline is the mean over them
-    direction:str="t2i"; ties:str="expected"; name:str=""
+    direction:str="t2i"
+    ties:str="expected"
+    name:str=""
 
     def to_dict(self) -> dict:
         "Everything but the per-query table, as JSON-able numbers, lists and dicts."
-        out = {k: getattr(self, k) for k in HEADLINE} | {f"r{k}": v for k, v in self.recall.items()}
-        out |= {k: getattr(self, k) for k in ("chance_r1", "n_queries", "n_gallery", "n_unmatched", "n_galleries", "direction", "ties", "name")}
+        out = {k: getattr(self, k) for k in HEADLINE}
+        out |= {f"r{k}": v for k, v in self.recall.items()}
+        out |= {k: getattr(self, k) for k in _PLAIN}
         out["intervals"] = {k: list(v) for k, v in self.intervals.items()}
-        out["by"] = {c: {str(i): {k: number(v) for k, v in row.items()} for i, row in d.to_dict("index").items()} for c, d in self.by.items()}
+        out["by"] = {c: _plain_rows(d) for c, d in self.by.items()}
         return out
 
     def table(self) -> pd.DataFrame:
@@ -61,8 +68,16 @@ class Metrics:
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-010
 TITLES = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "mAP": "mAP", "mINP": "mINP"}
+_PLAIN = ("chance_r1", "n_queries", "n_gallery", "n_unmatched", "n_galleries", "direction", "ties", "name")
 
-def number(v): return v.item() if hasattr(v, "item") else v
+def number(v):
+    "A number of NumPy as Python's own."
+    return v.item() if hasattr(v, "item") else v
+
+def _plain_rows(table:pd.DataFrame) -> dict[str, dict]:
+    "A breakdown as nested dicts."
+    rows = table.to_dict("index")
+    return {str(value): {k: number(v) for k, v in row.items()} for value, row in rows.items()}
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-015
 def _clusters(values:np.ndarray, ids:np.ndarray, groups:np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -82,7 +97,9 @@ def bootstrap(values:np.ndarray # (n, c) scores per query, one column per metric
              , seed:int=0 # same seed, same people drawn: runs on the same queries stay paired
              ) -> tuple[np.ndarray, np.ndarray]: # (c,) means, (n_boot, c) means of the resamples
     "Cluster bootstrap over identities of the mean over galleries of the mean over queries."
-    clusters, rng = _clusters(values, ids, np.zeros(len(ids), int) if groups is None else groups), np.random.default_rng(seed)
+    if groups is None: groups = np.zeros(len(ids), int)
+    clusters = _clusters(values, ids, groups)
+    rng = np.random.default_rng(seed)
     mean = np.mean([s.sum(0)/n.sum() for s, n in clusters], 0)
     draws = np.zeros((n_boot, values.shape[1]))
     for sums, counts in clusters:
@@ -90,19 +107,25 @@ def bootstrap(values:np.ndarray # (n, c) scores per query, one column per metric
         step = max(1, 5_000_000//n)
         for a in range(0, n_boot, step):
             b = min(step, n_boot - a)
-            w = np.bincount((rng.integers(0, n, (b, n)) + n*np.arange(b)[:, None]).ravel(), minlength=b*n).reshape(b, n).astype(float)
+            picked = rng.integers(0, n, (b, n)) + n*np.arange(b)[:, None]
+            w = np.bincount(picked.ravel(), minlength=b*n).reshape(b, n).astype(float)
             draws[a:a + b] += w@sums/(w@counts)[:, None]/len(clusters)
     return mean, draws
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-021
 def query_table(values:np.ndarray, n_hits:np.ndarray, query_ids:np.ndarray, size:np.ndarray, plan:RankingPlan, groups:np.ndarray|None=None) -> pd.DataFrame:
     "One row per query, in percent: id, gallery, n_hits, chance (of R@1), rank (of the first hit), AP, INP, r1 ..."
-    table = pd.DataFrame({"id": query_ids, "gallery": 0 if groups is None else groups, "n_hits": n_hits, "chance": 100*n_hits/size, "rank": values[:, 0], "AP": 100*values[:, 1], "INP": 100*values[:, 2]})
+    columns = {"id": query_ids, "gallery": 0 if groups is None else groups, "n_hits": n_hits, "chance": 100*n_hits/size}
+    columns |= {"rank": values[:, 0], "AP": 100*values[:, 1], "INP": 100*values[:, 2]}
+    table = pd.DataFrame(columns)
     for i, k in enumerate(plan.ks): table[f"r{k}"] = 100*values[:, 3 + i]
     return table
 
 _COLUMN = {"mAP": "AP", "mINP": "INP"}
-columns_of = lambda names: [_COLUMN.get(k, k) for k in names]
+
+def columns_of(names:Sequence[str]) -> list[str]:
+    "Columns of the per-query table that hold these metrics."
+    return [_COLUMN.get(k, k) for k in names]
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-022
 def summarise(table:pd.DataFrame, n_gallery:int, n_boot:int, seed:int, breakdown:Mapping[str, Any], **kwargs) -> Metrics:
@@ -113,8 +136,12 @@ def summarise(table:pd.DataFrame, n_gallery:int, n_boot:int, seed:int, breakdown
     mean, draws = bootstrap(t[columns_of(names) + ["chance"]].to_numpy(), t.id.to_numpy(), t.gallery.to_numpy(), n_boot, seed)
     got = dict(zip(names, mean.tolist()))
     edges = np.percentile(draws, [2.5, 97.5], 0).T.tolist() if n_boot else []
-    return Metrics(**{k: got[k] for k in HEADLINE}, n_queries=len(table), n_gallery=n_gallery, n_unmatched=len(table) - len(t), chance_r1=float(mean[-1]), recall={k: got[f"r{k}"] for k in ks},
-                   intervals={k: tuple(e) for k, e in zip(names, edges)}, by={c: _breakdown(t, c, n_boot, seed, edges=e) for c, e in breakdown.items()}, n_galleries=t.gallery.nunique(), **kwargs)
+    headline = {k: got[k] for k in HEADLINE}
+    intervals = {k: tuple(e) for k, e in zip(names, edges)}
+    by = {c: _breakdown(t, c, n_boot, seed, edges=e) for c, e in breakdown.items()}
+    recall = {k: got[f"r{k}"] for k in ks}
+    return Metrics(**headline, n_queries=len(table), n_gallery=n_gallery, n_unmatched=len(table) - len(t), chance_r1=float(mean[-1]),
+                   recall=recall, intervals=intervals, by=by, n_galleries=t.gallery.nunique(), **kwargs)
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-023
 def levels(column:pd.Series, edges:Sequence[float]|None) -> pd.Series:
@@ -164,15 +191,19 @@ def rank_metrics(query:Tensor|np.ndarray|str|Path # (n_q, d) features, or a file
     q, g = Rows(query, "query"), Rows(gallery, "gallery")
     if q.x.shape[1] != g.x.shape[1]: raise TiprError(f"query features have {q.x.shape[1]} dimensions and gallery features {g.x.shape[1]}; were they made by the same model?")
     itemsize = 8 if q.double and g.double else 4
-    return _evaluate_blocks(lambda rows, cols: cosine_blocks(q, g, rows, cols, memory_mb), item_ids(q.ids if query_ids is None else query_ids, len(q), "query"), item_ids(g.ids if gallery_ids is None else gallery_ids, len(g), "gallery"),
-                            make_plan(ks, ties, memory_mb, backend), query_groups, gallery_groups, per_query, n_boot, seed, itemsize, ties=ties, **kwargs)
+    qids = item_ids(q.ids if query_ids is None else query_ids, len(q), "query")
+    gids = item_ids(g.ids if gallery_ids is None else gallery_ids, len(g), "gallery")
+    def blocks(rows, cols): return cosine_blocks(q, g, rows, cols, memory_mb)
+    plan = make_plan(ks, ties, memory_mb, backend)
+    return _evaluate_blocks(blocks, qids, gids, plan, query_groups, gallery_groups, per_query, n_boot, seed, itemsize, ties=ties, **kwargs)
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-029
 def _groups(groups, n:int, name:str) -> np.ndarray|None:
     return None if groups is None else item_ids(groups, n, name)
 
 def _evaluate_blocks(make_block, query_ids, gallery_ids, plan, query_groups, gallery_groups, per_query, n_boot, seed, itemsize, columns=None, breakdown=None, **kwargs) -> Metrics:
-    query_groups, gallery_groups = _groups(query_groups, len(query_ids), "query"), _groups(gallery_groups, len(gallery_ids), "gallery")
+    query_groups = _groups(query_groups, len(query_ids), "query")
+    gallery_groups = _groups(gallery_groups, len(gallery_ids), "gallery")
     if (query_groups is None) != (gallery_groups is None): raise TiprError("query_groups and gallery_groups: give both or none")
     values, n_hits, size = rank_within(make_block, query_ids, gallery_ids, plan, query_groups, gallery_groups, itemsize)
     table = query_table(values, n_hits, query_ids, size, plan, query_groups)
@@ -194,8 +225,11 @@ def rank_similarity(sim:Tensor|np.ndarray|Callable # (n_q, n_g) similarities, or
         sim = sim if isinstance(sim, Tensor) else np.asarray(sim)
         if sim.ndim != 2: raise TiprError(f"sim: shape {tuple(sim.shape)}; give one row per query and one column per gallery item")
     n_q, n_g = (len(query_ids), len(gallery_ids)) if callable(sim) else sim.shape
-    return _evaluate_blocks(lambda rows, cols: given_blocks(sim, rows, cols, n_q, n_g), item_ids(query_ids, n_q, "query"), item_ids(gallery_ids, n_g, "gallery"), make_plan(ks, ties, memory_mb, backend),
-                            query_groups, gallery_groups, per_query, n_boot, seed, 8, ties=ties, **kwargs)
+    qids = item_ids(query_ids, n_q, "query")
+    gids = item_ids(gallery_ids, n_g, "gallery")
+    def blocks(rows, cols): return given_blocks(sim, rows, cols, n_q, n_g)
+    plan = make_plan(ks, ties, memory_mb, backend)
+    return _evaluate_blocks(blocks, qids, gids, plan, query_groups, gallery_groups, per_query, n_boot, seed, 8, ties=ties, **kwargs)
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-051
 def save_metrics(m:Metrics, path:str|Path # a .json; the per-query table goes beside it as .npz

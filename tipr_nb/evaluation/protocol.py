@@ -72,8 +72,9 @@ def _batches(encode:Callable, items:Any, batch_size:int, desc:str) -> Tensor:
     out = []
     for a in progress(range(0, len(items), batch_size), desc):
         fit_threads()
-        x = torch.as_tensor(encode(items[a:a + batch_size]))
-        if x.ndim != 2 or len(x) != len(items[a:a + batch_size]): raise TiprError(f"{desc}: {len(items[a:a + batch_size])} items gave features of shape {tuple(x.shape)}; an encoder returns one row per item")
+        part = items[a:a + batch_size]
+        x = torch.as_tensor(encode(part))
+        if x.ndim != 2 or len(x) != len(part): raise TiprError(f"{desc}: {len(part)} items gave features of shape {tuple(x.shape)}; an encoder returns one row per item")
         out.append(x.detach())
     return torch.cat(out)
 
@@ -90,10 +91,14 @@ def encode_texts(model, captions:Sequence[str], batch_size:int=256) -> Tensor: #
 def encode_images(model, split:Split, batch_size:int=128, cache:bool=True) -> Tensor: # (n_images, d) unit
     "Image features of a split."
     if not len(split.images): raise TiprError(f"split {split.name}: no images to encode; is the split empty?")
-    encode, size, boxes = _encoder(model, "encode_image"), getattr(model, "image_size", None), split.image_columns.get("box")
+    encode = _encoder(model, "encode_image")
+    size = getattr(model, "image_size", None)
+    boxes = split.image_columns.get("box")
     with _inference(model):
         if cache and size is not None:
-            pixels, transform, device = ImageCache.build(split, size), EvalTransform(size), _device(model)
+            pixels = ImageCache.build(split, size)
+            transform = EvalTransform(size)
+            device = _device(model)
             return _batches(lambda i: encode(transform(pixels.batch(i))[0].to(device)), np.arange(len(pixels)), batch_size, "encode images")
         read = (lambda i: [split.images[j] for j in i]) if boxes is None else (lambda i: [read_image(split.images[j], boxes[j]) for j in i])
         return _batches(lambda i: encode(read(i)), np.arange(len(split.images)), batch_size, "encode images")
@@ -174,7 +179,8 @@ def _cuts(breakdown, columns:Mapping[str, np.ndarray], name:str) -> dict[str, An
 def _column(columns:Mapping[str, np.ndarray], name:str) -> np.ndarray:
     "A column; of `mentioned.upper_colour`, that key of the dicts in column `mentioned`."
     column, _, key = name.partition(".")
-    return columns[name] if name in columns or not key else np.array([str((v or {}).get(key, "none")) for v in columns[column]])
+    if name in columns or not key: return columns[name]
+    return np.array([str((v or {}).get(key, "none")) for v in columns[column]])
 
 def _places(columns, other, galleries:str, name:str) -> tuple[np.ndarray|None, np.ndarray|None]:
     "The gallery of every query and every item; None when there is one gallery."

@@ -37,6 +37,7 @@ from .pruning import tag_words as tag_words
 from .pruning import tidy as tidy
 from .tgte import Gate as Gate
 from .tgte import PICTURE_WEIGHT as PICTURE_WEIGHT
+from .tgte import PicturesAsPhotos as PicturesAsPhotos
 from .tgte import TGTE as TGTE
 from .tgte import attach_gate as attach_gate
 from .tgte import attend as attend

@@ -34,6 +34,7 @@ class Objective(nn.Module):
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-009
 OBJECTIVES:dict[str, type[Objective]|str] = { # name -> class, or the path of one that is imported when it is asked for
     "TGTE": "tipr_nb.methods.tgte:TGTE",
+    "PicturesAsPhotos": "tipr_nb.methods.tgte:PicturesAsPhotos",
     "GIF": "tipr_nb.methods.gif:GIF",
     "TIR": "tipr_nb.methods.tir:TIR",
     "CMT": "tipr_nb.methods.cmt:CMT",

@@ -22,11 +22,11 @@ from .video import find_media
 from .filters import Selection
 from .engines import ExactEngine, FaissEngine, overlap
 from .milvus import MilvusEngine
-from .towers import TextTower, as_numpy, model_fingerprint
+from .towers import TextTower, as_numpy, clean_text, model_fingerprint
 from .storage import (ITEM_TYPES, KEY, Snapshot, check_sums, film_folder, indexing_lock, person_key, read_manifest, read_skipped, shown_name,
     tower_folder, write_manifest)
 from .indexing import IndexReport, build_engine, detector_name, index_photos
-from .queries import check_reranker, mix_query, reranked
+from .queries import check_reranker, mix_query, reranked, sentence_notes
 from .reports import Hit, Hits, read_picture
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-006
@@ -103,6 +103,13 @@ class QueryEncoder:
                     ) -> np.ndarray: # (m, d) unit
         "Features of pictures, by the model."
         return as_numpy(self.model.encode_image(list(pictures)))
+
+    def cut(self, texts:Sequence[str]) -> list[int]:
+        "How many tokens of each sentence the text tower leaves out; nothing is known where the model encodes."
+        tokens = getattr(self._tower, "tokens", None)
+        if tokens is None or not hasattr(tokens, "lib"): return []
+        lengths = [len(tokens.lib.encode(clean_text(t), add_special_tokens=False).ids) for t in texts]
+        return [max(0, n + 2 - tokens.context_length) for n in lengths]
 
     def imagined(self) -> list|None:
         "Pictures with which the model enriched the last sentences, if it is one that does."
@@ -674,6 +681,7 @@ def answer(view:View, question:Query
     if question.group: asked["group"] = question.group
     seconds = dict(encode=round(encoded - filtered, 4), search=round(time.perf_counter() - encoded + filtered - started, 4))
     notes = [] if len(hits) == question.k else [f"only {len(hits)} people {'pass the filter' if question.where else 'are there'}"]
+    notes += sentence_notes(question.texts, view.encoder.cut(question.texts))
     of_weights = weights_note(view.files.manifest)
     if of_weights: notes.append(of_weights)
     return Hits(hits, asked, seconds, notes, imagined, query)
