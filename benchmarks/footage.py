@@ -5,6 +5,8 @@
     python -m benchmarks.footage --detect FOLDER       # another detector: hub id, folder or module:function
 
 One camera, one afternoon: bags, hair and sex are not tested, and colours are decided by a rule on pixels, not by people.
+In vtest.avi `hog` takes a parked white van for a person in every frame (80 of 534 boxes), which the sentence on the white jacket mostly
+finds: leave it out of a mean (nbs/tutorials/real_footage.ipynb shows it).
 """
 from __future__ import annotations
 
