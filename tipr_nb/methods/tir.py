@@ -81,7 +81,7 @@ class Decoder(nn.Module):
                  , heads:int|None=None # one per 64 channels and at least 4 when None
                  , residual:bool=False # let the visible tokens pass around the cross-attention
                  , activation:str="gelu" # in the transformer; "quickgelu" as released
-                 , released_init:bool=False): # start from the released code's weights, see `init_weights`
+                 , released_init:bool=False): # start from the released code's scales and positions
         super().__init__()
         known_name(activation, _ACTIVATIONS, "activation")
         width = width or dim
@@ -107,7 +107,8 @@ class Decoder(nn.Module):
             for out in (block.attn.out_proj, block.mlp.c_proj): nn.init.normal_(out.weight, std=(2*depth*width)**-.5)
 
     def init_as_released(self, width:int, depth:int):
-        "The cross-attention's output smaller, its biases and the mask token zero."
+        "The cross-attention's output smaller, its biases and the mask token zero; of the positions, columns in the first channels."
+        self.positions = self.positions.roll(width//2, 1)
         nn.init.zeros_(self.mask_token)
         nn.init.normal_(self.cross_attention.out.weight, std=(2*depth*width)**-.5)
         for layer in (self.cross_attention.query, self.cross_attention.key_value, self.cross_attention.out): nn.init.zeros_(layer.bias)
@@ -166,7 +167,7 @@ class TIR(Objective):
                  , residual:bool=False # let visible tokens pass around the cross-attention
                  , per_patch:bool=False # targets normalised patch by patch
                  , activation:str="gelu" # of the decoder; "quickgelu" as released
-                 , released_init:bool=False # the decoder starts from the released code's weights
+                 , released_init:bool=False # the decoder starts from the released code's scales and positions
                  , attend_padding:bool=False # the decoder reads a caption's padding too, as released
                  , from_input:bool=False # grey view and target come from what the tower sees, erased rectangle included, as released
                  , count_cls:bool=False): # the ratio counts CLS as a patch, and one dropped patch stays out of the loss, as released

@@ -29,10 +29,9 @@ from .storage import (FORMAT, HIDDEN, ITEM_TYPES, NO_PERSON, RESERVED, STATE, Da
     file_sums, indexing_lock, item_schema, journal_schema, load_features, next_generation, read_manifest, shown_name, sweep,
     sync_folder, tower_folder, write_manifest, write_skipped)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-004
 if TYPE_CHECKING: import pyarrow as pa
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-007
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-006
 def detector_name(detector:Callable|None) -> str|None:
     "What a gallery remembers a detector by: its `name`, else the callable's own."
     if detector is None: return None
@@ -48,7 +47,7 @@ def wanted(photo:Photo # before it is opened
         return "boxes " + " ".join(boxes)
     return f"detector {detector}" if detector else "whole"
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-010
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-009
 def state_keys(rows:Any # Arrow table or batch with the columns of `STATE`
               ) -> "pa.Array": # binary
     "One key per row: the same for the same state of the same file."
@@ -58,7 +57,7 @@ def state_keys(rows:Any # Arrow table or batch with the columns of `STATE`
     keys = pc.binary_join_element_wise(*parts, b"\0", null_handling="replace", null_replacement=b"")
     return keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-012
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-011
 class PhotoStates:
     "The photos of one run in order, and which of them a row written earlier belongs to."
     def __init__(self, photos:Photos
@@ -88,14 +87,13 @@ class PhotoStates:
         found = pc.is_in(files, value_set=self.table["file"].combine_chunks())
         return ~found.to_numpy(zero_copy_only=False).astype(bool)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-013
 def _in_order(photos):
     "Sorted by the bytes of root and name; a list that is in order already stays as it is."
     keys = [(os.fsencode(p.root), os.fsencode(p.name)) for p in photos]
     if all(a <= b for a, b in zip(keys, keys[1:])): return photos
     return [photos[i] for i in sorted(range(len(photos)), key=keys.__getitem__)]
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-016
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-014
 @dataclass
 class IndexReport:
     "What an indexing did."
@@ -125,7 +123,7 @@ class IndexReport:
         if self.skipped: out.append(f"{len(self.skipped)} skipped, such as {self.skipped[0][0]}: {self.skipped[0][1]}")
         return out + [f"warning: {w}" for w in self.warnings] + [f"note: {n}" for n in self.notes]
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-019
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-017
 class Encodes(Protocol):
     "What a model offers to a gallery."
     image_size:tuple[int, int]   # (height, width)
@@ -136,7 +134,7 @@ class Encodes(Protocol):
     def encode_text(self, texts:Any) -> Any: # (b, d)
         "Features of sentences."
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-020
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-018
 class BatchEncoder:
     "Collects people into batches, sends them through the model and writes the journal."
     def __init__(self, model:Encodes, journal:Journal, batch_size:int=64
@@ -199,7 +197,7 @@ class BatchEncoder:
             self.journal.write(self.rows, features)
         self._start_entry()
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-023
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-021
 def hashed(photo:Photo) -> tuple[Photo, str|None]: # with size and time as they were then; SHA-256, or None where it cannot be read
     "A photo's content hash, read once."
     try:
@@ -208,7 +206,7 @@ def hashed(photo:Photo) -> tuple[Photo, str|None]: # with size and time as they 
             return photo._replace(size=s.st_size, mtime=s.st_mtime_ns), hashlib.file_digest(f, "sha256").hexdigest()
     except OSError: return photo, None
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-025
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-023
 class KnownContent:
     "The rows of the last snapshot by content and request."
     def __init__(self, rows:"pa.Table" # of `journal_schema`: people, and photos without any
@@ -244,7 +242,7 @@ class KnownContent:
         return dict(file=os.fsencode(photo.path), root=shown_name(photo.root), path=shown_name(photo.name),
                     size=photo.size, mtime=photo.mtime, feature=-1)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-028
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-026
 def gathered(old:Snapshot|None, entries:Sequence["pa.Table"]=() # of the journal
             ) -> "pa.Table": # of `journal_schema`, and `place`: 0 the last snapshot, then the journal's entries
     "Every row that a new snapshot may take."
@@ -270,7 +268,6 @@ def _no_rows():
     pa = need("pyarrow", "search", "a gallery")
     return journal_schema().append(pa.field("place", pa.int64())).empty_table()
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-029
 def lasting_problems(old:Snapshot) -> "pa.Table": # of `journal_schema`
     "Photos without people and boxes outside of a photo, as they were; files that could not be read are tried again."
     pa = need("pyarrow", "search", "a gallery")
@@ -280,7 +277,7 @@ def lasting_problems(old:Snapshot) -> "pa.Table": # of `journal_schema`
     used = pc.is_in(state_keys(table), value_set=state_keys(old.items.table(STATE)))
     return table.filter(pc.or_(used, pc.equal(table["reason"], NO_PERSON)))
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-032
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-029
 def content_codes(rows:"pa.Table") -> np.ndarray: # (n,) int64, equal for equal content
     "A number for each row's content; rows without a hash are all different."
     pa = need("pyarrow", "search", "a gallery")
@@ -292,7 +289,7 @@ def content_codes(rows:"pa.Table") -> np.ndarray: # (n,) int64, equal for equal 
     codes[alone] = codes.max(initial=0) + 1 + np.arange(alone.sum())
     return codes
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-034
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-031
 def resolve_copies(rows:"pa.Table" # from `gathered`
                   ) -> "pa.Table":
     "Rows that were not encoded take feature, size and time from a row with the same content."
@@ -318,7 +315,7 @@ def same_as(rows:"pa.Table") -> "pa.Array": # (n,) int64, null for the first row
     np.minimum.at(first, codes, own)
     return pa.array(first[codes], mask=first[codes] == own)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-037
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-034
 class Choice:
     "Which of the gathered rows make the new snapshot, in order."
     def __init__(self, rows:"pa.Table", states:PhotoStates
@@ -346,7 +343,7 @@ class Choice:
         lost = pc.is_in(rows["file"], value_set=pa.array(list(gone), pa.binary())).to_numpy(zero_copy_only=False)
         return (place == 0) & states.unknown(rows["file"]) & ~lost
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-038
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-035
 def _ranks(rows, states, photo, stays):
     "A sort key per row: the photo's position, or for rows that stay the position of their name among all names."
     pa = need("pyarrow", "search", "a gallery")
@@ -365,7 +362,7 @@ def _ranks(rows, states, photo, stays):
     ranks[at] = position[len(names):]
     return ranks
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-041
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-038
 def open_npy(path:Path, dtype:str, shape:tuple[int, int]):
     "A file that starts with the header of an array; the caller writes its rows."
     f = open(path, "wb")
@@ -388,7 +385,7 @@ def write_features(path:Path, rows:"pa.Table" # with `place` and `feature`
                 out[at] = features[feature[i + at]]
             f.write(out.tobytes())
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-044
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-041
 def user_columns(choice:Choice, rows:"pa.Table", states:PhotoStates, photos:Photos, old:Snapshot|None) -> "pa.Table":
     "The user's columns for every chosen row."
     pa = need("pyarrow", "search", "a gallery")
@@ -417,7 +414,7 @@ def _table_rows(choice, tuples, at):
     place = starts[choice.photo] + np.minimum(at, n - 1)
     return np.where(n > 0, flat[np.where(n > 0, place, -1)], -1)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-045
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-042
 def _earlier_columns(choice, rows, meta, listed, old, now):
     "Columns of the last snapshot, for rows that this run's tables say nothing about."
     pa = need("pyarrow", "search", "a gallery")
@@ -436,7 +433,7 @@ def _merged(name, now, before):
         raise TiprError(f"column {name}: {now.type} now, {before.type} in the gallery; give both the same kind of values")
     return need("pyarrow.compute", "search", "a gallery").coalesce(now, before)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-048
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-045
 def build_engine(name:str # exact, flat, ivf, hnsw or milvus
                 , options:Mapping # what the user chose
                 , files:Path # the snapshot
@@ -464,7 +461,7 @@ def drop_engines(manifest:Mapping # of a snapshot that is no longer active
     with contextlib.suppress(TiprError), milvus_errors(built["uri"]):
         Milvus.at(built["uri"]).drop_collection(built["collection"])
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-051
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-048
 class _NoTower(Exception): "This model's text tower cannot be exported."
 
 def tower_is_whole(folder:Path|None, fingerprint:str) -> bool:
@@ -489,7 +486,7 @@ def keep_text_tower(model:Encodes, folder:Path # the gallery
     except _NoTower: return None
     return name
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-054
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-051
 @dataclass
 class IndexSettings:
     "How a gallery is brought up to date; what is None is as the gallery has it."
@@ -512,7 +509,7 @@ class IndexSettings:
             raise TiprError(f"dtype {self.dtype!r}: features are kept as float32 or float16")
         if self.batch_size < 1: raise TiprError(f"batch_size={self.batch_size}: encode one picture at a time or more")
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-056
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-053
 class Indexer:
     "One indexing of a gallery; `run` does it, the lock being held."
     def __init__(self, folder:Path, photos:Photos, model:Encodes, settings:IndexSettings):
@@ -757,11 +754,11 @@ class Indexer:
             self.report.warnings.append(f"no text tower in the gallery, so every search loads the model: {e}")
             return None
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-057
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-054
 def _mask(values):
     return need("pyarrow", "search", "a gallery").array(values)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-059
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-056
 def index_photos(folder:str|Path # the gallery
                 , photos:Photos # from `find_photos`
                 , model:Encodes # `PersonCLIP`, or anything with its contract
@@ -776,7 +773,7 @@ def index_photos(folder:str|Path # the gallery
     report.seconds = time.monotonic() - start
     return report
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-070
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-067
 def import_features(folder:str|Path # the new gallery
                    , features:np.ndarray # (n, d) unit rows, may be memory-mapped
                    , paths:Iterable[str] # (n) photo of each row, below `root`
@@ -807,7 +804,6 @@ def import_features(folder:str|Path # the new gallery
         write_manifest(folder, manifest)
     return manifest
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-071
 def _imported_table(names, n, root, columns):
     "The table of imported features; what is not known of a file is null."
     pa = need("pyarrow", "search", "a gallery")

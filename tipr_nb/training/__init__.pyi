@@ -40,4 +40,5 @@ from .steps import build_objectives as build_objectives
 from .steps import lr_factor as lr_factor
 from .steps import make_accelerator as make_accelerator
 from .steps import make_optimizer as make_optimizer
+from .steps import make_train_loader as make_train_loader
 from .steps import param_groups as param_groups

@@ -250,6 +250,10 @@ _SEN_RELEASED = [
     *_SDM_ID,
     ("TIR", dict(weight=10., activation="quickgelu", released_init=True, attend_padding=True, from_input=True, count_cls=True)),
     ("CMT", dict(weight=10., hard_positive=False))]
+_IRRA_GROUPS:list[tuple[str, dict]] = [
+    ("guesser", dict(lr_scale=1.)), ("cross", dict(lr_scale=5.)), _BIASES,
+    (r"classifier|guesser\.(dense|head)", dict(lr_scale=5.))]
+_RDE_GROUPS:list[tuple[str, dict]] = [_BIASES, ("addons", dict(lr_scale=100.))]
 _PICTURES = ("generated", "other")
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-039
@@ -269,6 +273,10 @@ _DECODER_FASTER = [("decoder", dict(lr_scale=5.))]
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-042
 RECIPES = {r.name: r for r in [
     Recipe("clip", [("ITC", dict(temperature=.02))], groups=[_BIASES], **_SOLVER, **_RELEASED),
+    Recipe("irra", [*_SDM_ID, ("IRR", dict(attend_padding=True))], caption_transform=("mask", dict(flavour="irra")),
+           trim_captions=False, groups=_IRRA_GROUPS, **_SOLVER, **_RELEASED),
+    Recipe("rde", ["CCD"], caption_transform=("mask", dict(flavour="rde")),
+           trim_captions=False, groups=_RDE_GROUPS, **_SOLVER, **_RELEASED),
     Recipe("sdm-id", _SDM_ID, **_SEN_SOLVER),
     Recipe("tal", ["TAL"], groups=[_BIASES], schedule="epochs", **_SOLVER),
     Recipe("sen", _SEN_RELEASED, caption_transform=["prune", ("mask", dict(flavour="sen"))],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retriever', 'build_encoder', 'check_encoder', 'build_objectives', 'freeze_weights', 'param_groups', 'make_optimizer',
            'lr_factor', 'check_data', 'check_fields', 'make_train_loader', 'make_accelerator', 'prepare_encoder',
-           'averaged_copy', 'TrainStep']
+           'averaged_copy', 'full_captions', 'TrainStep']
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-003
 import math, re
@@ -179,7 +179,6 @@ def make_train_loader(r:Recipe, split:Split,
         split, tokenize, r.image_size, r.batch_size//world,
         sampler=r.sampler, k=r.per_id, same_photo=r.same_photo, groups="family" if r.lookalikes else None, seed=r.seed,
         drop_last=r.drop_last or world > 1,   # processes need parts of one size
-        trim=None if r.trim_captions else False,
         caption_transform=r.caption_transform, swap_sides=r.swap_sides, augment=r.augment or None,
         extra_fields={name: (extra or {}).get(name, True) for name in r.extra_fields},
         rank=rank, world_size=world, num_workers=num_workers, pin_memory=pin_memory)
@@ -222,6 +221,13 @@ def averaged_copy(encoder:PersonCLIP, decay:float) -> Any: # torch's AveragedMod
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
+# %% ../../nbs/07_training/04_steps.ipynb #fc1
+def full_captions(encoder:PersonCLIP, tokens:Tensor # (b, L) ids
+                 ) -> Tensor: # (b, context) ids, padded
+    "Captions at the full length of the text tower, where objectives are to see their padding."
+    missing = encoder.context_length - tokens.shape[1]
+    return nn.functional.pad(tokens, (0, missing), value=encoder.pad_id) if missing > 0 else tokens
+
 # %% ../../nbs/07_training/04_steps.ipynb #cell-048
 class TrainStep:
     "Encoder, objectives and optimizer, and one optimizer step on them."
@@ -254,6 +260,7 @@ class TrainStep:
         self.set_lr(done)
         for _ in range(self.recipe.accumulate):
             batch = next(batches).to(self.accelerator.device)
+            if not self.recipe.trim_captions: batch.tokens = full_captions(self.retriever.encoder, batch.tokens)
             with self.accelerator.accumulate(self.model):
                 total, losses, logs = self.backward(batch)
                 norm = self.gradient_norm() if self.accelerator.sync_gradients else None
