@@ -53,7 +53,7 @@ EXTRAS = {"search": ("pyarrow", "from tipr_nb.search import indexing_lock\nwith 
           "milvus": ("pymilvus", "from tipr_nb.search import Milvus\nMilvus.at('m.db')"),
           "detect": ("cv2", "from tipr_nb.search import find_detector\nfind_detector('hog')"),
           "video": ("av", "from tipr_nb.search.video import FilmReader\nFilmReader('a.mp4')"),
-          "onnx": ("onnxscript", "from tipr_nb.interop.exports import export_image_tower\nexport_image_tower(None, 'i.onnx')"),
+          "onnx": ("onnxscript", "from tipr_nb.search.towers import trace_onnx\ntrace_onnx(None, None, None, 'i.onnx', 'images', {})"),
           "peft": ("peft", "from types import SimpleNamespace\nimport torch\nfrom tipr_nb.generation.pipelines import add_pipeline_lora\nadd_pipeline_lora(SimpleNamespace(unet=torch.nn.Linear(1, 1)), '.')"),
           "hub": ("datasets", "import numpy as np\nfrom tipr_nb.data import Split\nfrom tipr_nb.interop.parquet import split_features\nsplit_features(Split('test', [], np.zeros(0, int), [], np.zeros(0, int), np.zeros(0, int)))"),
           "app": ("gradio", "from tipr_nb.search import search_page\nsearch_page(None)")}

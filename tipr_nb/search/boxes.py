@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BOX_NAMES', 'NAMES_OF_BOXES', 'BOX_WORDS', 'BOX_FORMATS', 'LABEL_NAMES', 'CONFIDENCE_NAMES', 'OTHER_LABELS',
            'RawBoxes', 'plain_name', 'raw_boxes', 'decide_format', 'corner_box', 'are_fractions', 'person_rows',
-           'path_column', 'FileNames', 'frame_files', 'Listing', 'PictureSizes', 'pixel_boxes', 'Gathered', 'gather',
-           'find_photos', 'photos_of', 'one_row', 'attach_metadata', 'attach_pattern']
+           'path_column', 'FileNames', 'frame_files', 'Listing', 'PictureSizes', 'pixel_boxes', 'PhotoSources',
+           'gather_sources', 'find_photos', 'photos_of', 'one_row', 'attach_metadata', 'attach_pattern']
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-003
 import glob, os, re
@@ -332,7 +332,7 @@ def pixel_boxes(boxes:RawBoxes,
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-044
 @dataclass
-class Gathered:
+class PhotoSources:
     "Everything that sources mean, before it is looked at."
     exclude: Sequence[str] = EXCLUDED
     box_format: str|None = None
@@ -428,16 +428,16 @@ def _shown(sources):
     return ", ".join(str(s)[:200] if isinstance(s, (str, os.PathLike)) else "a table" for s in sources[:3]) + more
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-046
-def gather(sources:Any, # folder, glob, table or picture; or a list of them
+def gather_sources(sources:Any, # folder, glob, table or picture; or a list of them
            boxes:Any=None, # table of boxes
            exclude:Sequence[str]=EXCLUDED, # patterns of names to leave out
            box_format:str|None=None # what a column called bbox holds: xyxy, xywh or cxcywh
-          ) -> Gathered:
+          ) -> PhotoSources:
     "Everything that sources mean."
     if box_format not in (None, *BOX_FORMATS):
         raise TiprError(f"box_format {box_format!r}: choose {', '.join(BOX_FORMATS)}")
     sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
-    gathered = Gathered(exclude, box_format, shown=_shown(sources))
+    gathered = PhotoSources(exclude, box_format, shown=_shown(sources))
     for source in sources:
         gathered.add(source, alone=len(sources) == 1)
     gathered.finish()
@@ -454,7 +454,7 @@ def find_photos(sources:Any, # folder, glob, table or picture; or a list of them
                 box_format:str|None=None # what a column called bbox holds: xyxy, xywh or cxcywh
                ) -> Photos:
     "All photos that `sources` mean, with boxes and metadata attached and unusable files listed."
-    gathered = gather(sources, boxes, exclude, box_format)
+    gathered = gather_sources(sources, boxes, exclude, box_format)
     photos = photos_of(gathered, need_box=boxes is not None)
     if metadata is not None:
         attach_metadata(photos, metadata)
@@ -495,7 +495,7 @@ def _note_missing(files, found, name, notes):
         notes.append(f"{rows} speak of no photo here (such as {missing[0][:200]})")
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-049
-def photos_of(gathered:Gathered, need_box:bool=False) -> Photos:
+def photos_of(gathered:PhotoSources, need_box:bool=False) -> Photos:
     "Photos in order with their boxes, and the files that are none."
     photos = Photos([], list(gathered.problems), gathered.listing.table(), notes=list(gathered.listing.notes))
     def order(entry):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UTF16_MARKS', 'WHOLE', 'NUMBER', 'TRUTH', 'MOMENT', 'PATH_NAMES', 'PERSON_LABELS', 'NESTED', 'BULKY', 'MOT_PEOPLE',
-           'TABLE_SUFFIXES', 'read_utf', 'infer_column', 'parse_csv', 'column_name', 'tidy_table', 'Rows',
+           'TABLE_SUFFIXES', 'read_utf', 'infer_column', 'parse_csv', 'column_name', 'tidy_table', 'TableRows',
            'four_numbers', 'coco_rows', 'megadetector_rows', 'record_rows', 'json_rows', 'mot_rows', 'Table',
            'load_table', 'read_table']
 
@@ -159,7 +159,7 @@ NESTED = ("detections", "predictions", "objects", "instances", "annotations", "p
 BULKY = frozenset(("segmentation", "keypoints", "mask", "features"))   # nothing that a filter could use
 
 @dataclass
-class Rows:
+class TableRows:
     "Records of a file, and sentences about what was left out of it."
     records: list[dict]
     notes: list[str] = field(default_factory=list)
@@ -179,7 +179,7 @@ def four_numbers(box:Any # list or text of four numbers
     return values
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-032
-def coco_rows(data:dict) -> Rows:
+def coco_rows(data:dict) -> TableRows:
     "COCO's annotations of persons as rows with corners."
     names = {im["id"]: im["file_name"] for im in data["images"]}
     labels = {c["id"]: str(c.get("name", c["id"])) for c in data.get("categories") or ()}
@@ -197,7 +197,7 @@ def coco_rows(data:dict) -> Rows:
             left[f"of {labels.get(a.get('category_id'), 'other categories')}"] += 1
         else:
             records.append(_coco_record(names[a["image_id"]], a))
-    return Rows(records, [f"{n} annotations {why} left out" for why, n in left.items()])
+    return TableRows(records, [f"{n} annotations {why} left out" for why, n in left.items()])
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-033
 def _person_ids(labels, used):
@@ -220,7 +220,7 @@ def _coco_record(name, annotation):
     return record | {k: facts[k] for k in ("track_id", "occluded", "truncated") if k in facts}
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-035
-def megadetector_rows(data:dict) -> Rows:
+def megadetector_rows(data:dict) -> TableRows:
     "MegaDetector's persons as rows with corners, in fractions of the picture."
     labels = data.get("detection_categories") or {"1": "animal", "2": "person", "3": "vehicle"}
     persons = {i for i, name in labels.items() if str(name).lower() in PERSON_LABELS}
@@ -236,7 +236,7 @@ def megadetector_rows(data:dict) -> Rows:
             x, y, width, height = four_numbers(found.get("bbox"))
             box = dict(x0=x, y0=y, x1=x + width, y1=y + height)
             records.append(dict(path=image["file"], score=found.get("conf"), **box))
-    return Rows(records, [f"{n} {what} left out" for what, n in left.items()])
+    return TableRows(records, [f"{n} {what} left out" for what, n in left.items()])
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-038
 def record_rows(record:dict # of one picture or of one person
@@ -268,7 +268,7 @@ def _flat(record):
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-041
 def json_rows(data:Any # what a JSON file holds
-             ) -> Rows:
+             ) -> TableRows:
     "Rows of any of the shapes above."
     if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
         return coco_rows(data)
@@ -279,13 +279,13 @@ def json_rows(data:Any # what a JSON file holds
     if isinstance(data, dict) and all(isinstance(v, list) for v in data.values()):
         data = [{"path": name, "boxes": boxes} for name, boxes in data.items()]
     if isinstance(data, list) and all(isinstance(r, dict) for r in data):
-        return Rows([row for record in data for row in record_rows(record)])
+        return TableRows([row for record in data for row in record_rows(record)])
     raise TiprError('expected {"file": [[x0, y0, x1, y1], ...]}, a list of records, COCO or MegaDetector')
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-044
 MOT_PEOPLE = (1, 2, 7)   # pedestrian, person on a vehicle, static person
 
-def mot_rows(text:str, path:str|Path="the file") -> Rows:
+def mot_rows(text:str, path:str|Path="the file") -> TableRows:
     "Rows of a MOT file; `frame` stands for the file name."
     lines = [re.split(r"[,;\s]+", line.strip().rstrip(",")) for line in text.splitlines() if line.strip()]
     try:
@@ -301,7 +301,7 @@ def mot_rows(text:str, path:str|Path="the file") -> Rows:
     people = [v for v in kept if not (truth and len(v) > 7 and v[7] > 0 and v[7] not in MOT_PEOPLE)]
     left = len(values) - len(people)
     notes = [f"{left} rows of a MOT ground truth left out (to be ignored, or no pedestrians)"] if left else []
-    return Rows([_mot_record(v, truth) for v in people], notes)
+    return TableRows([_mot_record(v, truth) for v in people], notes)
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-045
 def _mot_record(v, truth):

@@ -126,7 +126,7 @@ def trace_onnx(encoder:Any, # a module
                dynamic:Mapping[int, Any] # axes whose length may differ
               ) -> None:
     "One tower, its input to unit features (b, d), as one ONNX file."
-    need("onnxscript", "search", "exporting a tower")
+    need("onnxscript", "onnx", "exporting a tower")
     import torch
 
     class Tower(torch.nn.Module):

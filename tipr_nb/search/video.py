@@ -20,7 +20,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence, TYPE
 import numpy as np
 from PIL import Image
 from ..core import TiprError, cache_dir, locked, need, os_errors, progress
-from .boxes import Gathered, attach_metadata, attach_pattern, find_photos, gather, photos_of
+from .boxes import PhotoSources, attach_metadata, attach_pattern, find_photos, gather_sources, photos_of
 from .detectors import Found, detected_people
 from .photos import (EXCLUDED, OS_REASONS, Photo, PhotoError, Photos,
     decode_picture, first_line, os_reason)
@@ -490,7 +490,7 @@ def find_media(sources:Any, # folder, glob, film, picture or table; or a list of
     if every is None:
         return find_photos(sources, boxes, metadata, pattern, exclude, box_format)
     options = FilmOptions(parse_every(every), start, camera, detector, track, keep)
-    gathered = gather(sources, boxes, exclude, box_format)
+    gathered = gather_sources(sources, boxes, exclude, box_format)
     photos = photos_of(gathered, need_box=boxes is not None)
     add_films(photos, gathered, options)
     if metadata is not None:
@@ -503,7 +503,7 @@ def find_media(sources:Any, # folder, glob, film, picture or table; or a list of
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-062
 def add_films(photos:Photos, # changed
-              gathered:Gathered, options:FilmOptions) -> None:
+              gathered:PhotoSources, options:FilmOptions) -> None:
     "Add the moments of all films that were found."
     films = gathered.film_photos(photos.problems)
     unknown = [f for f in films if film_start(f.name)[0] is None]
