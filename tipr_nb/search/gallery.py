@@ -727,6 +727,7 @@ class Nearest:
 
     def size_of(self, row:int) -> int:
         "How many allowed rows are in this row's group."
+        assert self.groups is not None   # only a question with groups asks
         same = self.groups == self.groups[row]
         return int(same.sum() if self.allowed is None else same[self.allowed.rows].sum())
 
