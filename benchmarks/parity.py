@@ -304,7 +304,7 @@ def compare(peer: Peer, folder: Path, arch: str, image_size: tuple[int, int], ba
             total = sum(v for k, v in result.items() if "loss" in k)
             total.backward()
         seen: dict[str, dict] = {}
-        def watch(losses, norm, b): seen.update(losses={k: float(v.detach()) for k, v in losses.items()}, grads={k: p.grad.detach().clone() for k, p in own.items() if p.grad is not None})
+        def watch(losses, norm, b, seen=seen): seen.update(losses={k: float(v.detach()) for k, v in losses.items()}, grads={k: p.grad.detach().clone() for k, p in own.items() if p.grad is not None})
         if number == 0:
             with torch.no_grad(), on_a_cpu():
                 image, text = (f(x) for f, x in ((theirs.encode_image, batch.images), (theirs.encode_text, their_batch(batch)["caption_ids"])))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {"tutorials": "Tutorials", ".": "The library, in reading order", "papers": "The papers, each told end to end", "datasets": "The real datasets"}
-FIRST = ("index", "tutorials/quickstart", "tutorials/own_photos", "papers/sen", "papers/gea", "papers/ablation")  # these come first in their folder, in this order
+FIRST = ("index", "tutorials/quickstart", "tutorials/own_photos", "tutorials/real_footage", "papers/sen", "papers/gea", "papers/ablation")  # these come first in their folder, in this order
 
 
 def address(root: Path) -> str:

@@ -431,16 +431,18 @@ def tipr_generate(
     Example: tipr generate "a woman in a red coat with a black backpack" --out drawn
     """
     if learn:
-        options = dict(
+        return learn_to_generate(
+            text,
+            data,
+            root,
+            (split or ["train"])[0],
+            out or Path("runs") / "generator",
             generator=generator,
             rank=rank,
             size=parse_size(size) if size else None,
             updates=updates,
             seed=seed,
             max_seconds=max_seconds,
-        )
-        return learn_to_generate(
-            text, data, root, (split or ["train"])[0], out or Path("runs") / "generator", **options
         )
     from tipr_nb.core import free_threads
     from tipr_nb.generation import PersonGenerator
@@ -939,11 +941,8 @@ def tipr_index(
     engine = check_engine(engine, options)
     from tipr_nb.search import Gallery
 
-    more = dict(dtype=dtype, workers=workers, max_pixels=max_pixels)
-    more = {k: v for k, v in more.items() if v is not None}
-    cutting = dict(
-        boxes=boxes, box_format=box_format, detector=named_detector(detect), every=every, start=start, exclude=exclude
-    )
+    given = dict(dtype=dtype, workers=workers, max_pixels=max_pixels)
+    more: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     with contextlib.ExitStack() as stack:
         built = Gallery.build(
             photos,
@@ -951,7 +950,12 @@ def tipr_index(
             gallery,
             metadata=metadata,
             pattern=pattern,
-            **cutting,
+            boxes=boxes,
+            box_format=box_format,
+            detector=named_detector(detect),
+            every=every,
+            start=start,
+            exclude=exclude,
             engine=engine,
             engine_options=options,
             add=add,

@@ -98,9 +98,9 @@ def _save_processor(model: PersonCLIP, folder: Path, side: int):
 
     if hasattr(model.tokenizer, "bpe_ranks"):
         vocab, merges = vocab_and_merges(model.tokenizer)
-        CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model.tokenizer.context_length).save_pretrained(
-            folder
-        )
+        length = model.tokenizer.context_length
+        tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)  # type: ignore[arg-type]
+        tokenizer.save_pretrained(folder)
     size = dict(height=side, width=side)
     CLIPImageProcessor(
         size=size, do_center_crop=False, image_mean=list(model.mean), image_std=list(model.std)

@@ -265,7 +265,7 @@ class CountingFile(io.BytesIO):
 class DataReader(pickle._Unpickler):  # type: ignore[name-defined]
     "Reads a pickle as data."
 
-    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: dict[int, Any] = dict(pickle._Unpickler.dispatch)  # type: ignore[misc, attr-defined]
 
     def __init__(self, data: bytes | CountingFile):
         super().__init__(

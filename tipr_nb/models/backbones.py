@@ -168,7 +168,7 @@ def resize_timm_positions(
     how: str = "bicubic",  # see `resize_positions`
 ):
     "Resample the learned positions of a timm tower (SigLIP's) to this tower's grid."
-    trunk = getattr(visual, "trunk", None)
+    trunk: Any = getattr(visual, "trunk", None)
     key = "visual.trunk.pos_embed"
     own = getattr(trunk, "pos_embed", None)
     if own is None or key not in state or state[key].shape == own.shape:

@@ -159,8 +159,8 @@ class PersonCLIP(
         self.patch_dropout = 0.0  # fraction of patches that `forward` leaves out in training (FLIP)
 
     @classmethod
-    def from_pretrained(
-        cls,  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls,
         pretrained_model_name_or_path: str
         | Path,  # folder, shipped alias such as `synth-world`, or hub id
         *,
@@ -552,8 +552,12 @@ class PersonCLIP(
         name: str = "state dict",  # of the source, for messages, where it is no file
     ) -> Self:
         "Load an open_clip state dict; positions of a square grid are resampled to this model's."
-        from_file = not isinstance(source, dict)
-        state = read_safetensors(source) if from_file else dict(source)
+        where: str | Path = name
+        if isinstance(source, dict):
+            state = dict(source)
+        else:
+            state = read_safetensors(source)
+            where = source
         for key in ("visual.positional_embedding", "visual.attnpool.positional_embedding"):
             if key not in state or len(state[key]) == 1 + self.grid[0] * self.grid[1]:
                 continue
@@ -564,7 +568,7 @@ class PersonCLIP(
             state = convert_to_custom_text_state_dict(state)
         if "logit_scale" in state:
             state["logit_scale"] = state["logit_scale"].reshape(self.clip.logit_scale.shape)
-        load_strict(self.clip, state, source if from_file else name, self.arch)
+        load_strict(self.clip, state, where, self.arch)
         return self
 
     def _renormalise(self, images: Tensor) -> Tensor:

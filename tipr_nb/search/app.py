@@ -566,7 +566,7 @@ def own_names(host:str, names:Sequence[str]=() # further names of the page
         out.append(host)
         here = socket.gethostname()
         found = {here, socket.getfqdn()}
-        try: found |= {a[4][0] for a in socket.getaddrinfo(here, None)}
+        try: found |= {str(a[4][0]) for a in socket.getaddrinfo(here, None)}
         except OSError: pass
         out += [f"[{n}]" if ":" in str(n) else str(n) for n in found]
     return list(dict.fromkeys(out))

@@ -13,7 +13,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 from PIL import Image
@@ -246,14 +246,16 @@ def detected_people(detector:Callable, # picture -> boxes
     "What a detector finds, in whole pixels and a fixed order; its failure is a `PhotoError`."
     try:
         boxes = [[float(v) for v in list(b)[:5]] for b in detector(picture)]
-        found = [Found(tuple(round(v) for v in b[:4]), b[4] if len(b) > 4 else None) for b in boxes]
-        if any(len(f.box) != 4 for f in found):
+        if any(len(b) < 4 for b in boxes):
             raise ValueError("a box is four numbers")
+        corners = [(round(b[0]), round(b[1]), round(b[2]), round(b[3])) for b in boxes]
+        found = [Found(box, b[4] if len(b) > 4 else None) for box, b in zip(corners, boxes)]
     except Exception as e:   # anybody's code
         raise PhotoError(f"the detector failed on it ({type(e).__name__}: {first_line(e)})") from None
-    if not hasattr(detector, "min_height"):
+    limits:Any = detector   # ours carry them, a function of the user's may not
+    if not hasattr(limits, "min_height"):
         return found
-    return kept_people(found, detector.score, detector.min_height)
+    return kept_people(found, limits.score, limits.min_height)
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-035
 def _cut_all(opened, picture, full, size, detector):
@@ -306,7 +308,7 @@ def open_ahead(photos:Iterable[Photo],
                workers:int=2, # threads
                ahead:int=64, # photos held at most
                **kwargs # for `open_photo`
-              ) -> Iterator[Opened]:
+              ) -> Generator[Opened, None, None]:
     "`open_photo` for each photo, in order, decoded by threads ahead of their use."
     Image.init()   # load the decoders before the threads race for them
     pictures = ThreadPoolExecutor(workers)

@@ -6,14 +6,14 @@
 __all__ = ['TEXT_TESTS', 'OPPOSITES', 'COMPARISONS', 'MIRRORED', 'EXAMPLE', 'MAX_FILTER', 'MAX_DEPTH', 'PLAIN_TYPES',
            'KIND_EXAMPLES', 'OPERATORS', 'Test', 'Every', 'Some', 'opposite', 'ValueReader', 'ComparisonReader',
            'FilterReader', 'nesting', 'parse_filter', 'column_kind', 'plain_array', 'bit_array', 'Column',
-           'typed_value', 'microseconds', 'word_test', 'test_mask', 'checked_tree', 'Selection']
+           'typed_value', 'microseconds', 'word_test', 'test_mask', 'checked_tree', 'Columns', 'Selection']
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-003
 import ast, difflib, math, operator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
-from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, TYPE_CHECKING
+from typing import Any, Callable, Collection, Iterator, Mapping, NoReturn, Protocol, TYPE_CHECKING
 
 import numpy as np
 from ..core import TiprError, need
@@ -73,8 +73,9 @@ class ValueReader:
         if isinstance(node, ast.Constant) and isinstance(node.value, (type(None), str, int, float, bool)):
             return node.value
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-            if type(node.operand.value) in (int, float):
-                return -node.operand.value
+            number = node.operand.value
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                return -number
         if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
             return tuple(self.value(e) for e in node.elts)
         self.fail(node, "expected a plain value here")
@@ -92,7 +93,7 @@ class ComparisonReader(ValueReader):
                 self.fail(left, "compare a column with a value (and join comparisons with `and` or `or`)")
             if isinstance(left, ast.Name):
                 parts.append(self.test(left, name, self.value(right)))
-            elif name in MIRRORED:
+            elif isinstance(right, ast.Name) and name in MIRRORED:
                 parts.append(self.test(right, MIRRORED[name], self.value(left)))
             else:
                 self.fail(node, f"the column must stand left of `{name}`")
@@ -116,10 +117,9 @@ class ComparisonReader(ValueReader):
     def method(self, node:ast.Call) -> Test:
         "column.startswith('a')"
         call = node.func
-        known = isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) and call.attr in TEXT_TESTS
-        if known and len(node.args) == 1 and not node.keywords:
-            value = self.value(node.args[0])
-            if isinstance(value, str):
+        one_value = len(node.args) == 1 and not node.keywords
+        if one_value and isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name):
+            if call.attr in TEXT_TESTS and isinstance(value := self.value(node.args[0]), str):
                 return Test(call.value.id, call.attr, value)
         self.fail(node, f"the only calls are column.{', column.'.join(TEXT_TESTS)} with one text")
 
@@ -324,11 +324,15 @@ def checked_tree(node:Test|Every|Some,
     return Test(node.column, node.op, typed_value(node.column, kind, node.value))
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-043
+class Columns(Collection[str], Protocol):
+    "A table by column: its names, and a column when asked for."
+    def __getitem__(self, name:str, /) -> Column: ...
+
 class Selection:
     "The rows of a table that a filter allows, as a mask, as row numbers, and as a tree for other engines."
     def __init__(self,
                  where:str, # the filter
-                 columns:Mapping[str, Column] # the table, column by column
+                 columns:Columns # the table, column by column
                 ):
         self.where, self.columns = where, columns
         self.tree = checked_tree(parse_filter(where), lambda name: columns[name].kind, columns, where)

@@ -738,7 +738,7 @@ class Indexer:
     def engines(self, files:Path, manifest:dict) -> dict: # the manifest's `engines` and `engine`
         "Build the engines that were asked for, or those that the gallery had."
         asked = self.settings.engines
-        old = self.old.manifest if self.old else dict(engines={}, engine="exact")
+        old:Mapping[str, Any] = self.old.manifest if self.old else dict(engines={}, engine="exact")
         wanted = dict(old["engines"] if asked is None else asked)
         default = old["engine"] if asked is None else next(iter(wanted), "exact")
         built = {name: build_engine(name, options, files, manifest) for name, options in wanted.items()}

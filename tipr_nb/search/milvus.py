@@ -187,10 +187,11 @@ def index_kind(name:str, # of the table above
     kind = MILVUS_INDICES[str(name).lower()]
     for what, given in (("index parameter", build or {}), ("search parameter", search or {})):
         for key, value in given.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not re.fullmatch(r"\w{1,40}", str(key)) or not isinstance(value, (bool, int, float, str)):
                 raise TiprError(f"{what} {str(key)[:40]!r}: a name and a number, such as nlist=1024")
-            if is_number and not NUMBER_LIMITS[0] <= value <= NUMBER_LIMITS[1]:
+            if isinstance(value, (bool, str)):
+                continue
+            if not NUMBER_LIMITS[0] <= value <= NUMBER_LIMITS[1]:
                 raise TiprError(f"{what} {key}: a number from {NUMBER_LIMITS[0]} to {NUMBER_LIMITS[1]}")
     return IndexKind(kind.milvus, kind.build | dict(build or {}), kind.search | dict(search or {}))
 

@@ -398,7 +398,8 @@ def sweep(folder:Path):
     manifest = {}
     with contextlib.suppress(TiprError): manifest = read_manifest(folder)
     if not manifest and (folder/"gallery.json").exists(): return _sweep_hidden(folder)   # damaged: keep what may be needed
-    kept = {manifest.get("generation"), tower_folder(folder, manifest).name if manifest.get("text_tower") else None}
+    tower = tower_folder(folder, manifest)
+    kept = {manifest.get("generation"), tower.name if tower else None}
     for path in folder.iterdir():
         ours = _GENERATION.fullmatch(path.name) or re.fullmatch(r"text(-\w+)?", path.name)
         if ours and path.is_dir() and path.name not in kept: remove(path)

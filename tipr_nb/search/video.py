@@ -103,9 +103,9 @@ class FilmReader:
 # %% ../../nbs/08_search/05_video.ipynb #cell-010
 def _reason(e:BaseException) -> str:
     "FFmpeg's words without the path."
-    words = getattr(e, "strerror", None)
-    known = isinstance(e, OSError) and e.errno in OS_REASONS
-    return os_reason(e) if known else str(words or first_line(e))
+    if isinstance(e, OSError) and e.errno in OS_REASONS:
+        return os_reason(e)
+    return str(getattr(e, "strerror", None) or first_line(e))
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-012
 def write_film(path:str|Path, # .mp4, .avi, ...
@@ -206,7 +206,8 @@ def film_start(name:str) -> tuple[datetime|None, str]: # when it starts, camera
     folder = os.path.basename(os.path.dirname(name))
     for match in START.finditer(stem):
         try:
-            start = datetime(*(int(v or 0) for v in match.groups()))
+            year, month, day, hour, minute, second = (int(v or 0) for v in match.groups())
+            start = datetime(year, month, day, hour, minute, second)
         except ValueError:
             continue
         camera = (stem[:match.start()] + stem[match.end():]).strip(" _-.")

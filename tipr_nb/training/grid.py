@@ -69,7 +69,7 @@ class Job:
     def setup(self) -> str:
         "Six hex digits of what decides the numbers beside recipe and data: pretrained weights, time limit, evaluation."
         kept = {k: self.settings.get(k) for k in ("max_seconds", "splits", "by", "evaluate", "hook")}
-        kept["hook"] = _FORMER_HOOKS.get(kept["hook"], kept["hook"])
+        kept["hook"] = _FORMER_HOOKS.get(str(kept["hook"]), kept["hook"])
         kept["weights"] = weights_hash(self.recipe)
         if "hook_args" in self.settings: kept["hook_args"] = self.settings["hook_args"]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
@@ -321,8 +321,10 @@ def run_grid(spec:str|Path|dict, # the grid: TOML or JSON file, or a dict
             ) -> pd.DataFrame: # this grid's rows of the table
     "Run what is missing of rows x seeds. After a kill, or from a second process, the same call goes on with what is left."
     jobs = read_grid(spec)
-    if out_csv is None and isinstance(spec, dict): raise TiprError("a grid given as a dict needs out_csv; name the table to write")
-    out = Path(spec).with_suffix(".csv") if out_csv is None else Path(out_csv)
+    if out_csv is None:
+        if isinstance(spec, dict): raise TiprError("a grid given as a dict needs out_csv; name the table to write")
+        out_csv = Path(spec).with_suffix(".csv")
+    out = Path(out_csv)
     folder = out.with_name(f"{out.stem}-runs") if runs is None else Path(runs)
     runner = GridRunner(out, folder, dataset, device)
     keys = [runner.key(job) for job in jobs]

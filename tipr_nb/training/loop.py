@@ -97,8 +97,9 @@ class NaNGuard(Callback):
         if found is None: return
         step, names = found
         if names == ["gradient"]:
-            known = batch is not None and step == trainer.step
-            whose = nonfinite_objectives(trainer.train_step.retriever, batch) if known else []
+            whose:list[str] = []
+            if batch is not None and step == trainer.step:
+                whose = nonfinite_objectives(trainer.train_step.retriever, batch)
             names = [f"the gradient of {' and '.join(whose) or 'the sum'}"]
         kept = trainer.checkpoints.newest()
         before = f"; {kept.name} is from before" if kept else ""
@@ -183,7 +184,7 @@ class HistoryLog(Callback):
         self.summed = state["summed"]
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-021
-METRICS = ("r1", "r5", "r10", "mAP", "mINP")
+METRICS:tuple[str, ...] = ("r1", "r5", "r10", "mAP", "mINP")
 
 def validate(encoder:PersonCLIP, split:Split, ids:int|None=None # the first so many identities; None for all
             ) -> dict[str, float]:

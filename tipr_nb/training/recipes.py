@@ -153,7 +153,7 @@ class Recipe:
     drop_last:bool = setting(True) # leave out the odd batch at the end of an epoch
     trim_captions:bool = setting(True) # cut padding where a tower allows it; False: every caption at full length
     lookalikes:bool = setting(False) # identity sampler: identities of one look-alike family share a batch
-    caption_transform:str|tuple|None = setting(None) # name, (name, arguments), or a list of such: "prune"
+    caption_transform:str|tuple|list|None = setting(None) # name, (name, arguments), or a list of such: "prune"
     augment:dict = setting(dict) # arguments of `data.TrainTransform`
     swap_sides:bool = setting(True) # say "right" for "left" where the image is mirrored
     extra_fields:tuple[str, ...] = setting(()) # what a batch carries besides: "other", or names of `train`'s `extra`

@@ -62,11 +62,11 @@ class Retriever(nn.Module):
 def build_encoder(r:Recipe) -> PersonCLIP:
     "The recipe's encoder: saved weights of the same architecture, an open_clip tag, or random weights."
     name = r.pretrained
-    sizes = dict(image_size=r.image_size, positions=r.positions)
-    if name is None or name.endswith(".safetensors"): return PersonCLIP.from_open_clip(r.arch, name, **sizes)
+    size, positions = r.image_size, r.positions
+    if name is None or name.endswith(".safetensors"): return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
     saved = "/" in name or name == "synth-world" or name in shipped_weights() or Path(name).is_dir()
-    if saved: return PersonCLIP.from_pretrained(name, arch=r.arch, **sizes)
-    return PersonCLIP.from_open_clip(r.arch, name, **sizes)
+    if saved: return PersonCLIP.from_pretrained(name, arch=r.arch, image_size=size, positions=positions)
+    return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-012
 def check_encoder(encoder:PersonCLIP, r:Recipe):
