@@ -31,7 +31,7 @@ def notebook_findings() -> list[str]:
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         name = path.relative_to(ROOT)
         if any(p.startswith((".", "_")) for p in name.parts): continue
-        code = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        code = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
         source = lambda c: "".join(c["source"])
         shown = [c for c in code if source(c).strip() and not re.search(r"#\|\s*(exporti?|hide|default_exp|eval:\s*false)", source(c))]
         if shown and not any(c.get("outputs") for c in shown): found.append(f"{name}: no cell carries an output; run `make nbs`")

@@ -72,8 +72,8 @@ if __name__ == "__main__":
     (new, pictures), path = readme(), ROOT / "README.md"
     files = {ROOT / "nbs" / name: data for name, data in pictures.items()}
     if parser.parse_args().check:
-        if not path.exists() or path.read_text() != new or any(not f.exists() or f.read_bytes() != data for f, data in files.items()):
+        if not path.exists() or path.read_text(encoding="utf-8") != new or any(not f.exists() or f.read_bytes() != data for f, data in files.items()):
             sys.exit("README.md is out of step with nbs/index.ipynb; run `make readme`")
     else:
-        path.write_text(new)
+        path.write_text(new, encoding="utf-8")
         for f, data in files.items(): f.write_bytes(data)

@@ -53,6 +53,7 @@ def test_notebook_is_fit_to_be_read(path):
     first = next(("".join(c["source"]) for c in found if c["cell_type"] == "markdown"), "")
     assert first.startswith("# "), "begins with a title"
     for c in found:
+        assert not c["metadata"], "cell metadata that `nbdev_clean` takes away; run it"
         for out in c.get("outputs", []):
             text = json.dumps([out.get("text"), {k: v for k, v in out.get("data", {}).items() if not k.startswith("image/")}])
             assert not (m := re.search(r"(?<![\w…])/(tmp|root|home|work|Users)/[\w.-]+/?", text)), f"a path of one machine in an output: {m[0]}"
