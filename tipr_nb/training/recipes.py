@@ -275,7 +275,7 @@ RECIPES = {r.name: r for r in [
     Recipe("clip", [("ITC", dict(temperature=.02))], groups=[_BIASES], **_SOLVER, **_RELEASED),
     Recipe("irra", [*_SDM_ID, ("IRR", dict(attend_padding=True))], caption_transform=("mask", dict(flavour="irra")),
            trim_captions=False, groups=_IRRA_GROUPS, **_SOLVER, **_RELEASED),
-    Recipe("rde", ["CCD"], caption_transform=("mask", dict(flavour="rde")),
+    Recipe("rde", [("CCD", dict(attend_padding=True))], caption_transform=("mask", dict(flavour="rde")),
            trim_captions=False, groups=_RDE_GROUPS, **_SOLVER, **_RELEASED),
     Recipe("sdm-id", _SDM_ID, **_SEN_SOLVER),
     Recipe("tal", ["TAL"], groups=[_BIASES], schedule="epochs", **_SOLVER),
