@@ -14,7 +14,7 @@ from typing import Any
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-004
 from ..core import TiprError, known_name, read_json, write_json
-from ..data import TrainTransform, caption_specs
+from ..data import SAMPLERS, TrainTransform, caption_specs
 from ..methods import find_objective
 from ..models import POSITION_FILTERS
 
@@ -147,9 +147,9 @@ class Recipe:
     patch_dropout:float = setting(0., at_least=0, below=1) # fraction of patches left out of the main pass in training
     # batches
     batch_size:int = setting(64, at_least=2) # pairs in a forward pass, over all processes together
-    sampler:str = setting("random", choices=("random", "identity")) # "identity": several pairs of an identity in a batch
-    per_id:int|tuple[int, int] = setting(2, at_least=1) # identity sampler: pairs per visit; (1, 2): one or two, drawn
-    same_photo:bool = setting(False) # identity sampler: the pairs of a visit may show one photo
+    sampler:str = setting("random", choices=SAMPLERS) # "identity": several pairs of an identity in a batch; "rounds": as SEN
+    per_id:int|tuple[int, int] = setting(2, at_least=1) # unless random: pairs of an identity per visit; (1, 2): one or two, drawn
+    same_photo:bool = setting(False) # unless random: the pairs of a visit may show one photo
     drop_last:bool = setting(True) # leave out the odd batch at the end of an epoch
     trim_captions:bool = setting(True) # cut padding where a tower allows it; False: every caption at full length
     lookalikes:bool = setting(False) # identity sampler: identities of one look-alike family share a batch
@@ -280,7 +280,7 @@ RECIPES = {r.name: r for r in [
     Recipe("sdm-id", _SDM_ID, **_SEN_SOLVER),
     Recipe("tal", ["TAL"], groups=[_BIASES], schedule="epochs", **_SOLVER),
     Recipe("sen", _SEN_RELEASED, caption_transform=["prune", ("mask", dict(flavour="sen"))],
-           per_id=(1, 2), same_photo=True, trim_captions=False, **_SEN_SOLVER, **_RELEASED),
+           per_id=(1, 2), same_photo=True, trim_captions=False, **_SEN_SOLVER | _RELEASED | dict(sampler="rounds")),
     Recipe("sen-plus", _SEN, caption_transform="prune", **_SEN_SOLVER),
     Recipe("gea", _gea(), caption_transform=("mask", dict(flavour="rde")), extra_fields=_PICTURES,
            groups=[_BIASES, ("objectives", dict(lr_scale=5.))], schedule="epochs", **_SOLVER),
