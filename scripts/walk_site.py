@@ -211,13 +211,14 @@ def walk(folder: Path, only: list[str] | None = None, mathjax: Path | None = Non
             lines += wrong_functions(page)
             counts = {}
             for dark in (False, True):
-                page.set_viewport_size(PHONE)
                 set_theme(page, dark)
                 theme = "dark" if dark else "light"
                 if shots:
                     photograph(page, shots, name, theme)
-                page.set_viewport_size(DESK)
-                broken = violations(page, axe)
+                broken = []
+                for size in (PHONE, DESK):
+                    page.set_viewport_size(size)
+                    broken += [v for v in violations(page, axe) if v not in broken]
                 counts[theme] = len(broken)
                 lines += [f"{theme} {v}" for v in broken]
             report[name] = {"width": width, "weight": weights[name], **counts, "findings": lines}
