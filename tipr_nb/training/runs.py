@@ -34,7 +34,7 @@ def git_commit() -> str|None:
     def git(*args): return subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, timeout=10)
 
     try:
-        if git("ls-files", "--error-unmatch", "core.py").returncode: return None
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode: return None
         commit = git("rev-parse", "HEAD").stdout.strip()[:12]
         changed = git("status", "--porcelain", "-uno").stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
