@@ -92,13 +92,13 @@ def show(rows: list[dict], title: str = ""):
     print(pd.DataFrame(rows).fillna("").to_string(index=False, float_format=lambda x: f"{x:.3g}"))
 
 
-def write_result(name: str, rows: list[dict], key: str | None = None, **more) -> Path:
-    "Write `results/<name>.json`: the rows, the machine, the command. With `key`, rows of an earlier run that are not measured again stay."
+def write_result(name: str, rows: list[dict], key: str | None = None, module: str | None = None, **more) -> Path:
+    "Write `results/<name>.json`: the rows, the machine, the command (of `module` where it is called otherwise). With `key`, rows of an earlier run that are not measured again stay."
     path = RESULTS / f"{name}.json"
     if key and path.is_file():
         new = {r[key] for r in rows}
         rows = [r for r in read_json(path)["rows"] if r[key] not in new] + rows
-    write_json(path, dict(benchmark=name, command=" ".join(["python -m benchmarks." + name, *_shown(sys.argv[1:])]), machine=machine(), **more, rows=rows))
+    write_json(path, dict(benchmark=name, command=" ".join([f"python -m benchmarks.{module or name}", *_shown(sys.argv[1:])]), machine=machine(), **more, rows=rows))
     return path
 
 

@@ -349,7 +349,7 @@ def main():
         batches = epoch_batches(peer, folder, RECIPES[peer.recipe].replace(image_size=(32, 16), arch="tipr-nano", pretrained=None), many)
     show([dict(batches_of=k, **v) for k, v in batches.items()], "batches of an epoch, 600 rendered identities")
     print("patched: " + "; ".join(PATCHES))
-    write_result(f"parity-{peer.name}", rows, project=peer.model, revision=REVISIONS[peer.model], arch=args.arch, image_size=list(args.image_size), batch=args.batch, patched=PATCHES, batches=batches)
+    write_result(f"parity-{peer.name}", rows, module="parity", project=peer.model, revision=REVISIONS[peer.model], arch=args.arch, image_size=list(args.image_size), batch=args.batch, patched=PATCHES, batches=batches)
 
 
 if __name__ == "__main__":

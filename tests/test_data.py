@@ -13,7 +13,7 @@ import layouts
 from tipr_nb.data import readers
 from tipr_nb.data import crops
 from tipr_nb.core import TiprError, ensure_torchvision
-from tipr_nb.data import (Batch, CAPTION_TRANSFORMS, DatasetError, EvalTransform, IdentitySampler, ImageCache, ImageFiles, RandomSampler,
+from tipr_nb.data import (Batch, CAPTION_TRANSFORMS, DatasetError, EvalTransform, IdentitySampler, ImageCache, ImageFiles, RandomSampler, RoundsSampler,
     Split, TrainTransform, check_dataset, has_side, image_batches, load_dataset, make_loader, normalise, read_image,
     stack_images, swap_sides, uniforms)
 
@@ -1154,3 +1154,47 @@ def test_synth_pedes_brings_its_columns(tmp_path):
     assert check_dataset("synth-pedes", root, lengths=None).usable
     (root / "attributes.json").write_text("{")
     with pytest.raises(TiprError, match="attributes.json"): load_dataset("synth-pedes", root)
+
+
+def crowd_of(n=4000, seed=0):
+    "Identities and photos of the captions of a set like CUHK-PEDES: about three photos of a person and two captions a photo."
+    photos = np.random.default_rng(seed).integers(1, 6, n)
+    return np.repeat(np.arange(n), 2*photos), np.repeat(np.arange(photos.sum()), 2)
+
+
+@pytest.mark.parametrize("k", [2, 4, (1, 2)])
+def test_rounds_hold_different_identities_and_whole_visits(k):
+    ids, image = crowd_of(300)
+    high = k if isinstance(k, int) else k[1]
+    s = RoundsSampler(ids, 32, k=k, seed=3)
+    for epoch in range(3):
+        s.set_epoch(epoch)
+        assert len(s.sequence) == s.n and len(list(s)) == len(s) == s.n//32
+        visits = np.split(s.sequence, np.flatnonzero(np.diff(ids[s.sequence])) + 1)[:-1]     # the end may cut a visit
+        sizes = {len(v) for v in visits}
+        if isinstance(k, int): assert all(size % k == 0 for size in sizes)
+        people = [ids[v[0]] for v in visits]
+        if high == k: assert all(len(set(people[a:a + 32//high])) >= 32//high - 1 for a in range(0, len(people) - 64, 32//high))
+    again = RoundsSampler(ids, 32, k=k, seed=3)
+    again.set_epoch(2)
+    assert np.array_equal(again.sequence, s.sequence)
+    parts = [RoundsSampler(ids, 16, k=k, seed=3, rank=r, world_size=2) for r in range(2)]
+    for part in parts: part.set_epoch(2)
+    assert all(np.array_equal(np.concatenate([a, b]), c) for a, b, c in zip(*parts, s))
+
+
+def test_rounds_prefer_other_photos_where_asked_and_fill_up_small_identities():
+    ids, image = crowd_of(300)
+    twice = lambda s: np.mean([len(b) - len(np.unique(image[b])) for b in s])
+    assert twice(RoundsSampler(ids, 32, k=2, images=image)) < twice(RoundsSampler(ids, 32, k=2))
+    lonely = np.arange(40)                                   # one caption each
+    assert np.array_equal(np.unique(RoundsSampler(lonely, 8, k=2).sequence, return_counts=True)[1].max(), 2)
+
+
+def test_rounds_refuse_what_they_cannot_do():
+    ids, image = crowd_of(20)
+    with pytest.raises(DatasetError, match="32 identities a round and the split has 20"): RoundsSampler(ids, 64, k=2)
+    with pytest.raises(DatasetError, match="an epoch of rounds has only"): RoundsSampler(np.repeat(np.arange(4), 3), 9, k=(1, 2))
+    one = Split("train", [Path("x")]*20, np.arange(20), ["red"]*20, np.arange(20), np.arange(20))
+    for settings, message in [(dict(sampler="rounds", groups=np.zeros(20)), "look-alike"), (dict(sampler="round"), "random, identity, rounds")]:
+        with pytest.raises(DatasetError, match=message): make_loader(one, tokenize, **settings)

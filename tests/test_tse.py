@@ -89,3 +89,40 @@ def test_trains_and_evaluates(tmp_path):
     assert run.history["loss/TSE"].dropna().gt(0).all()
     model = with_selection(PersonCLIP.from_pretrained(tmp_path/"run"/"best"))
     assert evaluate(model, data.val, n_boot=0).n_queries == len(data.val)
+
+
+def released_text_feature(branch, states, attention, mask, k):
+    "RDE's text branch, step by step: padding fills up the chosen tokens and enters the normalisation."
+    words = mask.sum(1) - 2
+    rank = attention.clone()
+    rank[:, 0] = -1
+    rank[torch.arange(len(mask)), mask.sum(1) - 1] = -1
+    rank = rank*mask
+    at = rank.topk(k, dim=1).indices
+    picked = states.gather(1, at[..., None].expand(-1, -1, states.shape[2]))
+    x = picked/(picked.norm(dim=-1, keepdim=True) + 1e-8)
+    flat = x.reshape(-1, x.shape[-1])
+    out = branch.out(torch.relu(branch.norm(branch.hidden(flat)))).reshape(*at.shape, -1) + branch.linear(x)
+    return torch.stack([row[:min(k, int(n))].amax(0) for row, n in zip(out, words)])
+
+
+def test_padding_enters_the_normalisation_where_asked(nano):
+    selection = attach_selection(nano, fraction=.3).train()
+    torch.manual_seed(1)
+    mask = torch.arange(77) < torch.tensor([[9], [31], [77], [5]])
+    states = torch.randn(4, 77, nano.dim)
+    attention = torch.rand(4, 77)*mask
+    got = selection.text_feature(states, attention, mask, 77, attend_padding=True)
+    want = released_text_feature(selection.text, states, attention, mask, 22)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert not torch.allclose(selection.text_feature(states, attention, mask, 77), want, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [8, 70])     # 70: captions of like length run together unless padding is asked for
+def test_full_captions_keep_the_states_of_their_padding(nano, n):
+    tokens = nano.tokenize(sentences(n))
+    full = torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
+    _, states, mask = nano.text_features(full)
+    _, alone, _ = nano.text_features(full[:4])
+    assert torch.allclose(states[:4], alone, atol=1e-4) and not mask[:, -1].any()
+    assert states[~mask].norm(dim=-1).min() > .1 and states[0, -1].ne(states[0, -2]).any()

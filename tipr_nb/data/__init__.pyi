@@ -34,6 +34,8 @@ from .loaders import IGNORED as IGNORED
 from .loaders import IdentitySampler as IdentitySampler
 from .loaders import PairLoader as PairLoader
 from .loaders import RandomSampler as RandomSampler
+from .loaders import RoundsSampler as RoundsSampler
+from .loaders import SAMPLERS as SAMPLERS
 from .loaders import build_caption_transform as build_caption_transform
 from .loaders import caption_specs as caption_specs
 from .loaders import dataset_from_arrays as dataset_from_arrays

@@ -6,6 +6,7 @@
 __all__ = ['inject_noise', 'clean_pairs', 'consensus', 'CCD']
 
 # %% ../../nbs/05_methods/11_ccd.ipynb #cell-002
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ def inject_noise(data:PersonDataset|Split, # of a dataset, the training split al
                  fraction:float, # of the captions exchanged, from 0 to 1
                  seed:int=0
                 ) -> PersonDataset|Split:
-    "The data with a share of its captions exchanged among each other; column `paired` says which are still right."
+    "The data with a share of its training captions exchanged; column `paired` says which are still right."
     if not 0 <= fraction <= 1: raise TiprError(f"noise={fraction}: give a share of the captions, from 0 to 1")
     if isinstance(data, PersonDataset):
         note = f"{fraction:.0%} of the training captions are exchanged, seed {seed}"
@@ -41,7 +42,8 @@ def _exchanged(data:Split, fraction:float, seed:int) -> Split:
     source[chosen] = rng.permutation(chosen)
     columns = {name: values[source] for name, values in data.caption_columns.items()}
     paired = source == np.arange(len(data))
-    return replace(data, captions=[data.captions[i] for i in source], caption_columns=columns | {"paired": paired})
+    captions = [data.captions[i] for i in source]
+    return replace(data, captions=captions, caption_columns=columns | {"paired": paired})
 
 # %% ../../nbs/05_methods/11_ccd.ipynb #cell-012
 def clean_pairs(losses:np.ndarray, # (n,) of each pair
@@ -53,8 +55,8 @@ def clean_pairs(losses:np.ndarray, # (n,) of each pair
     low, high = losses.min(), losses.max()
     if high <= low: return np.ones(len(losses), bool)
     x = ((losses - low)/(high - low))[:, None]
-    settings:dict[str, Any] = dict(max_iter=100, tol=1e-4, reg_covar=1e-6) if fine else dict(max_iter=10, tol=1e-2, reg_covar=5e-4)
-    import warnings
+    settings:dict[str, Any] = dict(max_iter=10, tol=1e-2, reg_covar=5e-4)
+    if fine: settings = dict(max_iter=100, tol=1e-4, reg_covar=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # ten steps are meant to stop early
         mixture = GaussianMixture(2, random_state=seed, **settings).fit(x)
@@ -87,15 +89,18 @@ class CCD(Objective):
                  fine:bool=False, # the finer mixture, for much noise
                  warmup:int=1, # epochs in which every pair counts, at least 1
                  fraction:float=.3, width:int|None=None, # of TSE
-                 temperature:float=.015, margin:float=.1, reduction:str="sum" # of TAL
+                 temperature:float=.015, margin:float=.1, reduction:str="sum", # of TAL
+                 attend_padding:bool=False # of TSE: padding enters its normalisation, as released
                 ):
         super().__init__(encoder, n_ids)
-        if warmup < 1: raise TiprError(f"CCD: warmup={warmup}: the first division needs the losses of one epoch; give 1 or more")
+        if warmup < 1:
+            raise TiprError(f"CCD: warmup={warmup}: the first division needs the losses of one epoch; give 1 or more")
         self.tal = dict(temperature=temperature, margin=margin)
         self.reduction = reduction
         self.fine = fine
         self.warmup = warmup
-        self.second = TSE(encoder, n_ids, fraction, width, temperature, margin, reduction) if tse else None
+        self.second = None
+        if tse: self.second = TSE(encoder, n_ids, fraction, width, temperature, margin, reduction, attend_padding)
         self.needs_tokens = tse
         self.register_buffer("record", torch.full((2, 0), torch.nan))
         self.register_buffer("labels", torch.ones(0))
@@ -104,21 +109,27 @@ class CCD(Objective):
     def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
         "Scalar loss; `logs` holds the share of the batch that is learned from."
         index = getattr(batch, "caption_index", None)
-        if index is None: raise TiprError("CCD: the batch does not say which pairs it holds (caption_index); use make_loader")
+        if index is None:
+            raise TiprError("CCD: the batch does not say which pairs it holds (caption_index); use make_loader")
         index = all_rows(index.to(features.ids.device), len(features.ids))
-        first = tal_loss(features.image, features.text, features.ids, reduction="none", **self.tal) # type: ignore[arg-type]
+        first = self.pair_losses(features.image, features.text, features.ids)
         second = self.second_losses(features, encoder)
         self.remember(index, first, second)
         label = self.labels[index]
         self.logs["kept"] = label.mean()
-        total = (label*(first if second is None else first + second)).sum()
+        both = first if second is None else first + second
+        total = (label*both).sum()
         return total if self.reduction == "sum" else total/label.sum().clamp(min=1)
 
     def second_losses(self, features:Features, encoder:PersonCLIP) -> Tensor|None: # (b,)
         "Each pair's loss in the second branch."
         if self.second is None: return None
         image, text = self.second.branches(features, encoder)
-        return tal_loss(image, text, features.ids, reduction="none", **self.tal) # type: ignore[arg-type]
+        return self.pair_losses(image, text, features.ids)
+
+    def pair_losses(self, image:Tensor, text:Tensor, ids:Tensor) -> Tensor: # (b, d), (b, d), (b,) -> (b,)
+        "TAL of each pair."
+        return tal_loss(image, text, ids, reduction="none", **self.tal) # type: ignore[arg-type]
 
     @torch.no_grad()
     def remember(self, index:Tensor, first:Tensor, second:Tensor|None):

@@ -24,10 +24,13 @@ from open_clip.transformer import VisionTransformer
 class LastAttention:
     "Records what goes into the last self-attention of both towers, and gives the attention of CLS and EOT."
     def __init__(self, encoder:PersonCLIP):
+        visual = encoder.clip.visual
         text = getattr(encoder.clip, "text", encoder.clip)
-        if not isinstance(encoder.clip.visual, VisionTransformer) or not encoder.has_tokens or not hasattr(text, "transformer") or not hasattr(text.transformer, "resblocks"):
-            raise TiprError(f"TSE: {encoder.arch} has no attention between tokens to select by; use a plain ViT such as ViT-B-16")
-        self.attention = dict(image=encoder.clip.visual.transformer.resblocks[-1].attn, text=text.transformer.resblocks[-1].attn)
+        words = getattr(getattr(text, "transformer", None), "resblocks", None)
+        if not isinstance(visual, VisionTransformer) or not encoder.has_tokens or words is None:
+            raise TiprError(f"TSE: {encoder.arch} has no attention between tokens to select by; "
+                            "use a plain ViT such as ViT-B-16")
+        self.attention = dict(image=visual.transformer.resblocks[-1].attn, text=words[-1].attn)
         self.pieces:dict[str, list[Tensor]] = dict(image=[], text=[])
         self.recording = False
         for name, module in self.attention.items():
@@ -80,7 +83,9 @@ class LastAttention:
         q = nn.functional.linear(x[rows, at], q_weight, q_bias).float().unflatten(-1, (module.num_heads, -1))
         k = nn.functional.linear(x, k_weight, k_bias).float().unflatten(-1, (module.num_heads, -1))
         scores = torch.einsum("bhc,blhc->bhl", q, k)*q.shape[-1]**-.5
-        if lengths is not None: scores = scores.masked_fill(torch.arange(x.shape[1], device=x.device) >= lengths[:, None, None], -torch.inf)
+        if lengths is not None:
+            place = torch.arange(x.shape[1], device=x.device)
+            scores = scores.masked_fill(place >= lengths[:, None, None], -torch.inf)
         return scores.softmax(-1).mean(1)
 
 # %% ../../nbs/05_methods/10_tse.ipynb #cell-011
@@ -98,20 +103,27 @@ class TokenBranch(nn.Module):
     def forward(self, tokens:Tensor, # (b, n, dim)
                 attention:Tensor, # (b, n) of CLS or EOT
                 allowed:Tensor, # (b, n) True at tokens that may be chosen
-                k:int # tokens to choose, at most
+                k:int, # tokens to choose, at most
+                filler:Tensor|None=None # (b, n) True at tokens that fill up the k, for the normalisation alone
                ) -> Tensor: # (b, width)
         "The feature, not normalised."
-        k = min(k, tokens.shape[1])
-        found = attention.masked_fill(~allowed, -1.).topk(k, dim=1).indices
+        rank = attention.masked_fill(~allowed, -1.)
+        if filler is not None: rank = rank.masked_fill(filler, 0.)
+        found = rank.topk(min(k, tokens.shape[1]), dim=1).indices
         chosen = allowed.gather(1, found)
         chosen[:, 0] = True                                     # a caption of no words keeps one token
-        x = unit(tokens.gather(1, found[..., None].expand(-1, -1, tokens.shape[-1])))[chosen]
-        x = self.linear(x) + self.out(self.norm(self.hidden(x)).relu())
+        entering = chosen if filler is None else chosen | filler.gather(1, found)
+        picked = unit(tokens.gather(1, found[..., None].expand(-1, -1, tokens.shape[-1])))
+        x = self.mapped(picked[entering])
         full = x.new_full((*chosen.shape, x.shape[-1]), -torch.inf)
-        full[chosen] = x
-        return full.amax(1).float()
+        full[entering] = x
+        return full.masked_fill(~chosen[..., None], -torch.inf).amax(1).float()
 
-# %% ../../nbs/05_methods/10_tse.ipynb #new-014
+    def mapped(self, x:Tensor) -> Tensor: # (m, dim) -> (m, width)
+        "The MLP beside the linear map; the normalisation is over all these tokens."
+        return self.linear(x) + self.out(self.norm(self.hidden(x)).relu())
+
+# %% ../../nbs/05_methods/10_tse.ipynb #cell-016
 _TSE = "tse"    # name of the add-on
 
 class TokenSelection(nn.Module):
@@ -134,15 +146,21 @@ class TokenSelection(nn.Module):
         k = max(1, int((tokens.shape[1] - 1)*self.fraction.item() + 1e-4))
         return self.image(tokens, attention, allowed, k)
 
-    def text_feature(self, tokens:Tensor, attention:Tensor, mask:Tensor, context:int) -> Tensor: # (b, L, d), (b, L), (b, L) -> (b, width)
+    def text_feature(self,
+                     tokens:Tensor, # (b, L, dim)
+                     attention:Tensor, # (b, L) of EOT
+                     mask:Tensor, # (b, L) True at real tokens
+                     context:int, # places of a caption, start and end included
+                     attend_padding:bool=False # padding enters the normalisation over the batch, as released
+                    ) -> Tensor: # (b, width)
         "The caption's second feature."
         place = torch.arange(mask.shape[1], device=mask.device)
         last = mask.sum(1, keepdim=True) - 1
         allowed = mask & (place > 0) & (place < last)
         k = max(1, int((context - 2)*self.fraction.item() + 1e-4))
-        return self.text(tokens, attention, allowed, k)
+        return self.text(tokens, attention, allowed, k, filler=~mask if attend_padding else None)
 
-# %% ../../nbs/05_methods/10_tse.ipynb #cell-017
+# %% ../../nbs/05_methods/10_tse.ipynb #cell-019
 @register_objective("TSE")
 class TSE(Objective):
     "TAL on the features of selected tokens (RDE, arXiv 2308.09911); the branches travel with the model as an add-on."
@@ -152,9 +170,11 @@ class TSE(Objective):
     def __init__(self, encoder:PersonCLIP, n_ids:int, # unused
                  fraction:float=.3, # of the places, to choose
                  width:int|None=None, # of the second feature; twice the model's when None
-                 temperature:float=.015, margin:float=.1, reduction:str="sum" # of TAL
+                 temperature:float=.015, margin:float=.1, reduction:str="sum", # of TAL
+                 attend_padding:bool=False # padding enters the normalisation over the batch, as released
                 ):
         super().__init__(encoder, n_ids)
+        self.attend_padding = attend_padding
         self.tal = dict(temperature=temperature, margin=margin, reduction=reduction)
         self.recorder = LastAttention(encoder)
         attach_selection(encoder, fraction=fraction, width=width)
@@ -172,10 +192,11 @@ class TSE(Objective):
         first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         lengths = mask.sum(1)
         image = selection.image_feature(tokens, self.recorder.row("image", first))
-        text = selection.text_feature(states, self.recorder.row("text", lengths - 1, lengths), mask, context_length(encoder))
+        attention = self.recorder.row("text", lengths - 1, lengths)
+        text = selection.text_feature(states, attention, mask, context_length(encoder), self.attend_padding)
         return gather_rows(unit(image)), gather_rows(unit(text))
 
-# %% ../../nbs/05_methods/10_tse.ipynb #cell-018
+# %% ../../nbs/05_methods/10_tse.ipynb #cell-020
 def context_length(encoder:PersonCLIP) -> int:
     "Places of a caption, start and end included."
     return int(getattr(encoder.tokenizer, "context_length", None) or 77)
@@ -188,9 +209,9 @@ def attach_selection(encoder:PersonCLIP, **kwargs # of `TokenSelection`
     if brought is not None: kwargs = dict(width=len(brought))
     return encoder.attach(_TSE, TokenSelection(encoder.dim, **kwargs)) # type: ignore[return-value]
 
-# %% ../../nbs/05_methods/10_tse.ipynb #cell-022
+# %% ../../nbs/05_methods/10_tse.ipynb #cell-024
 class TokenSelectionModel:
-    "A model with token selection: global and second feature side by side, so that one dot product is the mean of two cosines."
+    "A model with token selection: global and second feature side by side, so that a dot product is the mean cosine."
     def __init__(self, model:PersonCLIP): # with the add-on, or a checkpoint that brought it
         self.model = model
         self.selection = attach_selection(model).eval()
@@ -227,8 +248,8 @@ class TokenSelectionModel:
         "Both features of images."
         if not isinstance(images, Tensor):
             prepare = EvalTransform(self.image_size)
-            parts = [prepare(images[a:a + batch_size])[0].to(self.device) for a in range(0, len(images), batch_size)]
-            return torch.cat([self.encode_image(x) for x in parts])
+            chunks = [images[a:a + batch_size] for a in range(0, len(images), batch_size)]
+            return torch.cat([self.encode_image(prepare(chunk)[0].to(self.device)) for chunk in chunks])
         with self.recorder.record(): raw, tokens = self.model.image_features(images)
         assert tokens is not None
         first = torch.zeros(len(images), dtype=torch.long, device=tokens.device)
@@ -241,20 +262,22 @@ class TokenSelectionModel:
         "Both features of captions."
         if not isinstance(captions, Tensor):
             captions = [captions] if isinstance(captions, str) else list(captions)
-            parts = [self.model.tokenize(captions[a:a + batch_size]).to(self.device) for a in range(0, len(captions), batch_size)]
-            return torch.cat([self.encode_text(x) for x in parts])
+            chunks = [captions[a:a + batch_size] for a in range(0, len(captions), batch_size)]
+            return torch.cat([self.encode_text(self.model.tokenize(chunk).to(self.device)) for chunk in chunks])
         with self.recorder.record(): raw, states, mask = self.model.text_features(captions)
         assert states is not None
         lengths = mask.sum(1)
         attention = self.recorder.row("text", lengths - 1, lengths)
-        return side_by_side(raw, self.selection.text_feature(states, attention, mask, context_length(self.model)))
+        second = self.selection.text_feature(states, attention, mask, context_length(self.model))
+        return side_by_side(raw, second)
 
-# %% ../../nbs/05_methods/10_tse.ipynb #cell-023
+# %% ../../nbs/05_methods/10_tse.ipynb #cell-025
 def side_by_side(first:Tensor, second:Tensor) -> Tensor: # (b, d), (b, e) -> (b, d + e) unit
     "Two features as one, so that its dot product is the mean of their cosines."
     return torch.cat([unit(first), unit(second)], 1)*.5**.5
 
 def with_selection(model:Any) -> Any:
     "The model with its token selection, where it has one; else the model itself."
-    has = _TSE in getattr(model, "addons", ()) or any(k.startswith(f"{_TSE}.") for k in getattr(model, "unclaimed_addons", ()))
-    return TokenSelectionModel(model) if has else model
+    attached = _TSE in getattr(model, "addons", ())
+    brought = any(k.startswith(f"{_TSE}.") for k in getattr(model, "unclaimed_addons", ()))
+    return TokenSelectionModel(model) if attached or brought else model

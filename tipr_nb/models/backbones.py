@@ -414,6 +414,7 @@ def native_text_features(
         and not x.is_cuda
         and not torch.compiler.is_compiling()
         and len(x) >= _SORTED_FROM
+        and bool(mask[:, -1].any())  # padded further: somebody wants the padding's states
     )
     x = by_length(run, x, mask.sum(1)) if sort else run(x)
     x = tower.ln_final(x)

@@ -203,7 +203,7 @@ def check_readable(
         elif path.suffix == ".json":
             read_json(path)
 
-# %% ../../nbs/03_models/06_storage.ipynb #5f8d87fd
+# %% ../../nbs/03_models/06_storage.ipynb #cell-025
 class Checkpoints:
     "`best/` and the newest `last-STEP/` of a run; a folder is there whole or not at all."
 
@@ -298,7 +298,7 @@ class Checkpoints:
         for name in self.FILES:
             (self.root / name).unlink(missing_ok=True)
 
-# %% ../../nbs/03_models/06_storage.ipynb #cell-028
+# %% ../../nbs/03_models/06_storage.ipynb #cell-032
 def pack_optimizer(
     opt: Any,  # a torch optimizer, or Accelerate's wrapper of one
 ) -> tuple[dict[str, Tensor], list[dict]]:  # `index.name` -> tensor; groups
@@ -309,7 +309,7 @@ def pack_optimizer(
     }
     return tensors, sd["param_groups"]
 
-# %% ../../nbs/03_models/06_storage.ipynb #cell-029
+# %% ../../nbs/03_models/06_storage.ipynb #cell-033
 def unpack_optimizer(
     opt: Any,  # of the same parameters
     tensors: dict[str, Tensor],

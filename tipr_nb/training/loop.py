@@ -323,7 +323,7 @@ def read_best(checkpoints: Checkpoints) -> dict[str, float]:
     remedy = f"delete the folder {checkpoints.best.name}, and the next validation pass fills it"
     return read_json(file, remedy, dict) if file.exists() else {}
 
-# %% ../../nbs/07_training/05_loop.ipynb #ddf6f60a
+# %% ../../nbs/07_training/05_loop.ipynb #cell-030
 class Saving(Callback):
     "A checkpoint every minute or every so many steps, and when the loop is left."
 
@@ -415,7 +415,7 @@ class Saving(Callback):
             trainer.precisions = [*trainer.precisions, [trainer.step, trainer.precision]]
         trainer.validation.best = read_best(trainer.checkpoints)
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-030
+# %% ../../nbs/07_training/05_loop.ipynb #cell-032
 DECISIONS = ("", "save", "stopped", "capped")
 
 
@@ -433,7 +433,7 @@ def broadcast_decision(
     dist.broadcast(code, 0)
     return DECISIONS[int(code)]
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-033
+# %% ../../nbs/07_training/05_loop.ipynb #cell-035
 class ProgressBar(Callback):
     "A bar on a terminal, a line every half minute in a log; and one line on the precision used."
 
@@ -470,7 +470,7 @@ class ProgressBar(Callback):
     def on_stop(self, trainer):
         self.bar.close()
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-036
+# %% ../../nbs/07_training/05_loop.ipynb #cell-038
 def ahead(
     batches: Iterator[Batch],
     depth: int = 2,  # batches made in advance
@@ -488,7 +488,7 @@ def ahead(
             queue.append(pool.submit(make))
             yield batch
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-038
+# %% ../../nbs/07_training/05_loop.ipynb #cell-040
 class Trainer:
     "The loop behind `train`: steps until the recipe's end, and callbacks for everything else."
 
@@ -648,7 +648,7 @@ class Trainer:
             self.status = reason
         return bool(reason)
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-046
+# %% ../../nbs/07_training/05_loop.ipynb #cell-048
 @dataclass
 class Run:
     "What `train` returns: the encoder, and how it came to be."
@@ -668,7 +668,7 @@ class Run:
         epochs = f"{self.status} at epoch {self.history['epoch'].max():g}, kept epoch {kept:g}"
         return f"Run({self.path.name}: {epochs}{val}, {self.train_seconds:.0f} s of training)"
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-048
+# %% ../../nbs/07_training/05_loop.ipynb #cell-050
 @contextlib.contextmanager
 def only_run_in(path: Path) -> Iterator[None]:
     "One run in a folder at a time; the main process holds the lock."
@@ -691,7 +691,7 @@ def only_run_in(path: Path) -> Iterator[None]:
     finally:
         lock.release()
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-050
+# %% ../../nbs/07_training/05_loop.ipynb #cell-052
 def prepare_folder(trainer: Trainer, resume: str):
     "Start over, or put in order what a kill left; never mix two runs."
     path = trainer.path
@@ -705,7 +705,7 @@ def prepare_folder(trainer: Trainer, resume: str):
     if not (path / "run.json").exists():
         trainer.saving.write_run(trainer, "running")
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-052
+# %% ../../nbs/07_training/05_loop.ipynb #cell-054
 def continue_run(trainer: Trainer, trackers: Sequence[str] = ()) -> str:  # status
     "From the newest checkpoint to the end; a run that has ended is taken as it is."
     run = read_run_file(trainer.path)
@@ -734,7 +734,7 @@ def continue_run(trainer: Trainer, trackers: Sequence[str] = ()) -> str:  # stat
         trainer.accelerator.init_trackers("tipr_nb", config=settings)
     return trainer.fit()
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-054
+# %% ../../nbs/07_training/05_loop.ipynb #cell-056
 def train(
     recipe: Recipe | str | Path,  # a recipe, a name of `RECIPES`, or a JSON file
     dataset: PersonDataset,  # train is learned from, val chooses the weights that are kept

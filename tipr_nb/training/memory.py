@@ -77,12 +77,12 @@ def chunks_of(n: int, size: int) -> list[slice]:
     "Consecutive slices of `size` that cover n rows; the last may be shorter."
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
-# %% ../../nbs/07_training/03_memory.ipynb #c6d40110
+# %% ../../nbs/07_training/03_memory.ipynb #cell-020
 def batch_rows(batch: Batch, rows: slice) -> Batch:
     "Some pairs of a batch."
     return batch.map(lambda t: t[rows], lambda items: items[rows])
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-021
+# %% ../../nbs/07_training/03_memory.ipynb #cell-023
 def check_cacheable(
     objectives: Any,  # name -> objective, a dict or an `nn.ModuleDict`
     who: str = "grad_cache",
@@ -100,7 +100,7 @@ def check_cacheable(
                 f"{who}: {name}.chunked = {chunked!r}; use 'features', 'pairs' or None"
             )
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-024
+# %% ../../nbs/07_training/03_memory.ipynb #cell-026
 @torch.no_grad()
 def first_pass(
     encoder: PersonCLIP,
@@ -120,7 +120,7 @@ def first_pass(
         texts.append(f.text_raw)
     return torch.cat(images), torch.cat(texts), states
 
-# %% ../../nbs/07_training/03_memory.ipynb #9128594a
+# %% ../../nbs/07_training/03_memory.ipynb #cell-028
 def features_of(
     encoder: PersonCLIP,
     batch: Batch,
@@ -139,30 +139,30 @@ def features_of(
     )
     return gather_features(own)
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-027
+# %% ../../nbs/07_training/03_memory.ipynb #cell-031
 def _weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     "The weighted sum; 0 of none."
     return sum((weights[n] * v for n, v in losses.items()), torch.zeros(()))
 
-# %% ../../nbs/07_training/03_memory.ipynb #5b7894c6
+# %% ../../nbs/07_training/03_memory.ipynb #cell-033
 def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]):
     "Add to the values of the same names."
     for name, value in more.items():
         total[name] = total[name] + value if name in total else value
 
-# %% ../../nbs/07_training/03_memory.ipynb #e4569348
+# %% ../../nbs/07_training/03_memory.ipynb #cell-035
 def _plain(loss: Tensor) -> Tensor:
     "The loss itself."
     return loss
 
-# %% ../../nbs/07_training/03_memory.ipynb #65c5b914
+# %% ../../nbs/07_training/03_memory.ipynb #cell-037
 def _backward(roots: list[Tensor], gradients: list[Tensor | None]):
     "Backpropagate gradients from several tensors; those that no learning weight made are left out."
     live = [(root, g) for root, g in zip(roots, gradients) if root.requires_grad]
     if live:
         torch.autograd.backward([root for root, _ in live], [g for _, g in live])
 
-# %% ../../nbs/07_training/03_memory.ipynb #f96af9c7
+# %% ../../nbs/07_training/03_memory.ipynb #cell-039
 def cached_backward(
     encoder: PersonCLIP,
     objectives: Any,  # name -> objective, a dict or an `nn.ModuleDict`
@@ -217,13 +217,13 @@ def cached_backward(
     detached = {n: losses[n].detach() for n in objectives}
     return _weighted(detached, weights), detached, logs
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-034
+# %% ../../nbs/07_training/03_memory.ipynb #cell-045
 def _processes() -> int:
     "How many processes train together."
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if there else 1
 
-# %% ../../nbs/07_training/03_memory.ipynb #a8cb442c
+# %% ../../nbs/07_training/03_memory.ipynb #cell-047
 def _buckets(params: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Parameter]]:
     "Consecutive parameters of one type, up to so many numbers together (or one larger than that)."
     bucket: list[nn.Parameter] = []
@@ -238,7 +238,7 @@ def _buckets(params: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Param
     if bucket:
         yield bucket
 
-# %% ../../nbs/07_training/03_memory.ipynb #8267e7fb
+# %% ../../nbs/07_training/03_memory.ipynb #cell-049
 def average_gradients(
     params: list[nn.Parameter],
     bucket: int = 2**23,  # about so many numbers are sent at a time
@@ -257,7 +257,7 @@ def average_gradients(
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             g.copy_(part.view_as(g))
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-042
+# %% ../../nbs/07_training/03_memory.ipynb #cell-057
 def lora_layers(encoder: nn.Module) -> dict[str, Any]:  # name -> PEFT's layer
     "The encoder's adapted modules by name, the innermost first."
     found = {}
@@ -266,7 +266,7 @@ def lora_layers(encoder: nn.Module) -> dict[str, Any]:  # name -> PEFT's layer
             found[name] = module
     return dict(sorted(found.items(), key=lambda item: -item[0].count(".")))
 
-# %% ../../nbs/07_training/03_memory.ipynb #71afba6f
+# %% ../../nbs/07_training/03_memory.ipynb #cell-059
 _LORA_LAYERS = ["out_proj", "c_fc", "c_proj"]
 _LORA_PARAMETERS = ["attn.in_proj_weight"]
 
@@ -311,7 +311,7 @@ def add_lora(
             own["in_proj_weight"] = own.pop("in_proj_weight")
     return encoder
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-047
+# %% ../../nbs/07_training/03_memory.ipynb #cell-064
 def merge_lora(
     encoder: PersonCLIP,
 ) -> PersonCLIP:  # the same, changed in place; as it is where it has no updates
@@ -324,7 +324,7 @@ def merge_lora(
         encoder.requires_grad_(True)
     return encoder
 
-# %% ../../nbs/07_training/03_memory.ipynb #34b74f16
+# %% ../../nbs/07_training/03_memory.ipynb #cell-066
 def merged(
     encoder: PersonCLIP,
 ) -> PersonCLIP:  # the same model where there is nothing to merge, else a copy

@@ -14,7 +14,7 @@ from typing import Any
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-004
 from ..core import TiprError, known_name, read_json, write_json
-from ..data import TrainTransform, caption_specs
+from ..data import SAMPLERS, TrainTransform, caption_specs
 from ..methods import find_objective
 from ..models import POSITION_FILTERS
 
@@ -30,7 +30,7 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} nested too deeply"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
-# %% ../../nbs/07_training/01_recipes.ipynb #e26f33b6
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-010
 def named(
     spec: str | tuple | list,  # a bare name, a pair or a list
 ) -> tuple[str, dict]:
@@ -48,7 +48,7 @@ def named(
         "such as ('TAL', {'margin': 0.1})"
     )
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-012
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-014
 def setting(
     default: Any,  # its value, or a function that makes it
     remedy: str = "",  # what to do about a wrong value; made from the limits where it is empty
@@ -67,7 +67,7 @@ def setting(
         return field(default_factory=default, metadata=about)
     return field(default=default, metadata=about)
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-015
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-017
 _TYPES = {
     int: "a whole number",
     float: "a number",
@@ -106,7 +106,7 @@ def is_of_type(
         return isinstance(value, (list, tuple))
     return isinstance(value, kind)
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-017
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-019
 def say_type(kind: Any) -> str:
     "An annotation in words."
     inner = typing.get_args(kind)
@@ -118,7 +118,7 @@ def say_type(kind: Any) -> str:
         return f"a list, each of it {say_type(inner[0])}"
     return f"{len(inner)} values, each of them {say_type(inner[0])}"
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-019
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-021
 _TESTS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
 
 
@@ -145,7 +145,7 @@ def check_setting(
         words = " and ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in about["limits"].items())
         raise TiprError(f"{wrong}; {about['remedy'] or f'give a number of {words}'}")
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-022
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-024
 def _floats(v: Any) -> Any:
     "The same nested value with 2 and 2.0 written alike."
     if isinstance(v, dict):
@@ -154,7 +154,7 @@ def _floats(v: Any) -> Any:
         return [_floats(x) for x in v]
     return float(v) if type(v) is int else v
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-025
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-027
 def check_pattern(where: str, setting: str, pattern: str):
     "Raise a `TiprError` if a regular expression does not compile."
     try:
@@ -165,7 +165,7 @@ def check_pattern(where: str, setting: str, pattern: str):
             "names look like encoder.clip.visual.conv1.weight"
         ) from None
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-027
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-030
 def check_arguments(
     where: str,  # for the message
     function: Any,  # a function, or a class
@@ -184,7 +184,7 @@ def check_arguments(
         if not right:
             raise TiprError(f"{where}: {name} = {shown(value)}; give {wanted}")
 
-# %% ../../nbs/07_training/01_recipes.ipynb #3f178ea9
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-032
 def check_recipe(r: "Recipe"):
     "Raise a `TiprError` that names the setting, if one makes no sense."
     where = f"recipe {r.name}"
@@ -212,7 +212,7 @@ def check_recipe(r: "Recipe"):
     for pattern in r.freeze:
         check_pattern(where, "freeze", pattern)
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-028
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-033
 def recipe_settings(
     hashed: bool | None = None,  # None: all; True: those in the hash; False: the others
 ) -> list[str]:
@@ -220,7 +220,7 @@ def recipe_settings(
     fields = dataclasses.fields(Recipe)
     return [f.name for f in fields if hashed is None or f.metadata["hashed"] == hashed]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-029
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-034
 @dataclass
 class Recipe:
     "All that decides what a run computes, apart from the data; saved as JSON beside every run."
@@ -237,9 +237,9 @@ class Recipe:
     patch_dropout: float = setting(0.0, at_least=0, below=1)  # patches left out in training
     # batches
     batch_size: int = setting(64, at_least=2)  # pairs in a forward pass, of all processes together
-    sampler: str = setting("random", choices=("random", "identity"))  # identity: several pairs of each
-    per_id: int | tuple[int, int] = setting(2, at_least=1)  # identity sampler: pairs a visit
-    same_photo: bool = setting(False)  # identity sampler: the pairs of a visit may show one photo
+    sampler: str = setting("random", choices=SAMPLERS)  # identity: several pairs of each; rounds: as SEN
+    per_id: int | tuple[int, int] = setting(2, at_least=1)  # unless random: pairs a visit; or (1, 2)
+    same_photo: bool = setting(False)  # unless random: the pairs of a visit may show one photo
     drop_last: bool = setting(True)  # leave out the odd batch at the end of an epoch
     trim_captions: bool = setting(True)  # cut padding where a tower allows it
     lookalikes: bool = setting(False)  # identity sampler: a look-alike family shares a batch
@@ -347,7 +347,7 @@ class Recipe:
         }
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-037
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-042
 _BIASES: tuple[str, dict] = ("bias$", dict(lr_scale=2.0, weight_decay=0.0))
 _SEN_GROUPS: list[tuple[str, dict]] = [
     ("cross", dict(lr_scale=5.0)),
@@ -360,7 +360,7 @@ _RELEASED: dict[str, Any] = dict(
     positions="bilinear", swap_sides=False, drop_last=False, schedule="epochs"
 )
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-038
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-043
 _SDM_ID = [("SDM", {}), ("ID", {})]
 _SEN = [*_SDM_ID, ("TIR", dict(weight=10.0)), ("CMT", dict(weight=10.0))]
 _SEN_RELEASED = [
@@ -387,7 +387,7 @@ _IRRA_GROUPS: list[tuple[str, dict]] = [
 _RDE_GROUPS: list[tuple[str, dict]] = [_BIASES, ("addons", dict(lr_scale=100.0))]
 _PICTURES = ("generated", "other")
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-039
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-044
 def _gea(**gif) -> list[tuple[str, dict]]:
     "GEA's objectives."
     return [
@@ -396,7 +396,7 @@ def _gea(**gif) -> list[tuple[str, dict]]:
         ("GIF", dict(weight=0.1, **gif)),
     ]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-041
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-046
 _TINY: dict[str, Any] = dict(
     arch="tipr-tiny",
     pretrained="synth-world",
@@ -426,7 +426,7 @@ _PRETRAIN: dict[str, Any] = _TINY | dict(
 )
 _DECODER_FASTER = [("decoder", dict(lr_scale=5.0))]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-042
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-047
 RECIPES = {
     r.name: r
     for r in [
@@ -442,7 +442,7 @@ RECIPES = {
         ),
         Recipe(
             "rde",
-            ["CCD"],
+            [("CCD", dict(attend_padding=True))],
             caption_transform=("mask", dict(flavour="rde")),
             trim_captions=False,
             groups=_RDE_GROUPS,
@@ -458,8 +458,7 @@ RECIPES = {
             per_id=(1, 2),
             same_photo=True,
             trim_captions=False,
-            **_SEN_SOLVER,
-            **_RELEASED,
+            **_SEN_SOLVER | _RELEASED | dict(sampler="rounds"),
         ),
         Recipe("sen-plus", _SEN, caption_transform="prune", **_SEN_SOLVER),
         Recipe(
@@ -504,7 +503,7 @@ RECIPES = {
     ]
 }
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-044
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-049
 def get_recipe(
     source: str | Path | Recipe,  # a name of `RECIPES`, a JSON file, or a recipe
 ) -> Recipe:

@@ -27,7 +27,7 @@ def has_best_weights(
     best = Checkpoints(path).best
     return all(os.path.isfile(best / name) for name in ("config.json", "model.safetensors"))
 
-# %% ../../nbs/07_training/02_runs.ipynb #1cdb07c2
+# %% ../../nbs/07_training/02_runs.ipynb #cell-010
 def best_weights(
     run: str | Path,  # folder of a run
 ) -> Path:
@@ -39,7 +39,7 @@ def best_weights(
         f"{run}: no {folder.name}/model.safetensors in it; let the run finish, or train again"
     )
 
-# %% ../../nbs/07_training/02_runs.ipynb #cell-012
+# %% ../../nbs/07_training/02_runs.ipynb #cell-014
 def git_commit() -> str | None:
     "Commit of the checkout this package runs from (`+`: files changed since); None if installed."
     import tipr_nb
@@ -59,7 +59,7 @@ def git_commit() -> str | None:
         return None
     return f"{commit}+" if changed else commit
 
-# %% ../../nbs/07_training/02_runs.ipynb #cell-014
+# %% ../../nbs/07_training/02_runs.ipynb #cell-016
 def environment() -> dict[str, str]:
     "Versions of what a number depends on."
     found = dict(python=platform.python_version(), machine=platform.machine())
@@ -70,7 +70,7 @@ def environment() -> dict[str, str]:
             found[name] = "?"
     return found
 
-# %% ../../nbs/07_training/02_runs.ipynb #cell-016
+# %% ../../nbs/07_training/02_runs.ipynb #cell-018
 def data_hash(dataset: PersonDataset) -> str:
     "Twelve hex digits of a dataset's file names, captions and identities."
     h = hashlib.sha256()
@@ -83,7 +83,7 @@ def data_hash(dataset: PersonDataset) -> str:
             h.update(np.ascontiguousarray(ids, dtype=np.int64).tobytes())
     return h.hexdigest()[:12]
 
-# %% ../../nbs/07_training/02_runs.ipynb #cell-018
+# %% ../../nbs/07_training/02_runs.ipynb #cell-020
 def weights_hash(r: Recipe) -> str:
     "Twelve hex digits of the pretrained file if it is on this machine; else the name of the weights."
     if r.pretrained is None:
@@ -93,7 +93,7 @@ def weights_hash(r: Recipe) -> str:
     file = place / "model.safetensors" if place.is_dir() else place
     return file_sha256(file)[:12] if file.is_file() else r.pretrained
 
-# %% ../../nbs/07_training/02_runs.ipynb #cell-022
+# %% ../../nbs/07_training/02_runs.ipynb #cell-024
 def read_run_file(
     path: str | Path,  # folder of a run
 ) -> dict:
@@ -108,7 +108,7 @@ def read_run_file(
         "delete this file, and the run goes on from its newest checkpoint"
     )
 
-# %% ../../nbs/07_training/02_runs.ipynb #ce9040a9
+# %% ../../nbs/07_training/02_runs.ipynb #cell-026
 def check_same_run(
     path: Path,  # folder of a run
     recipe: Recipe,

@@ -298,7 +298,7 @@ def averaged_copy(encoder: PersonCLIP, decay: float) -> Any:  # torch's Averaged
 
     return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-# %% ../../nbs/07_training/04_steps.ipynb #fc1
+# %% ../../nbs/07_training/04_steps.ipynb #cell-047
 def full_captions(
     encoder: PersonCLIP,
     tokens: Tensor,  # (b, L) ids
@@ -307,7 +307,7 @@ def full_captions(
     missing = encoder.context_length - tokens.shape[1]
     return nn.functional.pad(tokens, (0, missing), value=encoder.pad_id) if missing > 0 else tokens
 
-# %% ../../nbs/07_training/04_steps.ipynb #cell-048
+# %% ../../nbs/07_training/04_steps.ipynb #cell-050
 def diagnostics(
     objectives: nn.ModuleDict,  # name -> objective
 ) -> dict[str, dict]:  # name -> calls, logs
@@ -318,7 +318,7 @@ def diagnostics(
         found[name] = dict(calls=getattr(objective, "calls", None), logs=logs)
     return found
 
-# %% ../../nbs/07_training/04_steps.ipynb #87292efd
+# %% ../../nbs/07_training/04_steps.ipynb #cell-052
 def restore_diagnostics(
     objectives: nn.ModuleDict,  # name -> objective
     saved: dict[str, dict],  # of `diagnostics`
@@ -331,7 +331,7 @@ def restore_diagnostics(
         if values["logs"]:
             objective.logs = {k: torch.tensor(v) for k, v in values["logs"].items()}
 
-# %% ../../nbs/07_training/04_steps.ipynb #e0c3a35b
+# %% ../../nbs/07_training/04_steps.ipynb #cell-054
 class TrainStep:
     "Encoder, objectives and optimizer, and one optimizer step on them."
 
