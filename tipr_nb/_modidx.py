@@ -3464,7 +3464,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'tipr_nb/training/memory.py'),
                                          'tipr_nb.training.memory._buckets': ( '07_training/memory.html#_buckets',
                                                                                'tipr_nb/training/memory.py'),
-                                         'tipr_nb.training.memory._plain': ('07_training/memory.html#_plain', 'tipr_nb/training/memory.py'),
                                          'tipr_nb.training.memory._processes': ( '07_training/memory.html#_processes',
                                                                                  'tipr_nb/training/memory.py'),
                                          'tipr_nb.training.memory._weighted': ( '07_training/memory.html#_weighted',

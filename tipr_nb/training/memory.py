@@ -77,12 +77,12 @@ def chunks_of(n: int, size: int) -> list[slice]:
     "Consecutive slices of `size` that cover n rows; the last may be shorter."
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-020
+
 def batch_rows(batch: Batch, rows: slice) -> Batch:
     "Some pairs of a batch."
     return batch.map(lambda t: t[rows], lambda items: items[rows])
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-023
+# %% ../../nbs/07_training/03_memory.ipynb #cell-021
 def check_cacheable(
     objectives: Any,  # name -> objective, a dict or an `nn.ModuleDict`
     who: str = "grad_cache",
@@ -100,7 +100,7 @@ def check_cacheable(
                 f"{who}: {name}.chunked = {chunked!r}; use 'features', 'pairs' or None"
             )
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-026
+# %% ../../nbs/07_training/03_memory.ipynb #cell-024
 @torch.no_grad()
 def first_pass(
     encoder: PersonCLIP,
@@ -120,7 +120,7 @@ def first_pass(
         texts.append(f.text_raw)
     return torch.cat(images), torch.cat(texts), states
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-028
+# %% ../../nbs/07_training/03_memory.ipynb #cell-026
 def features_of(
     encoder: PersonCLIP,
     batch: Batch,
@@ -139,40 +139,36 @@ def features_of(
     )
     return gather_features(own)
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-031
+# %% ../../nbs/07_training/03_memory.ipynb #cell-029
 def _weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     "The weighted sum; 0 of none."
     return sum((weights[n] * v for n, v in losses.items()), torch.zeros(()))
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-033
+# %% ../../nbs/07_training/03_memory.ipynb #cell-031
 def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]):
     "Add to the values of the same names."
     for name, value in more.items():
         total[name] = total[name] + value if name in total else value
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-035
-def _plain(loss: Tensor) -> Tensor:
-    "The loss itself."
-    return loss
-
-# %% ../../nbs/07_training/03_memory.ipynb #cell-037
+# %% ../../nbs/07_training/03_memory.ipynb #cell-033
 def _backward(roots: list[Tensor], gradients: list[Tensor | None]):
     "Backpropagate gradients from several tensors; those that no learning weight made are left out."
     live = [(root, g) for root, g in zip(roots, gradients) if root.requires_grad]
     if live:
         torch.autograd.backward([root for root, _ in live], [g for _, g in live])
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-039
+# %% ../../nbs/07_training/03_memory.ipynb #cell-035
 def cached_backward(
     encoder: PersonCLIP,
     objectives: Any,  # name -> objective, a dict or an `nn.ModuleDict`
     weights: Mapping[str, float],  # of the sum
     batch: Batch,
     size: int,  # pairs in a chunk
-    scaled: Callable[[Tensor], Tensor] = _plain,  # what is differentiated (accumulation, fp16)
+    scaled: Callable[[Tensor], Tensor] | None = None,  # what is differentiated instead of the loss
     context: Callable[[], Any] = contextlib.nullcontext,  # such as autocast
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # weighted sum, losses, logs: detached
     "Add a whole batch's gradient to every `grad`, with one chunk's activations in memory (GradCache)."
+    scaled = scaled or torch.clone
     whole = {n: o for n, o in objectives.items() if o.chunked == "features"}
     by_pair = {n: o for n, o in objectives.items() if o.chunked == "pairs"}
     parts = chunks_of(len(batch), size)
@@ -217,13 +213,13 @@ def cached_backward(
     detached = {n: losses[n].detach() for n in objectives}
     return _weighted(detached, weights), detached, logs
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-045
+# %% ../../nbs/07_training/03_memory.ipynb #cell-041
 def _processes() -> int:
     "How many processes train together."
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if there else 1
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-047
+# %% ../../nbs/07_training/03_memory.ipynb #cell-042
 def _buckets(params: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Parameter]]:
     "Consecutive parameters of one type, up to so many numbers together (or one larger than that)."
     bucket: list[nn.Parameter] = []
@@ -238,7 +234,7 @@ def _buckets(params: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Param
     if bucket:
         yield bucket
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-049
+# %% ../../nbs/07_training/03_memory.ipynb #cell-044
 def average_gradients(
     params: list[nn.Parameter],
     bucket: int = 2**23,  # about so many numbers are sent at a time
@@ -257,7 +253,7 @@ def average_gradients(
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             g.copy_(part.view_as(g))
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-057
+# %% ../../nbs/07_training/03_memory.ipynb #cell-052
 def lora_layers(encoder: nn.Module) -> dict[str, Any]:  # name -> PEFT's layer
     "The encoder's adapted modules by name, the innermost first."
     found = {}
@@ -266,7 +262,7 @@ def lora_layers(encoder: nn.Module) -> dict[str, Any]:  # name -> PEFT's layer
             found[name] = module
     return dict(sorted(found.items(), key=lambda item: -item[0].count(".")))
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-059
+# %% ../../nbs/07_training/03_memory.ipynb #cell-054
 _LORA_LAYERS = ["out_proj", "c_fc", "c_proj"]
 _LORA_PARAMETERS = ["attn.in_proj_weight"]
 
@@ -311,7 +307,7 @@ def add_lora(
             own["in_proj_weight"] = own.pop("in_proj_weight")
     return encoder
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-064
+# %% ../../nbs/07_training/03_memory.ipynb #cell-059
 def merge_lora(
     encoder: PersonCLIP,
 ) -> PersonCLIP:  # the same, changed in place; as it is where it has no updates
@@ -324,7 +320,7 @@ def merge_lora(
         encoder.requires_grad_(True)
     return encoder
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-066
+# %% ../../nbs/07_training/03_memory.ipynb #cell-061
 def merged(
     encoder: PersonCLIP,
 ) -> PersonCLIP:  # the same model where there is nothing to merge, else a copy
