@@ -20,12 +20,16 @@ from .protocol import SplitFeatures
 from .ranking import Rows, cosine_blocks, make_plan
 
 # %% ../../nbs/06_evaluation/05_calibration.ipynb #cell-008
-def best_hits(features:SplitFeatures, # of the split, by `encode_split`
-              split:Split,
-              galleries:str="gallery" # column that names an item's gallery
-             ) -> pd.DataFrame: # a row per query: score, lead, right; absent_score, absent_lead
+def best_hits(
+    features: SplitFeatures,  # of the split, by `encode_split`
+    split: Split,
+    galleries: str = "gallery",  # column that names an item's gallery
+) -> pd.DataFrame:  # a row per query: score, lead, right; absent_score, absent_lead
     "The best image of every query, with its person in the gallery and without."
-    if (len(features.text), len(features.image)) != (len(split.captions), len(split.images)): raise TiprError(f"features of {len(features.text)} captions and {len(features.image)} images for split {split.name}; encode this split")
+    if (len(features.text), len(features.image)) != (len(split.captions), len(split.images)):
+        raise TiprError(
+            f"features of {len(features.text)} captions and {len(features.image)} images for split {split.name}; encode this split"
+        )
     mine = split.caption_columns.get(galleries, np.zeros(len(split.captions)))
     theirs = split.image_columns.get(galleries, np.zeros(len(split.images)))
     rows = []
@@ -35,86 +39,135 @@ def best_hits(features:SplitFeatures, # of the split, by `encode_split`
     return pd.DataFrame(rows).sort_values("query", ignore_index=True)
 
 # %% ../../nbs/06_evaluation/05_calibration.ipynb #cell-009
-def _best_in(features:SplitFeatures, split:Split, captions:np.ndarray, images:np.ndarray) -> list[dict]:
+def _best_in(
+    features: SplitFeatures, split: Split, captions: np.ndarray, images: np.ndarray
+) -> list[dict]:
     "Rows of one gallery."
     people, who = np.unique(split.image_ids[images], return_inverse=True)
-    if len(people) < 3: raise TiprError(f"split {split.name}: a gallery of {len(people)} people; three or more are needed to see who is absent")
+    if len(people) < 3:
+        raise TiprError(
+            f"split {split.name}: a gallery of {len(people)} people; three or more are needed to see who is absent"
+        )
     order = np.argsort(who, kind="stable")
     starts = np.searchsorted(who[order], np.arange(len(people)))
-    block = cosine_blocks(Rows(features.text, "query"), Rows(features.image, "gallery"), captions, images)
+    block = cosine_blocks(
+        Rows(features.text, "query"), Rows(features.image, "gallery"), captions, images
+    )
     step = make_plan().rows(len(images))
     rows = []
     for a in range(0, len(captions), step):
         sim = block(a, min(a + step, len(captions))).float().cpu().numpy()
-        best = np.maximum.reduceat(sim[:, order], starts, axis=1)       # (b, people) of each person the best image
-        for c, scores in zip(captions[a:a + step], best): rows.append(_best_of(int(c), scores, people, split.caption_ids[c]))
+        best = np.maximum.reduceat(
+            sim[:, order], starts, axis=1
+        )  # (b, people) of each person the best image
+        for c, scores in zip(captions[a : a + step], best):
+            rows.append(_best_of(int(c), scores, people, split.caption_ids[c]))
     return rows
 
-def _best_of(query:int, scores:np.ndarray, people:np.ndarray, wanted:Any) -> dict:
+
+def _best_of(query: int, scores: np.ndarray, people: np.ndarray, wanted: Any) -> dict:
     "One query: the best person and the lead over the next, of all and of all others."
+
     def top(s):
         second, first = np.sort(np.partition(s, -2)[-2:])
         return float(first), float(first - second)
+
     score, lead = top(scores)
     absent_score, absent_lead = top(scores[people != wanted])
     right = bool(people[scores.argmax()] == wanted)
-    return dict(query=query, score=score, lead=lead, right=right, absent_score=absent_score, absent_lead=absent_lead)
+    return dict(
+        query=query,
+        score=score,
+        lead=lead,
+        right=right,
+        absent_score=absent_score,
+        absent_lead=absent_lead,
+    )
 
 # %% ../../nbs/06_evaluation/05_calibration.ipynb #cell-013
 @dataclass
 class Calibration:
     "From score and lead of a best hit to the probability that it is the person."
-    weights:tuple[float, float]     # of score and lead, standardised
-    bias:float
-    mean:tuple[float, float]
-    scale:tuple[float, float]
-    present:float                   # assumed share of searches for somebody who is in the gallery
+
+    weights: tuple[float, float]  # of score and lead, standardised
+    bias: float
+    mean: tuple[float, float]
+    scale: tuple[float, float]
+    present: float  # assumed share of searches for somebody who is in the gallery
 
     @classmethod
-    def fit(cls, hits:pd.DataFrame, # of a validation split, by `best_hits`
-            present:float=.5
-           ) -> "Calibration":
+    def fit(
+        cls,
+        hits: pd.DataFrame,  # of a validation split, by `best_hits`
+        present: float = 0.5,
+    ) -> "Calibration":
         "Learn it on a validation split."
         from sklearn.linear_model import LogisticRegression
-        if not 0 < present < 1: raise TiprError(f"present={present}: give the share of searches for somebody in the gallery, between 0 and 1")
-        x = np.concatenate([hits[["score", "lead"]].to_numpy(), hits[["absent_score", "absent_lead"]].to_numpy()])
+
+        if not 0 < present < 1:
+            raise TiprError(
+                f"present={present}: give the share of searches for somebody in the gallery, between 0 and 1"
+            )
+        x = np.concatenate(
+            [hits[["score", "lead"]].to_numpy(), hits[["absent_score", "absent_lead"]].to_numpy()]
+        )
         y = np.concatenate([hits.right.to_numpy(bool), np.zeros(len(hits), bool)])
-        if not y.any(): raise TiprError("calibration: no best hit is right; train the model first")
+        if not y.any():
+            raise TiprError("calibration: no best hit is right; train the model first")
         weight = np.repeat([present, 1 - present], len(hits))
         mean, scale = x.mean(0), np.maximum(x.std(0), 1e-9)
-        model = LogisticRegression().fit((x - mean)/scale, y, sample_weight=weight*2)
+        model = LogisticRegression().fit((x - mean) / scale, y, sample_weight=weight * 2)
         a, b = model.coef_[0].tolist()
-        return cls((a, b), float(model.intercept_[0]), tuple(mean.tolist()), tuple(scale.tolist()), present)
+        return cls(
+            (a, b), float(model.intercept_[0]), tuple(mean.tolist()), tuple(scale.tolist()), present
+        )
 
-    def probability(self, score:Any, lead:Any) -> np.ndarray: # (n,), in [0, 1]
+    def probability(self, score: Any, lead: Any) -> np.ndarray:  # (n,), in [0, 1]
         "How probable it is that best hits with these scores and leads are right."
-        x = (np.stack([np.asarray(score, float), np.asarray(lead, float)], -1) - self.mean)/self.scale
-        return 1/(1 + np.exp(-(x @ np.array(self.weights) + self.bias)))
+        x = (
+            np.stack([np.asarray(score, float), np.asarray(lead, float)], -1) - self.mean
+        ) / self.scale
+        return 1 / (1 + np.exp(-(x @ np.array(self.weights) + self.bias)))
 
-    def save(self, path:str|Path):
+    def save(self, path: str | Path):
         "Write as JSON."
         write_json(path, vars(self))
 
     @classmethod
-    def load(cls, path:str|Path) -> "Calibration":
+    def load(cls, path: str | Path) -> "Calibration":
         "Read what `save` wrote."
         found = read_json(path, "calibrate again")
-        try: return cls(tuple(found["weights"]), float(found["bias"]), tuple(found["mean"]), tuple(found["scale"]), float(found["present"]))
-        except (KeyError, TypeError, ValueError): raise TiprError(f"{path}: not a calibration; calibrate again") from None
+        try:
+            return cls(
+                tuple(found["weights"]),
+                float(found["bias"]),
+                tuple(found["mean"]),
+                tuple(found["scale"]),
+                float(found["present"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise TiprError(f"{path}: not a calibration; calibrate again") from None
 
 # %% ../../nbs/06_evaluation/05_calibration.ipynb #cell-019
-def open_set(hits:pd.DataFrame, # by `best_hits`
-             false_alarms:tuple[float, ...]=(.001, .01, .1), # share of searches for absent people that are answered
-             by:str="score" # or 'lead'
-            ) -> pd.DataFrame: # a row per share of false alarms: threshold, true hits in percent
+def open_set(
+    hits: pd.DataFrame,  # by `best_hits`
+    false_alarms: tuple[float, ...] = (
+        0.001,
+        0.01,
+        0.1,
+    ),  # share of searches for absent people that are answered
+    by: str = "score",  # or 'lead'
+) -> pd.DataFrame:  # a row per share of false alarms: threshold, true hits in percent
     "True hits at given shares of false alarms."
-    if by not in ("score", "lead"): raise TiprError(f"by={by!r}: 'score' or 'lead'")
+    if by not in ("score", "lead"):
+        raise TiprError(f"by={by!r}: 'score' or 'lead'")
     absent = np.sort(hits[f"absent_{by}"].to_numpy())[::-1]
     rows = {}
     for share in false_alarms:
-        if not 0 <= share <= 1: raise TiprError(f"false_alarms={share}: give shares from 0 to 1")
-        allowed = min(int(share*len(absent)), len(absent) - 1)
+        if not 0 <= share <= 1:
+            raise TiprError(f"false_alarms={share}: give shares from 0 to 1")
+        allowed = min(int(share * len(absent)), len(absent) - 1)
         threshold = float(absent[allowed])
         answered = (hits[by] > threshold) & hits.right
-        rows[share] = {"threshold": threshold, "true hits, %": 100*float(answered.mean())}
+        rows[share] = {"threshold": threshold, "true hits, %": 100 * float(answered.mean())}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("false alarms")

@@ -15,73 +15,113 @@ import pandas as pd
 
 # %% ../../nbs/06_evaluation/04_comparison.ipynb #cell-003
 from ..core import TiprError
-from .metrics import HEADLINE, TITLES, Metrics, bootstrap, columns_of, number, parts_of
+from tipr_nb.evaluation.metrics import (HEADLINE, TITLES, Metrics, bootstrap, columns_of, number,
+    parts_of)
 
 # %% ../../nbs/06_evaluation/04_comparison.ipynb #cell-007
 @dataclass
 class Comparison:
     "What `compare` found: for each metric (and group) the difference b - a in points, its interval, p and the smallest detectable difference."
-    table:pd.DataFrame                    # a, b, difference, lo, hi, p, detectable
-    n_ids:int
-    n_queries:int
-    seeds:tuple[int, int]                 # runs of a and of b
-    names:tuple[str, str]=("a", "b")
+
+    table: pd.DataFrame  # a, b, difference, lo, hi, p, detectable
+    n_ids: int
+    n_queries: int
+    seeds: tuple[int, int]  # runs of a and of b
+    names: tuple[str, str] = ("a", "b")
 
     def to_dict(self) -> dict:
         "JSON-able."
         records = self.table.reset_index().to_dict("records")
         rows = [{k: number(v) for k, v in r.items()} for r in records]
-        return dict(rows=rows, n_ids=self.n_ids, n_queries=self.n_queries, seeds=list(self.seeds), names=list(self.names))
+        return dict(
+            rows=rows,
+            n_ids=self.n_ids,
+            n_queries=self.n_queries,
+            seeds=list(self.seeds),
+            names=list(self.names),
+        )
 
     def note(self) -> str:
         "What the comparison rests on, in one line."
         runs = f"{self.seeds[0]} and {self.seeds[1]} runs, resampled too"
-        if max(self.seeds) == 1: runs = "one run each: it compares two trained models, not two methods"
-        return (f"{self.names[1]} minus {self.names[0]}; paired bootstrap over {self.n_ids:,} identities ({self.n_queries:,} queries); "
-                f"{runs}; detectable: 80 % power at 5 %")
+        if max(self.seeds) == 1:
+            runs = "one run each: it compares two trained models, not two methods"
+        return (
+            f"{self.names[1]} minus {self.names[0]}; paired bootstrap over {self.n_ids:,} identities ({self.n_queries:,} queries); "
+            f"{runs}; detectable: 80 % power at 5 %"
+        )
 
-    def __repr__(self) -> str: return f"{self.table.round(3).to_string()}\n({self.note()})"
+    def __repr__(self) -> str:
+        return f"{self.table.round(3).to_string()}\n({self.note()})"
 
-    def _repr_html_(self) -> str: return f"{self.table.round(3).to_html()}<p>{self.note()}</p>"
+    def _repr_html_(self) -> str:
+        return f"{self.table.round(3).to_html()}<p>{self.note()}</p>"
 
 # %% ../../nbs/06_evaluation/04_comparison.ipynb #cell-008
-def _per_query(runs, name:str) -> list[pd.DataFrame]:
+def _per_query(runs, name: str) -> list[pd.DataFrame]:
     runs = [runs] if isinstance(runs, Metrics) else list(runs)
-    if not runs: raise TiprError(f"{name}: no runs to compare; give a Metrics or a list of them, one per seed")
+    if not runs:
+        raise TiprError(
+            f"{name}: no runs to compare; give a Metrics or a list of them, one per seed"
+        )
     for r in runs:
-        if not isinstance(r, Metrics) or r.per_query is None: raise TiprError(f"{name}: a run without its per-query table cannot be paired; evaluate with per_query=True")
+        if not isinstance(r, Metrics) or r.per_query is None:
+            raise TiprError(
+                f"{name}: a run without its per-query table cannot be paired; evaluate with per_query=True"
+            )
     return [r.per_query for r in runs]
 
-def _same_queries(tables:list[pd.DataFrame]):
+
+def _same_queries(tables: list[pd.DataFrame]):
     first = tables[0]
     for t in tables[1:]:
-        if len(t) != len(first): raise TiprError(f"the runs rank {len(first)} and {len(t)} queries; compare runs on the same split")
+        if len(t) != len(first):
+            raise TiprError(
+                f"the runs rank {len(first)} and {len(t)} queries; compare runs on the same split"
+            )
         same = [np.array_equal(t[c], first[c]) for c in ("id", "gallery", "n_hits")]
-        if not all(same): raise TiprError("the runs rank different queries, or in another order; compare runs on the same split")
+        if not all(same):
+            raise TiprError(
+                "the runs rank different queries, or in another order; compare runs on the same split"
+            )
 
 # %% ../../nbs/06_evaluation/04_comparison.ipynb #cell-009
-def _draw_seeds(x:np.ndarray, pick:np.ndarray) -> np.ndarray:
+def _draw_seeds(x: np.ndarray, pick: np.ndarray) -> np.ndarray:
     "Means over resampled seeds of (n_boot, S, m) values, deviations stretched so that S seeds give their variance in full."
     centre = x.mean(1)
     S = x.shape[1]
-    if S == 1: return centre
+    if S == 1:
+        return centre
     picked = np.take_along_axis(x, pick[:, :, None], 1).mean(1)
-    return centre + math.sqrt(S/(S - 1))*(picked - centre)
+    return centre + math.sqrt(S / (S - 1)) * (picked - centre)
 
-def _error(v_ids:np.ndarray, n_ids:int, sides:list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+
+def _error(
+    v_ids: np.ndarray, n_ids: int, sides: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
     "Standard error and degrees of freedom from variance over identities, plus over seeds, less what both count (Satterthwaite)."
-    many = [(m, x, len(m)) for m, x in sides if len(m) > 1]      # (S, c) means and (n_boot, S, c) resamples
-    v_seeds = [(m.var(0, ddof=1)/S, S - 1) for m, _, S in many]
-    v_both = [((x - x.mean(1, keepdims=True)).var(0).mean(0)/(S - 1), (S - 1)*(n_ids - 1)) for _, x, S in many]
+    many = [
+        (m, x, len(m)) for m, x in sides if len(m) > 1
+    ]  # (S, c) means and (n_boot, S, c) resamples
+    v_seeds = [(m.var(0, ddof=1) / S, S - 1) for m, _, S in many]
+    v_both = [
+        ((x - x.mean(1, keepdims=True)).var(0).mean(0) / (S - 1), (S - 1) * (n_ids - 1))
+        for _, x, S in many
+    ]
     seeds, both = [sum((v for v, _ in part), np.zeros_like(v_ids)) for part in (v_seeds, v_both)]
     total = np.maximum(v_ids + seeds - both, np.maximum(v_ids, seeds))
-    below = sum(v**2/max(1, n) for v, n in [(v_ids, n_ids - 1), *v_seeds, *v_both])
-    return np.sqrt(total), np.where(below > 0, total**2/np.where(below > 0, below, 1), max(1, n_ids - 1))
+    below = sum(v**2 / max(1, n) for v, n in [(v_ids, n_ids - 1), *v_seeds, *v_both])
+    return np.sqrt(total), np.where(
+        below > 0, total**2 / np.where(below > 0, below, 1), max(1, n_ids - 1)
+    )
 
 # %% ../../nbs/06_evaluation/04_comparison.ipynb #cell-010
-def _compare(a:list[pd.DataFrame], b:list[pd.DataFrame], names:Sequence[str], n_boot:int, seed:int) -> pd.DataFrame:
+def _compare(
+    a: list[pd.DataFrame], b: list[pd.DataFrame], names: Sequence[str], n_boot: int, seed: int
+) -> pd.DataFrame:
     "One row per metric for queries that are given."
     from scipy.stats import t as student
+
     keep = a[0].n_hits.to_numpy() > 0
     first = a[0][keep]
     Sa = len(a)
@@ -98,41 +138,62 @@ def _compare(a:list[pd.DataFrame], b:list[pd.DataFrame], names:Sequence[str], n_
     point = mean[Sa:].mean(0) - mean[:Sa].mean(0)
     d = _draw_seeds(xb, pick_b) - _draw_seeds(xa, pick_a)
     sides = [(mean[:Sa], xa), (mean[Sa:], xb)]
-    if Sa == Sb: sides = [(mean[Sa:] - mean[:Sa], xb - xa)]
+    if Sa == Sb:
+        sides = [(mean[Sa:] - mean[:Sa], xb - xa)]
     sigma, df = _error((xb.mean(1) - xa.mean(1)).var(0), first.id.nunique(), sides)
-    d = point + (d - point)*student.ppf(.975, df)/1.959964*sigma/np.maximum(d.std(0), 1e-12)
+    d = point + (d - point) * student.ppf(0.975, df) / 1.959964 * sigma / np.maximum(
+        d.std(0), 1e-12
+    )
     lo, hi = np.percentile(d, [2.5, 97.5], 0)
-    p = np.minimum(1, 2*(1 + np.minimum((d <= 0).sum(0), (d >= 0).sum(0)))/(1 + n_boot))
-    detectable = (student.ppf(.975, df) + student.ppf(.8, df))*sigma
-    columns = dict(a=mean[:Sa].mean(0), b=mean[Sa:].mean(0), difference=point, lo=lo, hi=hi, p=p, detectable=detectable)
+    p = np.minimum(1, 2 * (1 + np.minimum((d <= 0).sum(0), (d >= 0).sum(0))) / (1 + n_boot))
+    detectable = (student.ppf(0.975, df) + student.ppf(0.8, df)) * sigma
+    columns = dict(
+        a=mean[:Sa].mean(0),
+        b=mean[Sa:].mean(0),
+        difference=point,
+        lo=lo,
+        hi=hi,
+        p=p,
+        detectable=detectable,
+    )
     return pd.DataFrame(columns, index=pd.Index([TITLES.get(k, k) for k in names], name="metric"))
 
 # %% ../../nbs/06_evaluation/04_comparison.ipynb #cell-011
-def compare(run_a:Metrics|Sequence[Metrics], # the baseline, or one Metrics per seed
-            run_b:Metrics|Sequence[Metrics], # the method, on the same queries; equal numbers of seeds are paired in order
-            by:str|None=None, # also for each value of this column of the per-query tables
-            metrics:Sequence[str]=HEADLINE,
-            names:tuple[str, str]|None=None, # of the two, for the table
-            n_boot:int=2000, seed:int=0
-           ) -> Comparison:
+def compare(
+    run_a: Metrics | Sequence[Metrics],  # the baseline, or one Metrics per seed
+    run_b: Metrics
+    | Sequence[
+        Metrics
+    ],  # the method, on the same queries; equal numbers of seeds are paired in order
+    by: str | None = None,  # also for each value of this column of the per-query tables
+    metrics: Sequence[str] = HEADLINE,
+    names: tuple[str, str] | None = None,  # of the two, for the table
+    n_boot: int = 2000,
+    seed: int = 0,
+) -> Comparison:
     "Paired bootstrap over identities, and over seeds when there are several: b - a, 95 % interval, p, smallest detectable difference."
     a = _per_query(run_a, "run_a")
     b = _per_query(run_b, "run_b")
     _same_queries(a + b)
-    if by is not None and by not in a[0]: raise TiprError(f"by={by!r}: not a column of the per-query tables ({', '.join(a[0].columns)}); evaluate with breakdown=({by!r},)")
+    if by is not None and by not in a[0]:
+        raise TiprError(
+            f"by={by!r}: not a column of the per-query tables ({', '.join(a[0].columns)}); evaluate with breakdown=({by!r},)"
+        )
     if by is None:
         table = _compare(a, b, metrics, n_boot, seed)
     else:
         parts = {}
         for value, at in parts_of(a[0][by]).items():
-            if not (a[0].n_hits[at] > 0).any(): continue
+            if not (a[0].n_hits[at] > 0).any():
+                continue
             parts[value] = _compare([t[at] for t in a], [t[at] for t in b], metrics, n_boot, seed)
         table = pd.concat(parts, names=[by])
     first = a[0][a[0].n_hits > 0]
     names = names or (_label(run_a, "a"), _label(run_b, "b"))
     return Comparison(table, first.id.nunique(), len(first), (len(a), len(b)), names)
 
-def _label(runs:Metrics|Sequence[Metrics], default:str) -> str:
+
+def _label(runs: Metrics | Sequence[Metrics], default: str) -> str:
     "The name of the first run that has one."
     runs = [runs] if isinstance(runs, Metrics) else runs
     return next((r.name for r in runs if r.name), default)

@@ -16,11 +16,13 @@ from ..core import TiprError
 from .ranking import Rows, cosine_blocks, item_ids, make_plan
 
 # %% ../../nbs/06_evaluation/07_distribution.ipynb #cell-006
-def mean_similarity_distribution(query:Tensor|np.ndarray, # (n_q, d) features
-                                 gallery:Tensor|np.ndarray, # (n_g, d) features
-                                 query_ids:Any, gallery_ids:Any, # (n_q,), (n_g,) identities
-                                 released:bool=False # the order of the released calculator, see below
-                                ) -> float: # percent
+def mean_similarity_distribution(
+    query: Tensor | np.ndarray,  # (n_q, d) features
+    gallery: Tensor | np.ndarray,  # (n_g, d) features
+    query_ids: Any,
+    gallery_ids: Any,  # (n_q,), (n_g,) identities
+    released: bool = False,  # the order of the released calculator, see below
+) -> float:  # percent
     "mSD of UFineBench; queries without a match are left out."
     q = Rows(query, "query")
     g = Rows(gallery, "gallery")
@@ -31,25 +33,34 @@ def mean_similarity_distribution(query:Tensor|np.ndarray, # (n_q, d) features
     found = []
     for a in range(0, len(q), step):
         sim = block(a, min(a + step, len(q))).double().cpu().numpy()
-        found += [similarity_distribution(s, gids == i, released) for s, i in zip(sim, qids[a:a + step]) if (gids == i).any()]
-    if not found: raise TiprError("query_ids and gallery_ids have no identity in common; are they of the same split and numbered alike?")
-    return 100*float(np.mean(found))
+        found += [
+            similarity_distribution(s, gids == i, released)
+            for s, i in zip(sim, qids[a : a + step])
+            if (gids == i).any()
+        ]
+    if not found:
+        raise TiprError(
+            "query_ids and gallery_ids have no identity in common; are they of the same split and numbered alike?"
+        )
+    return 100 * float(np.mean(found))
 
 # %% ../../nbs/06_evaluation/07_distribution.ipynb #cell-007
-def similarity_distribution(cosines:np.ndarray, # (n,) of one query with the gallery
-                            hits:np.ndarray, # (n,) bool
-                            released:bool=False
-                           ) -> float:
+def similarity_distribution(
+    cosines: np.ndarray,  # (n,) of one query with the gallery
+    hits: np.ndarray,  # (n,) bool
+    released: bool = False,
+) -> float:
     "SD of one query, between 0 and 1; tied hits stand behind tied others."
-    s = (1 + np.asarray(cosines, np.float64))/2
+    s = (1 + np.asarray(cosines, np.float64)) / 2
     hits = np.asarray(hits, bool)
-    if hits.all(): return 1.
+    if hits.all():
+        return 1.0
     order = np.lexsort((hits, -s))
     ranked = hits[order]
     value = s if released else s[order]
-    at_hits = np.where(ranked, value, 0.)
-    shares = (at_hits.cumsum()/np.maximum(value.cumsum(), 1e-12))[ranked]
+    at_hits = np.where(ranked, value, 0.0)
+    shares = (at_hits.cumsum() / np.maximum(value.cumsum(), 1e-12))[ranked]
     n = hits.sum()
-    others = (value.sum() - at_hits.sum())/(len(s) - n)
-    contrast = at_hits.sum()/n/max(others, 1e-12)
-    return float(shares.mean()*(1 - np.exp(-contrast)))
+    others = (value.sum() - at_hits.sum()) / (len(s) - n)
+    contrast = at_hits.sum() / n / max(others, 1e-12)
+    return float(shares.mean() * (1 - np.exp(-contrast)))

@@ -14,31 +14,40 @@ from typing import Any, Callable, Mapping, Sequence
 import numpy as np, pandas as pd
 from torch import Tensor
 from ..core import TiprError, atomic_path, read_json, write_json
-from .ranking import TIES, RankingPlan, Rows, cosine_blocks, given_blocks, item_ids, make_plan, rank_within
+from .ranking import (TIES, RankingPlan, Rows, cosine_blocks, given_blocks,
+    item_ids, make_plan, rank_within)
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-009
 HEADLINE = ("r1", "r5", "r10", "mAP", "mINP")
 
+
 @dataclass
 class Metrics:
     "Retrieval quality in percent: what a paper's table row holds, and what it should say beside it."
-    r1:float                                    # R@k: share of queries with a hit in the first k
-    r5:float
-    r10:float
-    mAP:float                                   # mean of AP
-    mINP:float                                  # mean of INP
-    n_queries:int                               # all queries, matched or not
-    n_gallery:int                               # all gallery items
-    n_unmatched:int=0                           # queries without any hit: left out of every mean
-    chance_r1:float=0.                          # R@1 of a random order
-    intervals:dict[str, tuple[float, float]]=field(default_factory=dict) # 95 %, cluster bootstrap over identities
-    by:dict[str, pd.DataFrame]=field(default_factory=dict, repr=False)   # column -> one row per value
-    per_query:pd.DataFrame|None=field(default=None, repr=False)          # id, gallery, n_hits, rank, AP, INP, r1 ...
-    recall:dict[int, float]=field(default_factory=dict)                  # every k asked for
-    n_galleries:int=1                           # the headline is the mean over them
-    direction:str="t2i"
-    ties:str="expected"
-    name:str=""
+
+    r1: float  # R@k: share of queries with a hit in the first k
+    r5: float
+    r10: float
+    mAP: float  # mean of AP
+    mINP: float  # mean of INP
+    n_queries: int  # all queries, matched or not
+    n_gallery: int  # all gallery items
+    n_unmatched: int = 0  # queries without any hit: left out of every mean
+    chance_r1: float = 0.0  # R@1 of a random order
+    intervals: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # 95 %, cluster bootstrap over identities
+    by: dict[str, pd.DataFrame] = field(
+        default_factory=dict, repr=False
+    )  # column -> one row per value
+    per_query: pd.DataFrame | None = field(
+        default=None, repr=False
+    )  # id, gallery, n_hits, rank, AP, INP, r1 ...
+    recall: dict[int, float] = field(default_factory=dict)  # every k asked for
+    n_galleries: int = 1  # the headline is the mean over them
+    direction: str = "t2i"
+    ties: str = "expected"
+    name: str = ""
 
     def to_dict(self) -> dict:
         "Everything but the per-query table, as JSON-able numbers, lists and dicts."
@@ -52,107 +61,190 @@ class Metrics:
     def table(self) -> pd.DataFrame:
         "The headline as a small table, with the interval below each number."
         rows = {"percent": {TITLES[k]: f"{getattr(self, k):.2f}" for k in HEADLINE}}
-        if self.intervals: rows["95 %"] = {TITLES[k]: "{:.2f} to {:.2f}".format(*self.intervals[k]) for k in HEADLINE}
+        if self.intervals:
+            rows["95 %"] = {
+                TITLES[k]: "{:.2f} to {:.2f}".format(*self.intervals[k]) for k in HEADLINE
+            }
         return pd.DataFrame(rows).T
 
     def note(self) -> str:
         "What the numbers rest on, in one line."
-        places = f" in {self.n_galleries} galleries (mean over them)" if self.n_galleries > 1 else ""
-        items = {"t2i": ("captions", "images"), "i2t": ("images", "captions")}.get(self.direction, ("queries", "items"))
-        left_out = f"; {self.n_unmatched:,} queries without a match left out" if self.n_unmatched else ""
+        places = (
+            f" in {self.n_galleries} galleries (mean over them)" if self.n_galleries > 1 else ""
+        )
+        items = {"t2i": ("captions", "images"), "i2t": ("images", "captions")}.get(
+            self.direction, ("queries", "items")
+        )
+        left_out = (
+            f"; {self.n_unmatched:,} queries without a match left out" if self.n_unmatched else ""
+        )
         return f"{self.n_queries:,} {items[0]} against {self.n_gallery:,} {items[1]}{places}; R@1 by chance {self.chance_r1:.2f}; {self.ties} ranks{left_out}"
 
-    def __repr__(self): return "  ".join(f"{TITLES[k]} {getattr(self, k):.2f}" + (" [{:.1f}, {:.1f}]".format(*self.intervals[k]) if k in self.intervals else "") for k in HEADLINE) + f"\n({self.note()})"
+    def __repr__(self):
+        return (
+            "  ".join(
+                f"{TITLES[k]} {getattr(self, k):.2f}"
+                + (" [{:.1f}, {:.1f}]".format(*self.intervals[k]) if k in self.intervals else "")
+                for k in HEADLINE
+            )
+            + f"\n({self.note()})"
+        )
 
-    def _repr_html_(self): return f"{f'<p><b>{self.name}</b></p>' if self.name else ''}{self.table().to_html()}<p>{self.note()}</p>"
+    def _repr_html_(self):
+        return f"{f'<p><b>{self.name}</b></p>' if self.name else ''}{self.table().to_html()}<p>{self.note()}</p>"
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-010
 TITLES = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "mAP": "mAP", "mINP": "mINP"}
-_PLAIN = ("chance_r1", "n_queries", "n_gallery", "n_unmatched", "n_galleries", "direction", "ties", "name")
+_PLAIN = (
+    "chance_r1",
+    "n_queries",
+    "n_gallery",
+    "n_unmatched",
+    "n_galleries",
+    "direction",
+    "ties",
+    "name",
+)
+
 
 def number(v):
     "A number of NumPy as Python's own."
     return v.item() if hasattr(v, "item") else v
 
-def _plain_rows(table:pd.DataFrame) -> dict[str, dict]:
+
+def _plain_rows(table: pd.DataFrame) -> dict[str, dict]:
     "A breakdown as nested dicts."
     rows = table.to_dict("index")
     return {str(value): {k: number(v) for k, v in row.items()} for value, row in rows.items()}
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-015
-def _clusters(values:np.ndarray, ids:np.ndarray, groups:np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _clusters(
+    values: np.ndarray, ids: np.ndarray, groups: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
     "Per gallery: sums of each column over an identity's queries (n_ids, c), and their number (n_ids,)."
     out = []
     for g in np.unique(groups):
         at = groups == g
         inv = np.unique(ids[at], return_inverse=True)[1]
-        out.append((np.stack([np.bincount(inv, v) for v in values[at].T], 1), np.bincount(inv).astype(float)))
+        out.append(
+            (
+                np.stack([np.bincount(inv, v) for v in values[at].T], 1),
+                np.bincount(inv).astype(float),
+            )
+        )
     return out
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-016
-def bootstrap(values:np.ndarray # (n, c) scores per query, one column per metric
-             , ids:np.ndarray # (n,) identity of each query
-             , groups:np.ndarray|None=None # (n,) gallery of each query
-             , n_boot:int=1000 # resamples
-             , seed:int=0 # same seed, same people drawn: runs on the same queries stay paired
-             ) -> tuple[np.ndarray, np.ndarray]: # (c,) means, (n_boot, c) means of the resamples
+def bootstrap(
+    values: np.ndarray,  # (n, c) scores per query, one column per metric
+    ids: np.ndarray,  # (n,) identity of each query
+    groups: np.ndarray | None = None,  # (n,) gallery of each query
+    n_boot: int = 1000,  # resamples
+    seed: int = 0,  # same seed, same people drawn: runs on the same queries stay paired
+) -> tuple[np.ndarray, np.ndarray]:  # (c,) means, (n_boot, c) means of the resamples
     "Cluster bootstrap over identities of the mean over galleries of the mean over queries."
-    if groups is None: groups = np.zeros(len(ids), int)
+    if groups is None:
+        groups = np.zeros(len(ids), int)
     clusters = _clusters(values, ids, groups)
     rng = np.random.default_rng(seed)
-    mean = np.mean([s.sum(0)/n.sum() for s, n in clusters], 0)
+    mean = np.mean([s.sum(0) / n.sum() for s, n in clusters], 0)
     draws = np.zeros((n_boot, values.shape[1]))
     for sums, counts in clusters:
         n = len(counts)
-        step = max(1, 5_000_000//n)
+        step = max(1, 5_000_000 // n)
         for a in range(0, n_boot, step):
             b = min(step, n_boot - a)
-            picked = rng.integers(0, n, (b, n)) + n*np.arange(b)[:, None]
-            w = np.bincount(picked.ravel(), minlength=b*n).reshape(b, n).astype(float)
-            draws[a:a + b] += w@sums/(w@counts)[:, None]/len(clusters)
+            picked = rng.integers(0, n, (b, n)) + n * np.arange(b)[:, None]
+            w = np.bincount(picked.ravel(), minlength=b * n).reshape(b, n).astype(float)
+            draws[a : a + b] += w @ sums / (w @ counts)[:, None] / len(clusters)
     return mean, draws
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-021
-def query_table(values:np.ndarray, n_hits:np.ndarray, query_ids:np.ndarray, size:np.ndarray, plan:RankingPlan, groups:np.ndarray|None=None) -> pd.DataFrame:
+def query_table(
+    values: np.ndarray,
+    n_hits: np.ndarray,
+    query_ids: np.ndarray,
+    size: np.ndarray,
+    plan: RankingPlan,
+    groups: np.ndarray | None = None,
+) -> pd.DataFrame:
     "One row per query, in percent: id, gallery, n_hits, chance (of R@1), rank (of the first hit), AP, INP, r1 ..."
-    columns = {"id": query_ids, "gallery": 0 if groups is None else groups, "n_hits": n_hits, "chance": 100*n_hits/size}
-    columns |= {"rank": values[:, 0], "AP": 100*values[:, 1], "INP": 100*values[:, 2]}
+    columns = {
+        "id": query_ids,
+        "gallery": 0 if groups is None else groups,
+        "n_hits": n_hits,
+        "chance": 100 * n_hits / size,
+    }
+    columns |= {"rank": values[:, 0], "AP": 100 * values[:, 1], "INP": 100 * values[:, 2]}
     table = pd.DataFrame(columns)
-    for i, k in enumerate(plan.ks): table[f"r{k}"] = 100*values[:, 3 + i]
+    for i, k in enumerate(plan.ks):
+        table[f"r{k}"] = 100 * values[:, 3 + i]
     return table
+
 
 _COLUMN = {"mAP": "AP", "mINP": "INP"}
 
-def columns_of(names:Sequence[str]) -> list[str]:
+
+def columns_of(names: Sequence[str]) -> list[str]:
     "Columns of the per-query table that hold these metrics."
     return [_COLUMN.get(k, k) for k in names]
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-022
-def summarise(table:pd.DataFrame, n_gallery:int, n_boot:int, seed:int, breakdown:Mapping[str, Any], **kwargs) -> Metrics:
+def summarise(
+    table: pd.DataFrame,
+    n_gallery: int,
+    n_boot: int,
+    seed: int,
+    breakdown: Mapping[str, Any],
+    **kwargs,
+) -> Metrics:
     "Headline, intervals and breakdowns of a per-query table."
     t = table[table.n_hits > 0]
     ks = [int(c[1:]) for c in table.columns if c[0] == "r" and c[1:].isdigit()]
     names = [f"r{k}" for k in ks] + ["mAP", "mINP"]
-    mean, draws = bootstrap(t[columns_of(names) + ["chance"]].to_numpy(), t.id.to_numpy(), t.gallery.to_numpy(), n_boot, seed)
+    mean, draws = bootstrap(
+        t[columns_of(names) + ["chance"]].to_numpy(),
+        t.id.to_numpy(),
+        t.gallery.to_numpy(),
+        n_boot,
+        seed,
+    )
     got = dict(zip(names, mean.tolist()))
     edges = np.percentile(draws, [2.5, 97.5], 0).T.tolist() if n_boot else []
     headline = {k: got[k] for k in HEADLINE}
     intervals = {k: tuple(e) for k, e in zip(names, edges)}
     by = {c: _breakdown(t, c, n_boot, seed, edges=e) for c, e in breakdown.items()}
     recall = {k: got[f"r{k}"] for k in ks}
-    return Metrics(**headline, n_queries=len(table), n_gallery=n_gallery, n_unmatched=len(table) - len(t), chance_r1=float(mean[-1]),
-                   recall=recall, intervals=intervals, by=by, n_galleries=t.gallery.nunique(), **kwargs)
+    return Metrics(
+        **headline,
+        n_queries=len(table),
+        n_gallery=n_gallery,
+        n_unmatched=len(table) - len(t),
+        chance_r1=float(mean[-1]),
+        recall=recall,
+        intervals=intervals,
+        by=by,
+        n_galleries=t.gallery.nunique(),
+        **kwargs,
+    )
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-023
-def levels(column:pd.Series, edges:Sequence[float]|None) -> pd.Series:
+def levels(column: pd.Series, edges: Sequence[float] | None) -> pd.Series:
     "Values to group by, in order; numbers with many values become ranges."
-    if edges is None and (column.dtype.kind not in "fiu" or column.nunique() <= 12): return column.astype(object).where(column.notna() & (column.astype(str) != ""), "none")
-    cuts:Any = edges
-    if cuts is None: cuts = np.linspace(0, 1, 6) if column.between(0, 1).all() else np.unique(column.quantile(np.linspace(0, 1, 6)))
+    if edges is None and (column.dtype.kind not in "fiu" or column.nunique() <= 12):
+        return column.astype(object).where(column.notna() & (column.astype(str) != ""), "none")
+    cuts: Any = edges
+    if cuts is None:
+        cuts = (
+            np.linspace(0, 1, 6)
+            if column.between(0, 1).all()
+            else np.unique(column.quantile(np.linspace(0, 1, 6)))
+        )
     labels = [f"{a:g} to {b:g}" for a, b in zip(cuts[:-1], cuts[1:])]
     return pd.cut(column, cuts, labels=labels, include_lowest=True)
 
-def parts_of(column:pd.Series, edges:Sequence[float]|None=None) -> dict[Any, np.ndarray]:
+
+def parts_of(column: pd.Series, edges: Sequence[float] | None = None) -> dict[Any, np.ndarray]:
     "Value -> mask of the queries that have it; for a column of dicts or lists, one (overlapping) part per key, the commonest first."
     if len(column) and isinstance(column.iloc[0], (dict, list, set, tuple)):
         count = pd.Series([k for v in column for k in v], dtype=object).value_counts()
@@ -162,97 +254,212 @@ def parts_of(column:pd.Series, edges:Sequence[float]|None=None) -> dict[Any, np.
     return {v: mask for v in kept if (mask := (level == v).to_numpy()).any()}
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-025
-def _breakdown(t:pd.DataFrame, column:str, n_boot:int, seed:int, edges:Sequence[float]|None=None) -> pd.DataFrame:
+def _breakdown(
+    t: pd.DataFrame, column: str, n_boot: int, seed: int, edges: Sequence[float] | None = None
+) -> pd.DataFrame:
     "The headline for each value of a column, with 95 % intervals of R@1 and mAP."
     rows = {}
     for value, mask in parts_of(t[column], edges).items():
         part = t[mask]
-        mean, draws = bootstrap(part[columns_of(HEADLINE)].to_numpy(), part.id.to_numpy(), part.gallery.to_numpy(), n_boot, seed)
+        mean, draws = bootstrap(
+            part[columns_of(HEADLINE)].to_numpy(),
+            part.id.to_numpy(),
+            part.gallery.to_numpy(),
+            n_boot,
+            seed,
+        )
         rows[value] = dict(queries=len(part), **dict(zip(HEADLINE, mean)))
         if n_boot:
-            for i, k in ((0, "r1"), (3, "mAP")): rows[value][f"{k}_lo"], rows[value][f"{k}_hi"] = np.percentile(draws[:, i], [2.5, 97.5])
+            for i, k in ((0, "r1"), (3, "mAP")):
+                rows[value][f"{k}_lo"], rows[value][f"{k}_hi"] = np.percentile(
+                    draws[:, i], [2.5, 97.5]
+                )
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(column)
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-028
-def rank_metrics(query:Tensor|np.ndarray|str|Path # (n_q, d) features, or a file of them
-                , gallery:Tensor|np.ndarray|str|Path # (n_g, d) features, or a file of them
-                , query_ids:Sequence|np.ndarray|None=None # (n_q,) identities; default the file's own
-                , gallery_ids:Sequence|np.ndarray|None=None # (n_g,)
-                , ks:Sequence[int]=(1, 5, 10) # R@k for these (1, 5 and 10 always)
-                , ties:str="expected" # or 'pessimistic', 'optimistic'
-                , per_query:bool=False # keep one row per query
-                , n_boot:int=0 # resamples for intervals
-                , query_groups:Sequence|np.ndarray|None=None # (n_q,) gallery each query belongs to
-                , gallery_groups:Sequence|np.ndarray|None=None # (n_g,)
-                , memory_mb:float=128 # for the block of similarities
-                , backend:str="auto" # 'numba' on the CPU, 'torch' elsewhere
-                , seed:int=0, **kwargs) -> Metrics:
+def rank_metrics(
+    query: Tensor | np.ndarray | str | Path,  # (n_q, d) features, or a file of them
+    gallery: Tensor | np.ndarray | str | Path,  # (n_g, d) features, or a file of them
+    query_ids: Sequence | np.ndarray | None = None,  # (n_q,) identities; default the file's own
+    gallery_ids: Sequence | np.ndarray | None = None,  # (n_g,)
+    ks: Sequence[int] = (1, 5, 10),  # R@k for these (1, 5 and 10 always)
+    ties: str = "expected",  # or 'pessimistic', 'optimistic'
+    per_query: bool = False,  # keep one row per query
+    n_boot: int = 0,  # resamples for intervals
+    query_groups: Sequence | np.ndarray | None = None,  # (n_q,) gallery each query belongs to
+    gallery_groups: Sequence | np.ndarray | None = None,  # (n_g,)
+    memory_mb: float = 128,  # for the block of similarities
+    backend: str = "auto",  # 'numba' on the CPU, 'torch' elsewhere
+    seed: int = 0,
+    **kwargs,
+) -> Metrics:
     "Exact R@k, mAP and mINP by cosine similarity, streamed over queries and gallery."
     q, g = Rows(query, "query"), Rows(gallery, "gallery")
-    if q.x.shape[1] != g.x.shape[1]: raise TiprError(f"query features have {q.x.shape[1]} dimensions and gallery features {g.x.shape[1]}; were they made by the same model?")
+    if q.x.shape[1] != g.x.shape[1]:
+        raise TiprError(
+            f"query features have {q.x.shape[1]} dimensions and gallery features {g.x.shape[1]}; were they made by the same model?"
+        )
     itemsize = 8 if q.double and g.double else 4
     qids = item_ids(q.ids if query_ids is None else query_ids, len(q), "query")
     gids = item_ids(g.ids if gallery_ids is None else gallery_ids, len(g), "gallery")
-    def blocks(rows, cols): return cosine_blocks(q, g, rows, cols, memory_mb)
+
+    def blocks(rows, cols):
+        return cosine_blocks(q, g, rows, cols, memory_mb)
+
     plan = make_plan(ks, ties, memory_mb, backend)
-    return _evaluate_blocks(blocks, qids, gids, plan, query_groups, gallery_groups, per_query, n_boot, seed, itemsize, ties=ties, **kwargs)
+    return _evaluate_blocks(
+        blocks,
+        qids,
+        gids,
+        plan,
+        query_groups,
+        gallery_groups,
+        per_query,
+        n_boot,
+        seed,
+        itemsize,
+        ties=ties,
+        **kwargs,
+    )
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-029
-def _groups(groups, n:int, name:str) -> np.ndarray|None:
+def _groups(groups, n: int, name: str) -> np.ndarray | None:
     return None if groups is None else item_ids(groups, n, name)
 
-def _evaluate_blocks(make_block, query_ids, gallery_ids, plan, query_groups, gallery_groups, per_query, n_boot, seed, itemsize, columns=None, breakdown=None, **kwargs) -> Metrics:
+
+def _evaluate_blocks(
+    make_block,
+    query_ids,
+    gallery_ids,
+    plan,
+    query_groups,
+    gallery_groups,
+    per_query,
+    n_boot,
+    seed,
+    itemsize,
+    columns=None,
+    breakdown=None,
+    **kwargs,
+) -> Metrics:
     query_groups = _groups(query_groups, len(query_ids), "query")
     gallery_groups = _groups(gallery_groups, len(gallery_ids), "gallery")
-    if (query_groups is None) != (gallery_groups is None): raise TiprError("query_groups and gallery_groups: give both or none")
-    values, n_hits, size = rank_within(make_block, query_ids, gallery_ids, plan, query_groups, gallery_groups, itemsize)
+    if (query_groups is None) != (gallery_groups is None):
+        raise TiprError("query_groups and gallery_groups: give both or none")
+    values, n_hits, size = rank_within(
+        make_block, query_ids, gallery_ids, plan, query_groups, gallery_groups, itemsize
+    )
     table = query_table(values, n_hits, query_ids, size, plan, query_groups)
     for name, column in (columns or {}).items():
-        if name in table and name != "gallery": raise TiprError(f"column {name!r}: the per-query table has a column of that name; rename yours")
-        if len(column) != len(table): raise TiprError(f"column {name!r}: {len(column)} values for {len(table)} queries; give one per query")
+        if name in table and name != "gallery":
+            raise TiprError(
+                f"column {name!r}: the per-query table has a column of that name; rename yours"
+            )
+        if len(column) != len(table):
+            raise TiprError(
+                f"column {name!r}: {len(column)} values for {len(table)} queries; give one per query"
+            )
         table[name] = column
     m = summarise(table, len(gallery_ids), n_boot, seed, breakdown or {}, **kwargs)
     return replace(m, per_query=table if per_query else None)
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-042
-def rank_similarity(sim:Tensor|np.ndarray|Callable # (n_q, n_g) similarities, or f(rows, columns) -> (len(rows), len(columns))
-                   , query_ids:Sequence # (n_q,)
-                   , gallery_ids:Sequence # (n_g,)
-                   , ks:Sequence[int]=(1, 5, 10), ties:str="expected", per_query:bool=False, n_boot:int=0
-                   , query_groups:Sequence|None=None, gallery_groups:Sequence|None=None, memory_mb:float=128, backend:str="auto", seed:int=0, **kwargs) -> Metrics:
+def rank_similarity(
+    sim: Tensor
+    | np.ndarray
+    | Callable,  # (n_q, n_g) similarities, or f(rows, columns) -> (len(rows), len(columns))
+    query_ids: Sequence,  # (n_q,)
+    gallery_ids: Sequence,  # (n_g,)
+    ks: Sequence[int] = (1, 5, 10),
+    ties: str = "expected",
+    per_query: bool = False,
+    n_boot: int = 0,
+    query_groups: Sequence | None = None,
+    gallery_groups: Sequence | None = None,
+    memory_mb: float = 128,
+    backend: str = "auto",
+    seed: int = 0,
+    **kwargs,
+) -> Metrics:
     "`rank_metrics` for similarities that are given, such as an oracle's scores; minus infinity is allowed, NaN is not."
     if not callable(sim):
         sim = sim if isinstance(sim, Tensor) else np.asarray(sim)
-        if sim.ndim != 2: raise TiprError(f"sim: shape {tuple(sim.shape)}; give one row per query and one column per gallery item")
+        if sim.ndim != 2:
+            raise TiprError(
+                f"sim: shape {tuple(sim.shape)}; give one row per query and one column per gallery item"
+            )
     n_q, n_g = (len(query_ids), len(gallery_ids)) if callable(sim) else sim.shape
     qids = item_ids(query_ids, n_q, "query")
     gids = item_ids(gallery_ids, n_g, "gallery")
-    def blocks(rows, cols): return given_blocks(sim, rows, cols, n_q, n_g)
+
+    def blocks(rows, cols):
+        return given_blocks(sim, rows, cols, n_q, n_g)
+
     plan = make_plan(ks, ties, memory_mb, backend)
-    return _evaluate_blocks(blocks, qids, gids, plan, query_groups, gallery_groups, per_query, n_boot, seed, 8, ties=ties, **kwargs)
+    return _evaluate_blocks(
+        blocks,
+        qids,
+        gids,
+        plan,
+        query_groups,
+        gallery_groups,
+        per_query,
+        n_boot,
+        seed,
+        8,
+        ties=ties,
+        **kwargs,
+    )
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-051
-def save_metrics(m:Metrics, path:str|Path # a .json; the per-query table goes beside it as .npz
-                ):
+def save_metrics(
+    m: Metrics,
+    path: str | Path,  # a .json; the per-query table goes beside it as .npz
+):
     "Write a `Metrics` so that `load_metrics` and `compare` can use it later."
     path = Path(path)
-    if path.suffix != ".json": raise TiprError(f"{path}: metrics are saved as .json; choose such a name")
+    if path.suffix != ".json":
+        raise TiprError(f"{path}: metrics are saved as .json; choose such a name")
     if m.per_query is not None:
-        kept:dict[str, Any] = {c: _storable(m.per_query[c]) for c in m.per_query if not isinstance(m.per_query[c].iloc[0], (dict, list, set, tuple))}
-        with atomic_path(path.with_suffix(".npz")) as p: np.savez_compressed(p, **kept)
+        kept: dict[str, Any] = {
+            c: _storable(m.per_query[c])
+            for c in m.per_query
+            if not isinstance(m.per_query[c].iloc[0], (dict, list, set, tuple))
+        }
+        with atomic_path(path.with_suffix(".npz")) as p:
+            np.savez_compressed(p, **kept)
     write_json(path, m.to_dict())
 
-def _storable(column:pd.Series) -> np.ndarray:
-    return column.astype(str).to_numpy(str) if column.dtype.kind not in "biuf" else column.to_numpy()
 
-def load_metrics(path:str|Path) -> Metrics:
+def _storable(column: pd.Series) -> np.ndarray:
+    return (
+        column.astype(str).to_numpy(str) if column.dtype.kind not in "biuf" else column.to_numpy()
+    )
+
+
+def load_metrics(path: str | Path) -> Metrics:
     "Read what `save_metrics` wrote."
     d, path = read_json(path, "evaluate again"), Path(path)
-    by = {c: pd.DataFrame.from_dict(rows, orient="index").rename_axis(c) for c, rows in d.pop("by", {}).items()}
+    by = {
+        c: pd.DataFrame.from_dict(rows, orient="index").rename_axis(c)
+        for c, rows in d.pop("by", {}).items()
+    }
     try:
         per_query = None
         if path.with_suffix(".npz").is_file():
-            with np.load(path.with_suffix(".npz")) as z: per_query = pd.DataFrame({c: z[c] for c in z.files})
+            with np.load(path.with_suffix(".npz")) as z:
+                per_query = pd.DataFrame({c: z[c] for c in z.files})
         recall = {int(k[1:]): d[k] for k in list(d) if k[0] == "r" and k[1:].isdigit()}
-        return Metrics(**{k: v for k, v in d.items() if k in Metrics.__dataclass_fields__ and k != "intervals"}, intervals={k: tuple(v) for k, v in d["intervals"].items()}, by=by, per_query=per_query, recall=recall)
-    except Exception as e: raise TiprError(f"{path}: not metrics saved by save_metrics ({type(e).__name__}); evaluate again") from None
+        return Metrics(
+            **{
+                k: v for k, v in d.items() if k in Metrics.__dataclass_fields__ and k != "intervals"
+            },
+            intervals={k: tuple(v) for k, v in d["intervals"].items()},
+            by=by,
+            per_query=per_query,
+            recall=recall,
+        )
+    except Exception as e:
+        raise TiprError(
+            f"{path}: not metrics saved by save_metrics ({type(e).__name__}); evaluate again"
+        ) from None

@@ -20,10 +20,12 @@ from torch import Tensor
 from ..core import TiprError, progress
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-014
-def _jit(f:Callable) -> Callable:
+def _jit(f: Callable) -> Callable:
     "Compile for the CPU, free of the interpreter lock; machine code is kept on disk where the disk allows it."
-    try: return njit(nogil=True, cache=True)(f)
-    except RuntimeError: return njit(nogil=True)(f)
+    try:
+        return njit(nogil=True, cache=True)(f)
+    except RuntimeError:
+        return njit(nogil=True)(f)
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-015
 @_jit
@@ -46,14 +48,16 @@ def _above_many(row, t, more, same):
     for s in row:
         k = np.searchsorted(t, s)
         bins[k] += 1
-        if k < n and t[k] == s: same[k] += 1
+        if k < n and t[k] == s:
+            same[k] += 1
     total = 0
     for i in range(n - 1, -1, -1):
         total += bins[i + 1]
         tied = i + 1 < n and t[i + 1] == t[i]
         more[i] = more[i + 1] if tied else total
     for i in range(1, n):
-        if t[i] == t[i - 1]: same[i] = same[i - 1]
+        if t[i] == t[i - 1]:
+            same[i] = same[i - 1]
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-021
 @_jit
@@ -61,33 +65,49 @@ def _count(sim, order, lo, hi, ptr, above, equal, few):
     "Per hit, best first: other people's images above it and level with it. Query `r`'s hits fill `ptr[r]:ptr[r+1]`."
     for r in range(sim.shape[0]):
         n = hi[r] - lo[r]
-        if n == 0: continue
+        if n == 0:
+            continue
         row = sim[r]
-        t = np.sort(row[order[lo[r]:hi[r]]])
+        t = np.sort(row[order[lo[r] : hi[r]]])
         more, same = np.empty(n, np.int64), np.empty(n, np.int64)
-        if n <= few: _above_few(row, t, more, same)
-        else: _above_many(row, t, more, same)
+        if n <= few:
+            _above_few(row, t, more, same)
+        else:
+            _above_many(row, t, more, same)
         first = 0
-        for i in range(n):                          # t ascends; a run of equal hits is [first, last)
-            if t[i] != t[first]: first = i
+        for i in range(n):  # t ascends; a run of equal hits is [first, last)
+            if t[i] != t[first]:
+                first = i
             last = i + 1
-            while last < n and t[last] == t[i]: last += 1
+            while last < n and t[last] == t[i]:
+                last += 1
             above[ptr[r] + n - 1 - i] = more[i] - (n - last)
             equal[ptr[r] + n - 1 - i] = same[i] - (last - first)
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-024
-def _count_torch(sim:Tensor, order:Tensor, lo:np.ndarray, hi:np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _count_torch(
+    sim: Tensor, order: Tensor, lo: np.ndarray, hi: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     "`_count` in tensor operations, for similarities on any device."
     size = torch.as_tensor(hi - lo, device=sim.device)
     slot = torch.arange(int(size.max()), device=sim.device)
     real = slot < size[:, None]
     at = (torch.as_tensor(lo, device=sim.device)[:, None] + slot).clamp_(max=len(order) - 1)
     t = sim.gather(1, order[at]).masked_fill_(~real, -math.inf)
-    t = t.sort(1, descending=True).values           # stable in value: padding is last, or level with hits that are -inf
+    t = t.sort(
+        1, descending=True
+    ).values  # stable in value: padding is last, or level with hits that are -inf
     counts = []
     for h in slot.tolist():
-        th = t[:, h:h + 1]
-        counts.append(torch.stack([(sim > th).sum(1) - (t > th).sum(1), (sim == th).sum(1) - ((t == th) & real).sum(1)]))
+        th = t[:, h : h + 1]
+        counts.append(
+            torch.stack(
+                [
+                    (sim > th).sum(1) - (t > th).sum(1),
+                    (sim == th).sum(1) - ((t == th) & real).sum(1),
+                ]
+            )
+        )
     above, equal = torch.stack(counts, -1)[:, real].cpu().numpy()
     return above, equal
 
@@ -95,24 +115,29 @@ def _count_torch(sim:Tensor, order:Tensor, lo:np.ndarray, hi:np.ndarray) -> tupl
 @_jit
 def _group_ap(M, A, m, t):
     "Expected sum of the precisions at the `m` hits among `t` tied images that follow `A` images with `M` hits."
-    total, step = 0., (m - 1)/(t - 1) if t > 1 else 0.
-    for p in range(1, t + 1): total += (M + 1 + (p - 1)*step)/(A + p)
-    return total*m/t
+    total, step = 0.0, (m - 1) / (t - 1) if t > 1 else 0.0
+    for p in range(1, t + 1):
+        total += (M + 1 + (p - 1) * step) / (A + p)
+    return total * m / t
+
 
 @_jit
 def _group_last(A, m, t):
     "Expected 1/rank of the last of `m` hits among `t` tied images that follow `A` images."
-    total, chance = 0., m/t
+    total, chance = 0.0, m / t
     for p in range(t, m - 1, -1):
-        total += chance/(A + p)
-        if p > m: chance *= (p - m)/(p - 1)
+        total += chance / (A + p)
+        if p > m:
+            chance *= (p - m) / (p - 1)
     return total
+
 
 @_jit
 def _group_recall(k, A, m, t):
     "Chance that one of `m` hits among `t` tied images after `A` others is within the first `k`."
-    none = 1.
-    for x in range(min(k - A, t - m + 1)): none *= (t - m - x)/(t - x)
+    none = 1.0
+    for x in range(min(k - A, t - m + 1)):
+        none *= (t - m - x) / (t - x)
     return 1 - none
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-032
@@ -124,232 +149,411 @@ def _score(above, equal, ptr, ks, ties, out):
     "Rows of `out`: rank of the first hit, AP, INP, then R@k for each of `ks`; NaN for a query without hits."
     for q in range(len(ptr) - 1):
         start, n = ptr[q], ptr[q + 1] - ptr[q]
-        if n == 0: out[q] = np.nan
-        i, ap = 0, 0.
+        if n == 0:
+            out[q] = np.nan
+        i, ap = 0, 0.0
         while i < n:
             a, e, m = above[start + i], equal[start + i], 1
-            if ties == 1: a, e = a + e, 0
-            elif ties == 2: e = 0
-            while e > 0 and i + m < n and above[start + i + m] == a and equal[start + i + m] == e: m += 1
+            if ties == 1:
+                a, e = a + e, 0
+            elif ties == 2:
+                e = 0
+            while e > 0 and i + m < n and above[start + i + m] == a and equal[start + i + m] == e:
+                m += 1
             ap += _group_ap(i, i + a, m, m + e)
             if i == 0:
-                out[q, 0] = a + (m + e + 1)/(m + 1)
-                for c in range(len(ks)): out[q, 3 + c] = _group_recall(ks[c], a, m, m + e)
-            if i + m == n: out[q, 2] = n*_group_last(i + a, m, m + e)
+                out[q, 0] = a + (m + e + 1) / (m + 1)
+                for c in range(len(ks)):
+                    out[q, 3 + c] = _group_recall(ks[c], a, m, m + e)
+            if i + m == n:
+                out[q, 2] = n * _group_last(i + a, m, m + e)
             i += m
-        if n: out[q, 1] = ap/n
+        if n:
+            out[q, 1] = ap / n
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-037
-def read_features(path:str|Path # .npy, .npz or .safetensors
-                 , key:str|None=None # which array; default 'features', or the only one
-                 ) -> tuple[np.ndarray, np.ndarray|None]: # (n, d) features, (n,) ids or None
+def read_features(
+    path: str | Path,  # .npy, .npz or .safetensors
+    key: str | None = None,  # which array; default 'features', or the only one
+) -> tuple[np.ndarray, np.ndarray | None]:  # (n, d) features, (n,) ids or None
     "Read saved features, and the array 'ids' if the file holds one."
     path = Path(path)
-    if not path.is_file(): raise TiprError(f"{path}: no such file; give a .npy, .npz or .safetensors of features")
-    try: arrays = _read_arrays(path)
-    except TiprError: raise
-    except Exception as e: raise TiprError(f"{path}: cannot be read as {path.suffix or 'features'} ({type(e).__name__}: a file cut short, or another format?); save it again") from None
+    if not path.is_file():
+        raise TiprError(f"{path}: no such file; give a .npy, .npz or .safetensors of features")
+    try:
+        arrays = _read_arrays(path)
+    except TiprError:
+        raise
+    except Exception as e:
+        raise TiprError(
+            f"{path}: cannot be read as {path.suffix or 'features'} ({type(e).__name__}: a file cut short, or another format?); save it again"
+        ) from None
     keys = [k for k in arrays if k != "ids"]
     key = key or ("features" if "features" in keys else keys[0] if len(keys) == 1 else None)
-    if key not in keys: raise TiprError(f"{path}: {'no array ' + repr(key) if key else 'several arrays'} ({', '.join(keys) or 'it is empty'}); name the one to use")
+    if key not in keys:
+        raise TiprError(
+            f"{path}: {'no array ' + repr(key) if key else 'several arrays'} ({', '.join(keys) or 'it is empty'}); name the one to use"
+        )
     return arrays[key], arrays.get("ids")
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-038
-def _read_arrays(path:Path) -> dict[str, Any]:
-    if path.suffix == ".npy": return {"features": np.load(path, mmap_mode="r")}
+def _read_arrays(path: Path) -> dict[str, Any]:
+    if path.suffix == ".npy":
+        return {"features": np.load(path, mmap_mode="r")}
     if path.suffix == ".npz":
-        with np.load(path) as z: return {k: z[k] for k in z.files}
+        with np.load(path) as z:
+            return {k: z[k] for k in z.files}
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
+
         return load_file(path)
-    raise TiprError(f"{path}: features are read from .npy, .npz or .safetensors, not {path.suffix or 'a file without extension'}; convert it")
+    raise TiprError(
+        f"{path}: features are read from .npy, .npz or .safetensors, not {path.suffix or 'a file without extension'}; convert it"
+    )
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-040
 class Rows:
     "Features of any kind as blocks of unit rows."
-    def __init__(self, x:Tensor|np.ndarray|str|Path, # (n, d) features, or a file of them
-                 name:str, # what to call them in an error
-                 key:str|None=None # which array of the file
-                ):
+
+    def __init__(
+        self,
+        x: Tensor | np.ndarray | str | Path,  # (n, d) features, or a file of them
+        name: str,  # what to call them in an error
+        key: str | None = None,  # which array of the file
+    ):
         self.ids = None
-        if isinstance(x, (str, Path)): x, self.ids = read_features(x, key)
+        if isinstance(x, (str, Path)):
+            x, self.ids = read_features(x, key)
         self.x, self.name = x if isinstance(x, (Tensor, np.ndarray)) else np.asarray(x), name
-        if self.x.ndim != 2: raise TiprError(f"{name}: features have shape {tuple(self.x.shape)}; give one row per item, (n, d)")
-        if 0 in self.x.shape: raise TiprError(f"{name}: features of shape {tuple(self.x.shape)} are empty; nothing to rank")
+        if self.x.ndim != 2:
+            raise TiprError(
+                f"{name}: features have shape {tuple(self.x.shape)}; give one row per item, (n, d)"
+            )
+        if 0 in self.x.shape:
+            raise TiprError(
+                f"{name}: features of shape {tuple(self.x.shape)} are empty; nothing to rank"
+            )
         self.double = self.x.dtype in (torch.float64, np.float64)
         self.device = self.x.device if isinstance(self.x, Tensor) else torch.device("cpu")
         self.scale = self._scale()
 
-    def __len__(self): return len(self.x)
+    def __len__(self):
+        return len(self.x)
 
-    def _raw(self, rows:slice|np.ndarray) -> Tensor:
-        if isinstance(self.x, Tensor): return self.x.detach()[rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.device)]
+    def _raw(self, rows: slice | np.ndarray) -> Tensor:
+        if isinstance(self.x, Tensor):
+            return self.x.detach()[
+                rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.device)
+            ]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # memory-mapped arrays are read-only, and we only read
-            try: return torch.from_numpy(np.ascontiguousarray(self.x[rows]))
-            except TypeError: raise TiprError(f"{self.name}: features of type {self.x.dtype} are not numbers; give float features") from None
+            warnings.simplefilter("ignore")  # memory-mapped arrays are read-only, and we only read
+            try:
+                return torch.from_numpy(np.ascontiguousarray(self.x[rows]))
+            except TypeError:
+                raise TiprError(
+                    f"{self.name}: features of type {self.x.dtype} are not numbers; give float features"
+                ) from None
 
-    def _scale(self, block:int=16384) -> Tensor|None:
+    def _scale(self, block: int = 16384) -> Tensor | None:
         "1/norm of each row, None when all are of unit length; raises on a row that is not finite."
         kind = torch.float64 if self.double else torch.float32
         scale = torch.empty(len(self), device=self.device, dtype=kind)
         for a in range(0, len(self), block):
             norm = torch.linalg.vector_norm(self._raw(slice(a, a + block)).to(kind), dim=1)
-            if (bad := ~torch.isfinite(norm)).any(): raise TiprError(f"{self.name}: row {a + int(bad.nonzero()[0])} holds NaN or infinity; the model or the file is broken, encode it again")
-            scale[a:a + block] = torch.where(norm > 0, 1/norm, 0.)
+            if (bad := ~torch.isfinite(norm)).any():
+                raise TiprError(
+                    f"{self.name}: row {a + int(bad.nonzero()[0])} holds NaN or infinity; the model or the file is broken, encode it again"
+                )
+            scale[a : a + block] = torch.where(norm > 0, 1 / norm, 0.0)
         return None if (scale - 1).abs().max() < 1e-5 else scale
 
-    def as_is(self, rows:slice|np.ndarray, dtype:torch.dtype) -> bool:
+    def as_is(self, rows: slice | np.ndarray, dtype: torch.dtype) -> bool:
         "Whether these rows can be used where they are, without a copy."
         whole = self.x.is_contiguous() if isinstance(self.x, Tensor) else self.x.flags.c_contiguous
-        return whole and isinstance(rows, slice) and self.scale is None and self.x.dtype in (dtype, {torch.float32: np.float32, torch.float64: np.float64}[dtype])
+        return (
+            whole
+            and isinstance(rows, slice)
+            and self.scale is None
+            and self.x.dtype
+            in (dtype, {torch.float32: np.float32, torch.float64: np.float64}[dtype])
+        )
 
-    def block(self, rows:slice|np.ndarray, dtype:torch.dtype, device:torch.device) -> Tensor:
+    def block(self, rows: slice | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
         x = self._raw(rows).to(dtype)
-        if self.scale is not None: x = x*self.scale[rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.device)][:, None].to(dtype)
+        if self.scale is not None:
+            x = x * self.scale[
+                rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.device)
+            ][:, None].to(dtype)
         return x.to(device)
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-043
-def item_ids(ids:Any, # array, tensor or list of identities: numbers or words
-             n:int, # how many there must be
-             name:str # 'query' or 'gallery', for the message
-            ) -> np.ndarray: # (n,)
+def item_ids(
+    ids: Any,  # array, tensor or list of identities: numbers or words
+    n: int,  # how many there must be
+    name: str,  # 'query' or 'gallery', for the message
+) -> np.ndarray:  # (n,)
     "Identities as an array of `n`; a `TiprError` when they are missing, of another number, or not one per item."
-    if ids is None: raise TiprError(f"{name}: no identities given, and the features' file holds none; pass {name}_ids")
+    if ids is None:
+        raise TiprError(
+            f"{name}: no identities given, and the features' file holds none; pass {name}_ids"
+        )
     ids = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
-    if ids.ndim != 1 or len(ids) != n: raise TiprError(f"{name}_ids: shape {ids.shape} for {n} {name} items; give one identity per item")
-    if ids.dtype.kind == "f" and not np.isfinite(ids).all(): raise TiprError(f"{name}_ids: item {int(np.flatnonzero(~np.isfinite(ids))[0])} is not a number; every item needs an identity")
+    if ids.ndim != 1 or len(ids) != n:
+        raise TiprError(
+            f"{name}_ids: shape {ids.shape} for {n} {name} items; give one identity per item"
+        )
+    if ids.dtype.kind == "f" and not np.isfinite(ids).all():
+        raise TiprError(
+            f"{name}_ids: item {int(np.flatnonzero(~np.isfinite(ids))[0])} is not a number; every item needs an identity"
+        )
     return ids.astype(str) if ids.dtype == object else ids
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-047
 @dataclass
 class RankingPlan:
     "How to go through the queries: settings shared by all galleries of one evaluation."
-    ks:np.ndarray           # R@k for these, ascending
-    ties:int                # a value of TIES
-    memory_mb:float         # for the block of similarities
-    backend:str             # 'auto', 'numba' or 'torch'
-    few:int=400             # up to so many hits, one vectorised pass per hit; beyond, bins
 
-    def rows(self, n_gallery:int, itemsize:int=4) -> int:
+    ks: np.ndarray  # R@k for these, ascending
+    ties: int  # a value of TIES
+    memory_mb: float  # for the block of similarities
+    backend: str  # 'auto', 'numba' or 'torch'
+    few: int = 400  # up to so many hits, one vectorised pass per hit; beyond, bins
+
+    def rows(self, n_gallery: int, itemsize: int = 4) -> int:
         "How many queries at a time."
-        return int(np.clip(self.memory_mb*2**20/(itemsize*n_gallery), 8, 1024))
+        return int(np.clip(self.memory_mb * 2**20 / (itemsize * n_gallery), 8, 1024))
 
-def make_plan(ks:Sequence[int]=(1, 5, 10), # 1, 5 and 10 are always among them
-              ties:str="expected", # or 'pessimistic', 'optimistic'
-              memory_mb:float=128, # for the block of similarities
-              backend:str="auto" # 'numba' on the CPU, 'torch' elsewhere
-             ) -> RankingPlan:
+
+def make_plan(
+    ks: Sequence[int] = (1, 5, 10),  # 1, 5 and 10 are always among them
+    ties: str = "expected",  # or 'pessimistic', 'optimistic'
+    memory_mb: float = 128,  # for the block of similarities
+    backend: str = "auto",  # 'numba' on the CPU, 'torch' elsewhere
+) -> RankingPlan:
     "Check the settings of an evaluation."
-    if ties not in TIES: raise TiprError(f"ties={ties!r}: one of {', '.join(TIES)}")
-    if backend not in ("auto", "numba", "torch"): raise TiprError(f"backend={backend!r}: one of auto, numba, torch")
-    if not (memory_mb > 0): raise TiprError(f"memory_mb={memory_mb}: give a positive number of megabytes")
+    if ties not in TIES:
+        raise TiprError(f"ties={ties!r}: one of {', '.join(TIES)}")
+    if backend not in ("auto", "numba", "torch"):
+        raise TiprError(f"backend={backend!r}: one of auto, numba, torch")
+    if not (memory_mb > 0):
+        raise TiprError(f"memory_mb={memory_mb}: give a positive number of megabytes")
     ks = sorted({int(k) for k in ks} | {1, 5, 10})
-    if ks[0] < 1: raise TiprError(f"ks: R@{ks[0]} does not exist; k starts at 1")
+    if ks[0] < 1:
+        raise TiprError(f"ks: R@{ks[0]} does not exist; k starts at 1")
     return RankingPlan(np.array(ks), TIES[ties], memory_mb, backend)
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-049
-def query_scores(block:Callable, # block(a, b) -> (b-a, n_g) similarities of queries a to b, a tensor
-                 query_ids:np.ndarray, # (n_q,)
-                 gallery_ids:np.ndarray, # (n_g,)
-                 plan:RankingPlan, # see `make_plan`
-                 itemsize:int=4 # bytes of a similarity
-                ) -> tuple[np.ndarray, np.ndarray]: # (n_q, 3+k): rank of the first hit, AP, INP, R@k in [0, 1]; (n_q,) numbers of hits
+def query_scores(
+    block: Callable,  # block(a, b) -> (b-a, n_g) similarities of queries a to b, a tensor
+    query_ids: np.ndarray,  # (n_q,)
+    gallery_ids: np.ndarray,  # (n_g,)
+    plan: RankingPlan,  # see `make_plan`
+    itemsize: int = 4,  # bytes of a similarity
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (n_q, 3+k): rank of the first hit, AP, INP, R@k in [0, 1]; (n_q,) numbers of hits
     "Rank every query's hits in one gallery, a block of queries at a time."
     order = np.argsort(gallery_ids, kind="stable")
     lo, hi = [np.searchsorted(gallery_ids[order], query_ids, side=s) for s in ("left", "right")]
-    ptr, out = np.concatenate([[0], np.cumsum(hi - lo)]), np.empty((len(query_ids), 3 + len(plan.ks)))
-    step, threads, moved = plan.rows(len(gallery_ids), itemsize), max(1, torch.get_num_threads()), None
+    ptr, out = (
+        np.concatenate([[0], np.cumsum(hi - lo)]),
+        np.empty((len(query_ids), 3 + len(plan.ks))),
+    )
+    step, threads, moved = (
+        plan.rows(len(gallery_ids), itemsize),
+        max(1, torch.get_num_threads()),
+        None,
+    )
     with ThreadPoolExecutor(threads) as pool:
         for a in progress(range(0, len(query_ids), step), "rank"):
             b = min(a + step, len(query_ids))
-            p = ptr[a:b + 1] - ptr[a]
+            p = ptr[a : b + 1] - ptr[a]
             sim = block(a, b)
-            if p[-1] == 0: out[a:b] = np.nan; continue
+            if p[-1] == 0:
+                out[a:b] = np.nan
+                continue
             if plan.backend == "torch" or (plan.backend == "auto" and sim.device.type != "cpu"):
                 moved = torch.from_numpy(order).to(sim.device) if moved is None else moved
                 above, equal = _count_torch(sim, moved, lo[a:b], hi[a:b])
-            else: above, equal = _count_threads(pool, threads, sim.cpu().numpy(), order, lo[a:b], hi[a:b], p, plan.few)
+            else:
+                above, equal = _count_threads(
+                    pool, threads, sim.cpu().numpy(), order, lo[a:b], hi[a:b], p, plan.few
+                )
             _score(above, equal, p, plan.ks, plan.ties, out[a:b])
     return out, hi - lo
 
-def _count_threads(pool, threads:int, sim:np.ndarray, order, lo, hi, ptr, few:int) -> tuple[np.ndarray, np.ndarray]:
+
+def _count_threads(
+    pool, threads: int, sim: np.ndarray, order, lo, hi, ptr, few: int
+) -> tuple[np.ndarray, np.ndarray]:
     "`_count` with the rows shared out among threads (as many as PyTorch uses)."
     above, equal = np.empty((2, ptr[-1]), np.int64)
     cut = np.linspace(0, len(sim), threads + 1).astype(int).tolist()
-    work = lambda ab: _count(sim[slice(*ab)], order, lo[slice(*ab)], hi[slice(*ab)], ptr[ab[0]:ab[1] + 1], above, equal, few)
+    work = lambda ab: _count(
+        sim[slice(*ab)],
+        order,
+        lo[slice(*ab)],
+        hi[slice(*ab)],
+        ptr[ab[0] : ab[1] + 1],
+        above,
+        equal,
+        few,
+    )
     list(pool.map(work, itertools.pairwise(cut)))
     return above, equal
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-050
-def cosine_blocks(q:Rows, g:Rows, # features of queries and gallery
-                  rows:np.ndarray|slice=slice(None), cols:np.ndarray|slice=slice(None), # which of them
-                  memory_mb:float=128 # for converted rows of the gallery
-                 ) -> Callable: # block(a, b), for `query_scores`
+def cosine_blocks(
+    q: Rows,
+    g: Rows,  # features of queries and gallery
+    rows: np.ndarray | slice = slice(None),
+    cols: np.ndarray | slice = slice(None),  # which of them
+    memory_mb: float = 128,  # for converted rows of the gallery
+) -> Callable:  # block(a, b), for `query_scores`
     "Similarities of features: products written, tile by tile where rows must be converted, into one buffer that is used again."
     dtype, device = torch.float64 if q.double and g.double else torch.float32, g.device
     n = len(g) if isinstance(cols, slice) else len(cols)
-    tiles = 1 if g.as_is(cols, dtype) else max(1, min(n//8, math.ceil(n*g.x.shape[1]*dtype.itemsize/(memory_mb*2**20))))
-    cuts, buffer = np.linspace(0, n, tiles + 1).astype(int).tolist(), torch.empty(0, n, dtype=dtype, device=device)
+    tiles = (
+        1
+        if g.as_is(cols, dtype)
+        else max(1, min(n // 8, math.ceil(n * g.x.shape[1] * dtype.itemsize / (memory_mb * 2**20))))
+    )
+    cuts, buffer = (
+        np.linspace(0, n, tiles + 1).astype(int).tolist(),
+        torch.empty(0, n, dtype=dtype, device=device),
+    )
     part = lambda at, a, b: slice(a, b) if isinstance(at, slice) else at[a:b]
-    def block(a:int, b:int) -> Tensor:
+
+    def block(a: int, b: int) -> Tensor:
         nonlocal buffer
         x = q.block(part(rows, a, b), dtype, device)
-        if b - a < 8: x = torch.cat([x, x[-1:].expand(8 - (b - a), -1)])
-        if len(buffer) < len(x): buffer = torch.empty(len(x), n, dtype=dtype, device=device)
-        for c, d in itertools.pairwise(cuts): _product(x, g.block(part(cols, c, d), dtype, device), buffer[:len(x), c:d])
-        return buffer[:b - a]
+        if b - a < 8:
+            x = torch.cat([x, x[-1:].expand(8 - (b - a), -1)])
+        if len(buffer) < len(x):
+            buffer = torch.empty(len(x), n, dtype=dtype, device=device)
+        for c, d in itertools.pairwise(cuts):
+            _product(x, g.block(part(cols, c, d), dtype, device), buffer[: len(x), c:d])
+        return buffer[: b - a]
+
     return block
 
-def _product(x:Tensor, y:Tensor, out:Tensor):
+
+def _product(x: Tensor, y: Tensor, out: Tensor):
     "out = x y^T; on the CPU by NumPy, whose OpenBLAS was half as fast again as PyTorch's MKL on an AMD processor."
-    if out.device.type == "cpu": np.matmul(x.numpy(), y.numpy().T, out=out.numpy())
-    else: torch.mm(x, y.T, out=out)
+    if out.device.type == "cpu":
+        np.matmul(x.numpy(), y.numpy().T, out=out.numpy())
+    else:
+        torch.mm(x, y.T, out=out)
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-052
-def toy_features(n_ids:int=60, images:int=4, captions:int=8, d:int=32, noise:float=1.2, seed:int=0
-                ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # captions' features, images' features, captions' ids, images' ids
+def toy_features(
+    n_ids: int = 60,
+    images: int = 4,
+    captions: int = 8,
+    d: int = 32,
+    noise: float = 1.2,
+    seed: int = 0,
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray, np.ndarray
+]:  # captions' features, images' features, captions' ids, images' ids
     "Unit features of people, as a model might give them: for lessons and tests."
     rng = np.random.default_rng(seed)
     people = rng.normal(size=(n_ids, d))
-    image_ids, caption_ids = np.repeat(np.arange(n_ids), images), np.repeat(np.arange(n_ids), captions)
+    image_ids, caption_ids = (
+        np.repeat(np.arange(n_ids), images),
+        np.repeat(np.arange(n_ids), captions),
+    )
+
     def stray(ids):
-        x = people[ids] + noise*rng.normal(size=(len(ids), d))
-        return (x/np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+        x = people[ids] + noise * rng.normal(size=(len(ids), d))
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
     return stray(caption_ids), stray(image_ids), caption_ids, image_ids
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-055
-def given_blocks(sim:Any, # (n_q, n_g), or f(row numbers, column numbers) -> (rows, columns)
-                 rows:np.ndarray|slice, cols:np.ndarray|slice, # which part of it
-                 n_q:int, n_g:int) -> Callable: # block(a, b), for `query_scores`
+def given_blocks(
+    sim: Any,  # (n_q, n_g), or f(row numbers, column numbers) -> (rows, columns)
+    rows: np.ndarray | slice,
+    cols: np.ndarray | slice,  # which part of it
+    n_q: int,
+    n_g: int,
+) -> Callable:  # block(a, b), for `query_scores`
     "Similarities that are there already, or come from a function."
     rows, cols = np.arange(n_q)[rows], np.arange(n_g)[cols]
     whole = len(cols) == n_g
-    def block(a:int, b:int) -> Tensor:
+
+    def block(a: int, b: int) -> Tensor:
         at = rows[a:b]
-        x = sim(at, cols) if callable(sim) else sim[slice(at[0], at[-1] + 1) if len(rows) == n_q else at]
-        x = x.detach().contiguous() if isinstance(x, Tensor) else torch.from_numpy(np.array(x, order="C"))
-        if not callable(sim) and not whole: x = x[:, torch.as_tensor(cols, device=x.device)]
-        if tuple(x.shape) != (b - a, len(cols)): raise TiprError(f"sim: the function gave shape {tuple(x.shape)} for {b - a} rows and {len(cols)} columns; give one number per pair")
-        x = x if x.dtype in (torch.float32, torch.float64) else x.float() if x.is_floating_point() else x.double()
-        if x.isnan().any(): raise TiprError(f"sim: NaN in row {at[int(x.isnan().any(1).nonzero()[0])]}; a score must be a number")
+        x = (
+            sim(at, cols)
+            if callable(sim)
+            else sim[slice(at[0], at[-1] + 1) if len(rows) == n_q else at]
+        )
+        x = (
+            x.detach().contiguous()
+            if isinstance(x, Tensor)
+            else torch.from_numpy(np.array(x, order="C"))
+        )
+        if not callable(sim) and not whole:
+            x = x[:, torch.as_tensor(cols, device=x.device)]
+        if tuple(x.shape) != (b - a, len(cols)):
+            raise TiprError(
+                f"sim: the function gave shape {tuple(x.shape)} for {b - a} rows and {len(cols)} columns; give one number per pair"
+            )
+        x = (
+            x
+            if x.dtype in (torch.float32, torch.float64)
+            else x.float()
+            if x.is_floating_point()
+            else x.double()
+        )
+        if x.isnan().any():
+            raise TiprError(
+                f"sim: NaN in row {at[int(x.isnan().any(1).nonzero()[0])]}; a score must be a number"
+            )
         return x
+
     return block
 
 # %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-058
-def rank_within(make_block:Callable, # make_block(rows, cols) -> block function of a part
-                query_ids:np.ndarray, gallery_ids:np.ndarray, plan:RankingPlan,
-                query_groups:np.ndarray|None=None, gallery_groups:np.ndarray|None=None, # gallery of each query and item; None: one gallery
-                itemsize:int=4) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # (n_q, 3+k) scores, (n_q,) hits, (n_q,) items in the gallery
+def rank_within(
+    make_block: Callable,  # make_block(rows, cols) -> block function of a part
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    plan: RankingPlan,
+    query_groups: np.ndarray | None = None,
+    gallery_groups: np.ndarray | None = None,  # gallery of each query and item; None: one gallery
+    itemsize: int = 4,
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # (n_q, 3+k) scores, (n_q,) hits, (n_q,) items in the gallery
     "`query_scores` for every query, each within its own gallery."
-    parts:list[tuple[Any, Any]]
-    if query_groups is None or gallery_groups is None: parts = [(slice(None), slice(None))]
-    else: parts = [(np.flatnonzero(query_groups == g), np.flatnonzero(gallery_groups == g)) for g in np.unique(query_groups)]
-    values, n_hits, size = np.empty((len(query_ids), 3 + len(plan.ks))), np.zeros(len(query_ids), int), np.empty(len(query_ids))
+    parts: list[tuple[Any, Any]]
+    if query_groups is None or gallery_groups is None:
+        parts = [(slice(None), slice(None))]
+    else:
+        parts = [
+            (np.flatnonzero(query_groups == g), np.flatnonzero(gallery_groups == g))
+            for g in np.unique(query_groups)
+        ]
+    values, n_hits, size = (
+        np.empty((len(query_ids), 3 + len(plan.ks))),
+        np.zeros(len(query_ids), int),
+        np.empty(len(query_ids)),
+    )
     for rows, cols in parts:
         qids, gids = query_ids[rows], gallery_ids[cols]
-        where = "" if query_groups is None or gallery_groups is None else f" in gallery {query_groups[rows[0]]!s}"
-        if len(gids) == 0 or not np.isin(qids, gids).any(): raise TiprError(f"query_ids and gallery_ids have no identity in common{where}; are they of the same split and numbered alike?")
-        values[rows], n_hits[rows] = query_scores(make_block(rows, cols), qids, gids, plan, itemsize)
+        where = (
+            ""
+            if query_groups is None or gallery_groups is None
+            else f" in gallery {query_groups[rows[0]]!s}"
+        )
+        if len(gids) == 0 or not np.isin(qids, gids).any():
+            raise TiprError(
+                f"query_ids and gallery_ids have no identity in common{where}; are they of the same split and numbered alike?"
+            )
+        values[rows], n_hits[rows] = query_scores(
+            make_block(rows, cols), qids, gids, plan, itemsize
+        )
         size[rows] = len(gids)
     return values, n_hits, size

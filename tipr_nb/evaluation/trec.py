@@ -19,45 +19,61 @@ from .protocol import SplitFeatures, encode_split
 from .ranking import Rows, cosine_blocks, make_plan
 
 # %% ../../nbs/06_evaluation/06_trec.ipynb #cell-006
-def write_trec(model:Any, # anything with encode_image and encode_text; None with `features`
-               split:Split,
-               run:str|Path, # where the ranking goes
-               qrels:str|Path|None=None, # and what is relevant
-               features:SplitFeatures|None=None, # encoded before, by `encode_split`
-               depth:int=100, # images per caption
-               tag:str="tipr_nb", # name of the run
-               galleries:str="gallery" # column that names an item's gallery
-              ) -> Path:
+def write_trec(
+    model: Any,  # anything with encode_image and encode_text; None with `features`
+    split: Split,
+    run: str | Path,  # where the ranking goes
+    qrels: str | Path | None = None,  # and what is relevant
+    features: SplitFeatures | None = None,  # encoded before, by `encode_split`
+    depth: int = 100,  # images per caption
+    tag: str = "tipr_nb",  # name of the run
+    galleries: str = "gallery",  # column that names an item's gallery
+) -> Path:
     "Rank the images of a split by its captions and write a TREC run (and qrels)."
-    if depth < 1: raise TiprError(f"depth={depth}: give one image per caption or more")
-    if not tag or any(c.isspace() for c in tag): raise TiprError(f"tag={tag!r}: the name of a run is one word")
+    if depth < 1:
+        raise TiprError(f"depth={depth}: give one image per caption or more")
+    if not tag or any(c.isspace() for c in tag):
+        raise TiprError(f"tag={tag!r}: the name of a run is one word")
     f = features or encode_split(model, split)
-    if (len(f.text), len(f.image)) != (len(split.captions), len(split.images)): raise TiprError(f"features of {len(f.text)} captions and {len(f.image)} images for split {split.name}; encode this split")
+    if (len(f.text), len(f.image)) != (len(split.captions), len(split.images)):
+        raise TiprError(
+            f"features of {len(f.text)} captions and {len(f.image)} images for split {split.name}; encode this split"
+        )
     groups = gallery_rows(split, galleries)
     with atomic_path(run) as path, open(path, "w", encoding="utf-8") as out:
         for captions, images in groups:
             for c, ranked, scores in nearest(f, captions, images, depth):
-                for rank, (i, score) in enumerate(zip(ranked, scores), 1): out.write(f"c{c} Q0 i{i} {rank} {score:.6f} {tag}\n")
-    if qrels is not None: write_qrels(split, qrels, galleries)
+                for rank, (i, score) in enumerate(zip(ranked, scores), 1):
+                    out.write(f"c{c} Q0 i{i} {rank} {score:.6f} {tag}\n")
+    if qrels is not None:
+        write_qrels(split, qrels, galleries)
     return Path(run)
 
 # %% ../../nbs/06_evaluation/06_trec.ipynb #cell-007
-def write_qrels(split:Split, path:str|Path, galleries:str="gallery"):
+def write_qrels(split: Split, path: str | Path, galleries: str = "gallery"):
     "Which images are relevant to which captions."
     with atomic_path(path) as tmp, open(tmp, "w", encoding="utf-8") as out:
         for captions, images in gallery_rows(split, galleries):
             for c in captions:
-                for i in images[split.image_ids[images] == split.caption_ids[c]]: out.write(f"c{c} 0 i{i} 1\n")
+                for i in images[split.image_ids[images] == split.caption_ids[c]]:
+                    out.write(f"c{c} 0 i{i} 1\n")
 
 # %% ../../nbs/06_evaluation/06_trec.ipynb #cell-008
-def gallery_rows(split:Split, column:str) -> list[tuple[np.ndarray, np.ndarray]]:
+def gallery_rows(split: Split, column: str) -> list[tuple[np.ndarray, np.ndarray]]:
     "Captions and images of each gallery."
     mine, theirs = split.caption_columns.get(column), split.image_columns.get(column)
-    if (mine is None) != (theirs is None): raise TiprError(f"split {split.name}: column {column!r} is there for captions or images only; give it to both")
-    if mine is None or theirs is None: return [(np.arange(len(split.captions)), np.arange(len(split.images)))]
+    if (mine is None) != (theirs is None):
+        raise TiprError(
+            f"split {split.name}: column {column!r} is there for captions or images only; give it to both"
+        )
+    if mine is None or theirs is None:
+        return [(np.arange(len(split.captions)), np.arange(len(split.images)))]
     return [(np.flatnonzero(mine == g), np.flatnonzero(theirs == g)) for g in np.unique(mine)]
 
-def nearest(f:SplitFeatures, captions:np.ndarray, images:np.ndarray, depth:int) -> Sequence[tuple[int, np.ndarray, np.ndarray]]:
+
+def nearest(
+    f: SplitFeatures, captions: np.ndarray, images: np.ndarray, depth: int
+) -> Sequence[tuple[int, np.ndarray, np.ndarray]]:
     "For each caption its nearest images, best first, and their scores."
     block = cosine_blocks(Rows(f.text, "query"), Rows(f.image, "gallery"), captions, images)
     step = make_plan().rows(len(images))
@@ -65,5 +81,6 @@ def nearest(f:SplitFeatures, captions:np.ndarray, images:np.ndarray, depth:int) 
     for a in range(0, len(captions), step):
         sim = block(a, min(a + step, len(captions))).float().cpu().numpy()
         order = np.argsort(-sim, axis=1, kind="stable")[:, :depth]
-        for c, s, o in zip(captions[a:a + step], sim, order): found.append((int(c), images[o], s[o].copy()))
+        for c, s, o in zip(captions[a : a + step], sim, order):
+            found.append((int(c), images[o], s[o].copy()))
     return found

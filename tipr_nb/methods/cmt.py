@@ -17,87 +17,122 @@ from .objectives import Objective, register_objective
 from ..models import Features, PersonCLIP, sdm_loss, unit
 
 # %% ../../nbs/05_methods/08_cmt.ipynb #cell-007
-def cosine_matrix(image:Tensor # (b, d) image features, unit or not
-                  , text:Tensor # (b, d) text features, unit or not
-                  ) -> Tensor: # (b, b) cosines, row: caption, column: image; float32 (float64 stays)
+def cosine_matrix(
+    image: Tensor,  # (b, d) image features, unit or not
+    text: Tensor,  # (b, d) text features, unit or not
+) -> Tensor:  # (b, b) cosines, row: caption, column: image; float32 (float64 stays)
     "Cosine of every caption with every image, in full precision even under autocast."
-    with torch.autocast(image.device.type, enabled=False): return unit(text) @ unit(image).T
+    with torch.autocast(image.device.type, enabled=False):
+        return unit(text) @ unit(image).T
 
 # %% ../../nbs/05_methods/08_cmt.ipynb #cell-012
-def positive_mask(ids:Tensor # (b,) identities
-                  , image_index:Tensor|None=None # (b,) which photo each pair shows; None: unknown
-                  , same_photo:bool=False # let the same photo's other caption be a positive too
-                  ) -> Tensor: # (b, b) bool, symmetric, diagonal True
+def positive_mask(
+    ids: Tensor,  # (b,) identities
+    image_index: Tensor | None = None,  # (b,) which photo each pair shows; None: unknown
+    same_photo: bool = False,  # let the same photo's other caption be a positive too
+) -> Tensor:  # (b, b) bool, symmetric, diagonal True
     "Who may be whose positive: the own pair, and pairs of the same identity with another photo."
     mask = ids[:, None] == ids[None]
-    if image_index is None or same_photo: return mask
-    return mask & (image_index[:, None] != image_index[None]) | torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+    if image_index is None or same_photo:
+        return mask
+    return mask & (image_index[:, None] != image_index[None]) | torch.eye(
+        len(ids), dtype=torch.bool, device=ids.device
+    )
 
 # %% ../../nbs/05_methods/08_cmt.ipynb #cell-016
-def hinge(S:Tensor # (b, b) similarities, anchors in rows
-          , ids:Tensor # (b,) identities
-          , positives:Tensor # (b, b) bool, at least one True per row
-          , margin:float=.05 # wanted gap in cosine
-          ) -> Tensor: # (b,) per anchor, 0 where the gap is wide enough or there is no rival
+def hinge(
+    S: Tensor,  # (b, b) similarities, anchors in rows
+    ids: Tensor,  # (b,) identities
+    positives: Tensor,  # (b, b) bool, at least one True per row
+    margin: float = 0.05,  # wanted gap in cosine
+) -> Tensor:  # (b,) per anchor, 0 where the gap is wide enough or there is no rival
     "Triplet hinge of each row: hardest allowed positive against hardest other identity."
     hardest_positive = S.masked_fill(~positives, math.inf).amin(1)
     hardest_negative = S.masked_fill(ids[:, None] == ids[None], -math.inf).amax(1)
     return F.relu(margin + hardest_negative - hardest_positive)
 
 # %% ../../nbs/05_methods/08_cmt.ipynb #cell-018
-def _check(image:Tensor, text:Tensor, ids:Tensor, image_index:Tensor|None, margin:float):
+def _check(image: Tensor, text: Tensor, ids: Tensor, image_index: Tensor | None, margin: float):
     "Shapes that belong together and a margin that makes sense."
-    if image.ndim != 2 or image.shape != text.shape: raise TiprError(f"image {tuple(image.shape)} and text {tuple(text.shape)} must both be (b, d); give row i of both to pair i")
+    if image.ndim != 2 or image.shape != text.shape:
+        raise TiprError(
+            f"image {tuple(image.shape)} and text {tuple(text.shape)} must both be (b, d); give row i of both to pair i"
+        )
     for name, x in dict(ids=ids, image_index=image_index).items():
-        if x is not None and x.shape != (len(image),): raise TiprError(f"{name} has shape {tuple(x.shape)}, the batch has {len(image)} pairs; give one number per pair")
-    if not 0 <= margin < 2: raise TiprError(f"margin={margin} is not a gap between cosines; give a number from 0 to 2 (the paper's is 0.05)")
+        if x is not None and x.shape != (len(image),):
+            raise TiprError(
+                f"{name} has shape {tuple(x.shape)}, the batch has {len(image)} pairs; give one number per pair"
+            )
+    if not 0 <= margin < 2:
+        raise TiprError(
+            f"margin={margin} is not a gap between cosines; give a number from 0 to 2 (the paper's is 0.05)"
+        )
 
 # %% ../../nbs/05_methods/08_cmt.ipynb #cell-019
-def cmt_terms(image:Tensor, text:Tensor # (b, d) features of b pairs
-              , ids:Tensor # (b,) identities
-              , margin:float=.05 # wanted gap in cosine
-              , hard_positive:bool=True # least similar positive; False: the own pair, as released
-              , image_index:Tensor|None=None # (b,) which photo each pair shows
-              , same_photo:bool=False # the same photo's other caption may be a positive
-              ) -> tuple[Tensor, Tensor]: # (b,) hinges text-to-image, (b,) image-to-text
+def cmt_terms(
+    image: Tensor,
+    text: Tensor,  # (b, d) features of b pairs
+    ids: Tensor,  # (b,) identities
+    margin: float = 0.05,  # wanted gap in cosine
+    hard_positive: bool = True,  # least similar positive; False: the own pair, as released
+    image_index: Tensor | None = None,  # (b,) which photo each pair shows
+    same_photo: bool = False,  # the same photo's other caption may be a positive
+) -> tuple[Tensor, Tensor]:  # (b,) hinges text-to-image, (b,) image-to-text
     "Each anchor's hinge, both directions."
     _check(image, text, ids, image_index, margin)
     S = cosine_matrix(image, text)
-    positives = positive_mask(ids, image_index, same_photo) if hard_positive else torch.eye(len(ids), dtype=torch.bool, device=S.device)
+    positives = (
+        positive_mask(ids, image_index, same_photo)
+        if hard_positive
+        else torch.eye(len(ids), dtype=torch.bool, device=S.device)
+    )
     return hinge(S, ids, positives, margin), hinge(S.T, ids, positives, margin)
 
 # %% ../../nbs/05_methods/08_cmt.ipynb #cell-020
-def cmt_loss(image:Tensor, text:Tensor # (b, d) features of b pairs
-             , ids:Tensor # (b,) identities
-             , margin:float=.05 # wanted gap in cosine
-             , hard_positive:bool=True # least similar positive; False: the own pair, as released
-             , image_index:Tensor|None=None # (b,) which photo each pair shows; without it every pair of an identity is a positive
-             , same_photo:bool=False # the same photo's other caption may be a positive
-             ) -> Tensor: # scalar
+def cmt_loss(
+    image: Tensor,
+    text: Tensor,  # (b, d) features of b pairs
+    ids: Tensor,  # (b,) identities
+    margin: float = 0.05,  # wanted gap in cosine
+    hard_positive: bool = True,  # least similar positive; False: the own pair, as released
+    image_index: Tensor
+    | None = None,  # (b,) which photo each pair shows; without it every pair of an identity is a positive
+    same_photo: bool = False,  # the same photo's other caption may be a positive
+) -> Tensor:  # scalar
     "Cross-modal triplet loss of SEN (arXiv 2307.09059): sum of the two directions' batch means; zero for a batch with one identity."
     t2i, i2t = cmt_terms(image, text, ids, margin, hard_positive, image_index, same_photo)
     return t2i.mean() + i2t.mean()
 
 # %% ../../nbs/05_methods/08_cmt.ipynb #cell-046
-def gradient_share(image:Tensor, text:Tensor # (b, d) features of b pairs
-                   , ids:Tensor # (b,) identities
-                   , weight:float=10. # the factor of CMT in the sum; SDM's is 1
-                   , **kwargs # arguments of `cmt_loss`
-                   ) -> float: # 0 to 1
+def gradient_share(
+    image: Tensor,
+    text: Tensor,  # (b, d) features of b pairs
+    ids: Tensor,  # (b,) identities
+    weight: float = 10.0,  # the factor of CMT in the sum; SDM's is 1
+    **kwargs,  # arguments of `cmt_loss`
+) -> float:  # 0 to 1
     "CMT's share of the gradient that CMT and SDM send to the features: w|g| / (w|g| + |g'|)."
+
     def norm(loss_fn):
         leaves = [x.detach().float().requires_grad_() for x in (image, text)]
-        with torch.enable_grad(): loss = loss_fn(*leaves)
+        with torch.enable_grad():
+            loss = loss_fn(*leaves)
         return torch.cat(torch.autograd.grad(loss, leaves)).norm().item()
-    cmt, sdm = weight*norm(lambda v, t: cmt_loss(v, t, ids, **kwargs)), norm(lambda v, t: sdm_loss(v, t, ids))
-    return cmt/(cmt + sdm) if cmt > 0 else 0.
+
+    cmt, sdm = (
+        weight * norm(lambda v, t: cmt_loss(v, t, ids, **kwargs)),
+        norm(lambda v, t: sdm_loss(v, t, ids)),
+    )
+    return cmt / (cmt + sdm) if cmt > 0 else 0.0
 
 # %% ../../nbs/05_methods/08_cmt.ipynb #cell-054
-def all_rows(index:Tensor # (local b,) this process's photo numbers
-             , n:int # rows of the gathered features
-             ) -> Tensor: # (n,) everyone's, in the order of ranks
+def all_rows(
+    index: Tensor,  # (local b,) this process's photo numbers
+    n: int,  # rows of the gathered features
+) -> Tensor:  # (n,) everyone's, in the order of ranks
     "Photo numbers of the whole batch when features were gathered over processes; the input itself for one process."
-    if len(index) == n: return index
+    if len(index) == n:
+        return index
     parts = [torch.empty_like(index) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, index.contiguous())
     return torch.cat(parts)
@@ -106,24 +141,49 @@ def all_rows(index:Tensor # (local b,) this process's photo numbers
 @register_objective("CMT")
 class CMT(Objective):
     "Cross-modal triplet loss on the batch's unit features (SEN, arXiv 2307.09059)."
+
     chunked = "features"
-    def __init__(self, encoder:PersonCLIP, n_ids:int # unused: nothing here has weights
-                 , margin:float=.05 # wanted gap in cosine
-                 , hard_positive:bool=True # least similar positive with another photo; False: the own pair, as released
-                 , same_photo:bool=False # the same photo's other caption may be a positive
-                 , log_every:int=50 # steps between measurements of the gradient share; 0: never
-                 , share_weight:float=10.): # weight of CMT in the sum, for that measurement only
+
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,  # unused: nothing here has weights
+        margin: float = 0.05,  # wanted gap in cosine
+        hard_positive: bool = True,  # least similar positive with another photo; False: the own pair, as released
+        same_photo: bool = False,  # the same photo's other caption may be a positive
+        log_every: int = 50,  # steps between measurements of the gradient share; 0: never
+        share_weight: float = 10.0,
+    ):  # weight of CMT in the sum, for that measurement only
         super().__init__(encoder, n_ids)
-        if not 0 <= margin < 2: raise TiprError(f"CMT: margin={margin} is not a gap between cosines; give a number from 0 to 2 (the paper's is 0.05)")
-        self.margin, self.hard_positive, self.same_photo, self.log_every, self.share_weight = margin, hard_positive, same_photo, log_every, share_weight
+        if not 0 <= margin < 2:
+            raise TiprError(
+                f"CMT: margin={margin} is not a gap between cosines; give a number from 0 to 2 (the paper's is 0.05)"
+            )
+        self.margin, self.hard_positive, self.same_photo, self.log_every, self.share_weight = (
+            margin,
+            hard_positive,
+            same_photo,
+            log_every,
+            share_weight,
+        )
         self.calls, self.logs = 0, {}
 
-    def forward(self, features:Features, batch, encoder) -> Tensor:
+    def forward(self, features: Features, batch, encoder) -> Tensor:
         "Scalar loss; `logs` holds `active` and `gradient_share`."
         index = getattr(batch, "image_index", None)
-        kw:dict[str, Any] = dict(margin=self.margin, hard_positive=self.hard_positive, same_photo=self.same_photo, image_index=None if index is None else all_rows(index.to(features.ids.device), len(features.ids)))
+        kw: dict[str, Any] = dict(
+            margin=self.margin,
+            hard_positive=self.hard_positive,
+            same_photo=self.same_photo,
+            image_index=None
+            if index is None
+            else all_rows(index.to(features.ids.device), len(features.ids)),
+        )
         t2i, i2t = cmt_terms(features.image, features.text, features.ids, **kw)
         self.logs["active"] = torch.cat([t2i, i2t]).gt(0).float().mean().detach()
-        if self.log_every and self.calls % self.log_every == 0: self.logs["gradient_share"] = torch.tensor(gradient_share(features.image, features.text, features.ids, self.share_weight, **kw))
+        if self.log_every and self.calls % self.log_every == 0:
+            self.logs["gradient_share"] = torch.tensor(
+                gradient_share(features.image, features.text, features.ids, self.share_weight, **kw)
+            )
         self.calls += 1
         return t2i.mean() + i2t.mean()

@@ -22,26 +22,40 @@ from open_clip.transformer import Transformer
 # %% ../../nbs/05_methods/06_gif.ipynb #cell-010
 class Fusion(nn.Module):
     "Drawn tokens ask a photo and a caption; a transformer makes one feature of the answers (GEA, arXiv 2511.10154; reconstruction)."
-    def __init__(self, dim:int, # of all tokens
-                 heads:int|None=None, # None: one per 64 channels, at least 4
-                 layers:int=4, residual:bool=False): # let the drawn tokens pass around the cross-attentions
+
+    def __init__(
+        self,
+        dim: int,  # of all tokens
+        heads: int | None = None,  # None: one per 64 channels, at least 4
+        layers: int = 4,
+        residual: bool = False,
+    ):  # let the drawn tokens pass around the cross-attentions
         super().__init__()
-        heads = heads or max(4, dim//64)
+        heads = heads or max(4, dim // 64)
         self.residual = residual
-        self.drawn_norm, self.photo_norm, self.text_norm, self.joint_norm, self.final_norm = (nn.LayerNorm(dim) for _ in range(5))
+        self.drawn_norm, self.photo_norm, self.text_norm, self.joint_norm, self.final_norm = (
+            nn.LayerNorm(dim) for _ in range(5)
+        )
         self.ask_photo, self.ask_text = CrossAttention(dim, heads), CrossAttention(dim, heads)
         self.transformer = Transformer(dim, layers, heads)
         lean_attention(self)
 
-    def heard(self, drawn:Tensor, photo:Tensor, text:Tensor, mask:Tensor) -> tuple[Tensor, Tensor]: # (b, m, dim) each
+    def heard(
+        self, drawn: Tensor, photo: Tensor, text: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (b, m, dim) each
         "What the drawn tokens hear from the photo, and from the caption."
         q = self.drawn_norm(drawn)
-        return self.ask_photo(q, self.photo_norm(photo)), self.ask_text(q, self.text_norm(text), mask)
+        return self.ask_photo(q, self.photo_norm(photo)), self.ask_text(
+            q, self.text_norm(text), mask
+        )
 
-    def forward(self, drawn:Tensor, # (b, m, dim) tokens of the drawn picture, CLS first
-                photo:Tensor, # (b, n, dim) tokens of a photo
-                text:Tensor, mask:Tensor # (b, L, dim) tokens of the caption; (b, L) True at real ones
-               ) -> Tensor: # (b, dim) unit, float32
+    def forward(
+        self,
+        drawn: Tensor,  # (b, m, dim) tokens of the drawn picture, CLS first
+        photo: Tensor,  # (b, n, dim) tokens of a photo
+        text: Tensor,
+        mask: Tensor,  # (b, L, dim) tokens of the caption; (b, L) True at real ones
+    ) -> Tensor:  # (b, dim) unit, float32
         "The unified feature."
         h = sum(self.heard(drawn, photo, text, mask))
         h = self.transformer(self.joint_norm(h + drawn if self.residual else h))
@@ -49,55 +63,108 @@ class Fusion(nn.Module):
 
 # %% ../../nbs/05_methods/06_gif.ipynb #cell-016
 @torch.no_grad()
-def reliance(fusion:Fusion, drawn:Tensor, photo:Tensor, text:Tensor, mask:Tensor # as for `Fusion.forward`, b above 1
-            ) -> dict[str, float]: # photo, caption, picture: 1 - cosine, 0 where it is not used
+def reliance(
+    fusion: Fusion,
+    drawn: Tensor,
+    photo: Tensor,
+    text: Tensor,
+    mask: Tensor,  # as for `Fusion.forward`, b above 1
+) -> dict[str, float]:  # photo, caption, picture: 1 - cosine, 0 where it is not used
     "How far the unified feature moves when one input is exchanged for another person's."
     u, b = fusion(drawn, photo, text, mask), len(drawn)
-    if b < 2: raise TiprError("reliance: needs two samples or more, to exchange inputs between them")
+    if b < 2:
+        raise TiprError("reliance: needs two samples or more, to exchange inputs between them")
     other = torch.arange(b, device=drawn.device).roll(1)
-    moved = dict(photo=fusion(drawn, photo[other], text, mask), caption=fusion(drawn, photo, text[other], mask[other]), picture=fusion(drawn[other], photo, text, mask))
-    return {name: (1 - (u*v).sum(1)).mean().item() for name, v in moved.items()}
+    moved = dict(
+        photo=fusion(drawn, photo[other], text, mask),
+        caption=fusion(drawn, photo, text[other], mask[other]),
+        picture=fusion(drawn[other], photo, text, mask),
+    )
+    return {name: (1 - (u * v).sum(1)).mean().item() for name, v in moved.items()}
 
 # %% ../../nbs/05_methods/06_gif.ipynb #cell-025
 _FUSION = "gif_fusion"
 
-def fusion_of(encoder:PersonCLIP, **kwargs # of `Fusion`
-             ) -> Fusion:
+
+def fusion_of(
+    encoder: PersonCLIP,
+    **kwargs,  # of `Fusion`
+) -> Fusion:
     "The fusion that travels with a model: the one it has, the one its checkpoint brought, or a new one."
-    return encoder.addons[_FUSION] if _FUSION in encoder.addons else encoder.attach(_FUSION, Fusion(encoder.dim, **kwargs)) # type: ignore[return-value]
+    return (
+        encoder.addons[_FUSION]
+        if _FUSION in encoder.addons
+        else encoder.attach(_FUSION, Fusion(encoder.dim, **kwargs))
+    )  # type: ignore[return-value]
+
 
 @register_objective("GIF")
 class GIF(Objective):
     "TAL between the unified feature and captions, and photos (GEA, arXiv 2511.10154; reconstruction)."
-    lr_scale, needs_tokens = 5., True
-    def __init__(self, encoder:PersonCLIP, n_ids:int # unused
-                 , layers:int=4, heads:int|None=None, residual:bool=False # of `Fusion`
-                 , paired:bool=False # feed the caption's own photo instead of another of the same person
-                 , photo_gradient:bool=False # the towers learn through the photo that is fed, too (a third more time)
-                 , keep:bool=False # the fusion travels in the checkpoint
-                 , log_every:int=50 # calls between measurements of the reliance; 0: never
-                 , temperature:float=.015, margin:float=.1, reduction:str="sum"):
-        super().__init__(encoder, n_ids)
-        self.paired, self.photo_gradient, self.kept, self.log_every, self.calls, self.tal = paired, photo_gradient, keep, log_every, 0, dict(temperature=temperature, margin=margin, reduction=reduction)
-        made:dict[str, Any] = dict(heads=heads, layers=layers, residual=residual)
-        if keep: fusion_of(encoder, **made)
-        else: self.fusion = Fusion(encoder.dim, **made)
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    lr_scale, needs_tokens = 5.0, True
+
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,  # unused
+        layers: int = 4,
+        heads: int | None = None,
+        residual: bool = False,  # of `Fusion`
+        paired: bool = False,  # feed the caption's own photo instead of another of the same person
+        photo_gradient: bool = False,  # the towers learn through the photo that is fed, too (a third more time)
+        keep: bool = False,  # the fusion travels in the checkpoint
+        log_every: int = 50,  # calls between measurements of the reliance; 0: never
+        temperature: float = 0.015,
+        margin: float = 0.1,
+        reduction: str = "sum",
+    ):
+        super().__init__(encoder, n_ids)
+        self.paired, self.photo_gradient, self.kept, self.log_every, self.calls, self.tal = (
+            paired,
+            photo_gradient,
+            keep,
+            log_every,
+            0,
+            dict(temperature=temperature, margin=margin, reduction=reduction),
+        )
+        made: dict[str, Any] = dict(heads=heads, layers=layers, residual=residual)
+        if keep:
+            fusion_of(encoder, **made)
+        else:
+            self.fusion = Fusion(encoder.dim, **made)
+
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss; `logs` holds both terms and, every `log_every` calls, the reliance on photo, caption and picture."
-        fusion:Any = encoder.addons[_FUSION] if self.kept else self.fusion
-        parts:tuple[Any, ...] = drawn_features(features, batch, encoder)[1], self.photo(features, batch, encoder), features.text_tokens, features.text_mask
+        fusion: Any = encoder.addons[_FUSION] if self.kept else self.fusion
+        parts: tuple[Any, ...] = (
+            drawn_features(features, batch, encoder)[1],
+            self.photo(features, batch, encoder),
+            features.text_tokens,
+            features.text_mask,
+        )
         u = gather_rows(fusion(*parts))
-        to_text, to_image = (tal_loss(*pair, features.ids, **self.tal) for pair in ((u, features.text), (features.image, u)))
+        to_text, to_image = (
+            tal_loss(*pair, features.ids, **self.tal)
+            for pair in ((u, features.text), (features.image, u))
+        )
         self.logs |= {"u_text": to_text.detach(), "u_image": to_image.detach()}
-        if self.log_every and self.calls % self.log_every == 0 and len(u) > 1: self.logs |= {f"relies_on_{k}": torch.tensor(v) for k, v in reliance(fusion, *parts).items()}
+        if self.log_every and self.calls % self.log_every == 0 and len(u) > 1:
+            self.logs |= {
+                f"relies_on_{k}": torch.tensor(v) for k, v in reliance(fusion, *parts).items()
+            }
         self.calls += 1
         return to_text + to_image
 
-    def photo(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor: # (b, n, d)
+    def photo(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:  # (b, n, d)
         "Tokens of the photo that is fed: another of the same person, or the caption's own."
-        own:Any = features.image_tokens
-        if self.paired: return own if self.photo_gradient else own.detach()
+        own: Any = features.image_tokens
+        if self.paired:
+            return own if self.photo_gradient else own.detach()
         other = (getattr(batch, "extra", None) or {}).get("other")
-        if other is None: raise TiprError("GIF: the batch holds no other photo of each person; add 'other' to the recipe's extra_fields, or set paired=True")
-        with torch.set_grad_enabled(self.photo_gradient and torch.is_grad_enabled()): return encoder.image_features(other)[1] # type: ignore[return-value]
+        if other is None:
+            raise TiprError(
+                "GIF: the batch holds no other photo of each person; add 'other' to the recipe's extra_fields, or set paired=True"
+            )
+        with torch.set_grad_enabled(self.photo_gradient and torch.is_grad_enabled()):
+            return encoder.image_features(other)[1]  # type: ignore[return-value]

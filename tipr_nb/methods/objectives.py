@@ -19,20 +19,25 @@ from ..models import Features, PersonCLIP, id_loss, itc_loss, sdm_loss, tal_loss
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-006
 class Objective(nn.Module):
     "A term of the loss: built once the data is known, called with the features of each batch."
-    lr_scale:float = 1.         # learning rate of its own parameters relative to the towers'
-    needs_tokens:bool = False   # whether it reads token features
-    chunked:str|None = None     # for gradient caching: "features", it reads unit and raw features only; "pairs", a mean over pairs; None, the whole batch
 
-    def __init__(self, encoder:PersonCLIP, n_ids:int): # training identities
+    lr_scale: float = 1.0  # learning rate of its own parameters relative to the towers'
+    needs_tokens: bool = False  # whether it reads token features
+    chunked: str | None = (
+        None  # for gradient caching: "features", it reads unit and raw features only; "pairs", a mean over pairs; None, the whole batch
+    )
+
+    def __init__(self, encoder: PersonCLIP, n_ids: int):  # training identities
         super().__init__()
-        self.logs:dict[str, Tensor] = {}
+        self.logs: dict[str, Tensor] = {}
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor: # ()
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:  # ()
         "The loss on a batch; `logs` may be filled with detached numbers worth seeing."
         raise NotImplementedError
 
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-009
-OBJECTIVES:dict[str, type[Objective]|str] = { # name -> class, or the path of one that is imported when it is asked for
+OBJECTIVES: dict[
+    str, type[Objective] | str
+] = {  # name -> class, or the path of one that is imported when it is asked for
     "TGTE": "tipr_nb.methods.tgte:TGTE",
     "PicturesAsPhotos": "tipr_nb.methods.tgte:PicturesAsPhotos",
     "GIF": "tipr_nb.methods.gif:GIF",
@@ -40,32 +45,40 @@ OBJECTIVES:dict[str, type[Objective]|str] = { # name -> class, or the path of on
     "CMT": "tipr_nb.methods.cmt:CMT",
     "IRR": "tipr_nb.methods.irr:IRR",
     "TSE": "tipr_nb.methods.tse:TSE",
-    "CCD": "tipr_nb.methods.ccd:CCD"}
+    "CCD": "tipr_nb.methods.ccd:CCD",
+}
 
-def register_objective(name:str) -> Callable[[type[Objective]], type[Objective]]:
+
+def register_objective(name: str) -> Callable[[type[Objective]], type[Objective]]:
     "Class decorator: make an objective known to recipes under `name`."
+
     def keep(cls):
         OBJECTIVES[name] = cls
         return cls
+
     return keep
 
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-012
 @register_objective("ITC")
 class ITC(Objective):
     "InfoNCE with CLIP's learned scale, or a fixed temperature."
+
     chunked = "features"
 
-    def __init__(self, encoder:PersonCLIP, n_ids:int,
-                 temperature:float|None=None, # None: the learned scale
-                 use_ids:bool=False # all pairs of an identity share the target
-                ):
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,
+        temperature: float | None = None,  # None: the learned scale
+        use_ids: bool = False,  # all pairs of an identity share the target
+    ):
         super().__init__(encoder, n_ids)
         self.temperature = temperature
         self.use_ids = use_ids
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss."
-        scale = features.scale if self.temperature is None else 1/self.temperature
+        scale = features.scale if self.temperature is None else 1 / self.temperature
         ids = features.ids if self.use_ids else None
         return itc_loss(features.image, features.text, ids, scale)
 
@@ -73,14 +86,17 @@ class ITC(Objective):
 @register_objective("SDM")
 class SDM(Objective):
     "Similarity distribution matching (IRRA)."
+
     chunked = "features"
 
-    def __init__(self, encoder:PersonCLIP, n_ids:int, temperature:float=.02, eps:float=1e-8):
+    def __init__(
+        self, encoder: PersonCLIP, n_ids: int, temperature: float = 0.02, eps: float = 1e-8
+    ):
         super().__init__(encoder, n_ids)
         self.temperature = temperature
         self.eps = eps
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss."
         return sdm_loss(features.image, features.text, features.ids, self.temperature, self.eps)
 
@@ -88,55 +104,84 @@ class SDM(Objective):
 @register_objective("TAL")
 class TAL(Objective):
     "Triplet alignment loss (RDE)."
+
     chunked = "features"
 
-    def __init__(self, encoder:PersonCLIP, n_ids:int, temperature:float=.015, margin:float=.1, reduction:str="sum"):
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,
+        temperature: float = 0.015,
+        margin: float = 0.1,
+        reduction: str = "sum",
+    ):
         super().__init__(encoder, n_ids)
         self.temperature = temperature
         self.margin = margin
         self.reduction = reduction
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss."
-        return tal_loss(features.image, features.text, features.ids, self.temperature, self.margin, self.reduction)
+        return tal_loss(
+            features.image,
+            features.text,
+            features.ids,
+            self.temperature,
+            self.margin,
+            self.reduction,
+        )
 
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-018
 @register_objective("ID")
 class ID(Objective):
     "Identity classification; the classifier learns five times as fast as the towers (IRRA)."
-    lr_scale = 5.
+
+    lr_scale = 5.0
     chunked = "features"
 
-    def __init__(self, encoder:PersonCLIP, n_ids:int):
+    def __init__(self, encoder: PersonCLIP, n_ids: int):
         super().__init__(encoder, n_ids)
         self.classifier = nn.Linear(encoder.dim, n_ids)
-        nn.init.normal_(self.classifier.weight, std=.001)
+        nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss."
         return id_loss(features.image_raw, features.text_raw, features.ids, self.classifier)
 
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-022
-def find_objective(name:str # registered name, entry point, or `package.module:Class`
-                  ) -> type[Objective]:
+def find_objective(
+    name: str,  # registered name, entry point, or `package.module:Class`
+) -> type[Objective]:
     "The class of an objective."
     found = find_registered(name, OBJECTIVES, "objective")
-    bases = [c.__name__ for c in getattr(found, "__mro__", ())]    # by name: the class of this notebook and that of the module are two
-    if "Objective" not in bases: raise TiprError(f"objective {name!r}: {found!r} is no subclass of tipr_nb.methods.Objective; derive it from that class")
+    bases = [
+        c.__name__ for c in getattr(found, "__mro__", ())
+    ]  # by name: the class of this notebook and that of the module are two
+    if "Objective" not in bases:
+        raise TiprError(
+            f"objective {name!r}: {found!r} is no subclass of tipr_nb.methods.Objective; derive it from that class"
+        )
     return found
 
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-024
-def build_objective(name:str, encoder:PersonCLIP,
-                    n_ids:int, # training identities
-                    **kwargs # arguments of the objective
-                   ) -> Objective:
+def build_objective(
+    name: str,
+    encoder: PersonCLIP,
+    n_ids: int,  # training identities
+    **kwargs,  # arguments of the objective
+) -> Objective:
     "The objective `name` with its arguments; unknown names and arguments are a `TiprError` with the nearest match."
     cls = find_objective(name)
     parameters = inspect.signature(cls.__init__).parameters
     known = [k for k in parameters if k not in ("self", "encoder", "n_ids")]
     wrong = [k for k in kwargs if k not in known]
-    if wrong: raise TiprError(f"objective {name}: no argument {wrong[0]!r}; it takes {', '.join(known) or 'none'}")
+    if wrong:
+        raise TiprError(
+            f"objective {name}: no argument {wrong[0]!r}; it takes {', '.join(known) or 'none'}"
+        )
     if cls.needs_tokens and not encoder.has_tokens:
-        raise TiprError(f"objective {name} needs token features, which {encoder.arch} does not give; use a plain ViT such as ViT-B-16")
+        raise TiprError(
+            f"objective {name} needs token features, which {encoder.arch} does not give; use a plain ViT such as ViT-B-16"
+        )
     return cls(encoder, n_ids, **kwargs)

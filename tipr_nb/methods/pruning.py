@@ -14,38 +14,48 @@ from ..core import TiprError
 from ..data import CAPTION_TRANSFORMS
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-006
-Tagger = Callable[[str], Sequence[tuple[str, str]]]   # text -> [(word, Penn Treebank tag)]
+Tagger = Callable[[str], Sequence[tuple[str, str]]]  # text -> [(word, Penn Treebank tag)]
+
 
 @functools.cache
 def pattern_tagger() -> Tagger:
     "TextBlob's `PatternTagger`, whose lexicon ships with the package; loaded at first use."
     from textblob.en.taggers import PatternTagger
+
     return PatternTagger().tag
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-016
 CLOTHING = dict.fromkeys(
     "hooded checked checkered chequered spotted dotted patterned printed sleeved collared buttoned unbuttoned zipped unzipped belted cropped cuffed rolled ripped torn faded washed "
-    "lined knit knitted woven flared fitted tailored embroidered trimmed laced strapped heeled shaved untied dyed tousled layered scuffed studded ruffled netted tinted framed untucked".split(), "JJ") | dict.fromkeys(
-    "strap watch tote trim drawstring".split(), "NN")   # word -> the tag it should have had
+    "lined knit knitted woven flared fitted tailored embroidered trimmed laced strapped heeled shaved untied dyed tousled layered scuffed studded ruffled netted tinted framed untucked".split(),
+    "JJ",
+) | dict.fromkeys(
+    "strap watch tote trim drawstring".split(), "NN"
+)  # word -> the tag it should have had
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-020
-KEEP = ("PRP", "NN", "JJ")   # the tags the paper keeps: pronouns, nouns, adjectives
+KEEP = ("PRP", "NN", "JJ")  # the tags the paper keeps: pronouns, nouns, adjectives
 _COMPOUND = re.compile(r"[^\W\d_]-\w*[^\W\d_]")
 
-def mend_tag(word:str # as it stands in the caption
-             , tag:str # what the tagger said
-             , exceptions:Mapping[str, str]=CLOTHING # lower-case word -> tag
-             ) -> str:
+
+def mend_tag(
+    word: str,  # as it stands in the caption
+    tag: str,  # what the tagger said
+    exceptions: Mapping[str, str] = CLOTHING,  # lower-case word -> tag
+) -> str:
     "The tag after the exceptions: clothing words, hyphenated compounds (adjectives), foreign words (nouns)."
-    if word.lower() in exceptions: return exceptions[word.lower()]
-    if tag == "FW": return "NN"
+    if word.lower() in exceptions:
+        return exceptions[word.lower()]
+    if tag == "FW":
+        return "NN"
     return "JJ" if _COMPOUND.search(word) and not tag.startswith(KEEP) else tag
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-025
 _GLUED = re.compile(r"(?<=[^\W\d_])([,.;:!?()]+)(?=[^\W\d_]{2})")
 _STEMS = {"ca": "can", "wo": "will", "sha": "shall"}
 
-def tidy(caption:str) -> str:
+
+def tidy(caption: str) -> str:
     "Spell out *n't*, drop *'s* and its kin, separate glued punctuation, and lower a caption that is all capitals."
     text = caption.lower() if caption.isupper() else caption
     text = text.replace("’", "'")
@@ -54,70 +64,132 @@ def tidy(caption:str) -> str:
     return _GLUED.sub(r" \1 ", text)
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-027
-def tag_words(caption:str # one caption
-              , tagger:Tagger|None=None # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
-              , fixes:bool|Mapping[str, str]=True # apply the exceptions; a mapping replaces `CLOTHING`; False: the bare tagger
-              ) -> list[tuple[str, str]]: # (word, tag) in the caption's order
+def tag_words(
+    caption: str,  # one caption
+    tagger: Tagger | None = None,  # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
+    fixes: bool
+    | Mapping[
+        str, str
+    ] = True,  # apply the exceptions; a mapping replaces `CLOTHING`; False: the bare tagger
+) -> list[tuple[str, str]]:  # (word, tag) in the caption's order
     "Part-of-speech tags of one caption."
-    try: tagged = [(str(w), str(t)) for w, t in (tagger or pattern_tagger())(tidy(caption))]
-    except Exception as e: raise TiprError(f"tagger failed on caption {caption[:40]!r} ({type(e).__name__}: {_first_line(e)}); it must turn a text into (word, Penn tag) pairs, its data installed") from e
-    if fixes is False: return tagged
+    try:
+        tagged = [(str(w), str(t)) for w, t in (tagger or pattern_tagger())(tidy(caption))]
+    except Exception as e:
+        raise TiprError(
+            f"tagger failed on caption {caption[:40]!r} ({type(e).__name__}: {_first_line(e)}); it must turn a text into (word, Penn tag) pairs, its data installed"
+        ) from e
+    if fixes is False:
+        return tagged
     exceptions = CLOTHING if fixes is True else fixes
     return [(w, mend_tag(w, t, exceptions)) for w, t in tagged]
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-028
-def _first_line(e:Exception) -> str: return next((line.strip() for line in str(e).splitlines() if re.search(r"\w", line)), "no message")[:100]
+def _first_line(e: Exception) -> str:
+    return next(
+        (line.strip() for line in str(e).splitlines() if re.search(r"\w", line)), "no message"
+    )[:100]
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-031
-EXTRAS = {"negation": frozenset("no not without neither nor never none nothing nobody lacks lacking".split()),
-          "counts": frozenset("both single double pair several few many once twice half".split()),   # besides every number, tag CD
-          "sides": frozenset("left right".split())}
+EXTRAS = {
+    "negation": frozenset(
+        "no not without neither nor never none nothing nobody lacks lacking".split()
+    ),
+    "counts": frozenset(
+        "both single double pair several few many once twice half".split()
+    ),  # besides every number, tag CD
+    "sides": frozenset("left right".split()),
+}
 
-def _extras(keep:str|Iterable[str]) -> tuple[str, ...]:
+
+def _extras(keep: str | Iterable[str]) -> tuple[str, ...]:
     "Names of `EXTRAS`, checked; 'negation,sides' and ('negation', 'sides') mean the same."
-    names = tuple(filter(None, re.split(r"[,+\s]+", keep))) if isinstance(keep, str) else tuple(keep)
+    names = (
+        tuple(filter(None, re.split(r"[,+\s]+", keep))) if isinstance(keep, str) else tuple(keep)
+    )
     unknown = [n for n in names if n not in EXTRAS]
-    if unknown: raise TiprError(f"keep={unknown[0]!r} is not a group of words; choose from {', '.join(EXTRAS)}")
+    if unknown:
+        raise TiprError(
+            f"keep={unknown[0]!r} is not a group of words; choose from {', '.join(EXTRAS)}"
+        )
     return names
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-032
-def _stays(word:str, tag:str, extras:tuple[str, ...]) -> bool:
+def _stays(word: str, tag: str, extras: tuple[str, ...]) -> bool:
     "Whether a word survives: a kept tag and a letter or digit to it, or a member of one of the named groups."
-    if tag.startswith(KEEP): return any(c.isalpha() for c in word)
-    if "counts" in extras and tag == "CD": return True
+    if tag.startswith(KEEP):
+        return any(c.isalpha() for c in word)
+    if "counts" in extras and tag == "CD":
+        return True
     return any(word.lower() in EXTRAS[e] for e in extras)
 
+
 @functools.lru_cache(maxsize=1 << 18)
-def _pruned(caption:str, extras:tuple[str, ...], tagger:Tagger|None, fixes:bool|tuple) -> str:
+def _pruned(
+    caption: str, extras: tuple[str, ...], tagger: Tagger | None, fixes: bool | tuple
+) -> str:
     tagged = tag_words(caption, tagger, dict(fixes) if isinstance(fixes, tuple) else fixes)
     return " ".join(w for w, t in tagged if _stays(w, t, extras)) or caption
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-033
-def prune_caption(caption:str # one caption
-                  , keep:str|Iterable[str]=() # groups of words that stay besides the paper's: 'negation', 'counts', 'sides'
-                  , tagger:Tagger|None=None # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
-                  , fixes:bool|Mapping[str, str]=True # exceptions for clothing words (see `tag_words`)
-                  ) -> str: # the caption's nouns, adjectives and pronouns in order; the caption itself if none
+def prune_caption(
+    caption: str,  # one caption
+    keep: str
+    | Iterable[
+        str
+    ] = (),  # groups of words that stay besides the paper's: 'negation', 'counts', 'sides'
+    tagger: Tagger | None = None,  # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
+    fixes: bool | Mapping[str, str] = True,  # exceptions for clothing words (see `tag_words`)
+) -> str:  # the caption's nouns, adjectives and pronouns in order; the caption itself if none
     "Keep a caption's nouns, adjectives and pronouns (SEN, arXiv 2307.09059); cached; an empty caption is a `TiprError`."
-    if not isinstance(caption, str): raise TiprError(f"caption must be text, not {type(caption).__name__} ({str(caption)[:40]!r}); pass one caption at a time")
-    if not caption.strip(): raise TiprError("caption is empty, nothing to prune; remove such rows (`tipr data check` lists them)")
-    return _pruned(caption, _extras(keep), tagger, tuple(fixes.items()) if isinstance(fixes, Mapping) else fixes)
+    if not isinstance(caption, str):
+        raise TiprError(
+            f"caption must be text, not {type(caption).__name__} ({str(caption)[:40]!r}); pass one caption at a time"
+        )
+    if not caption.strip():
+        raise TiprError(
+            "caption is empty, nothing to prune; remove such rows (`tipr data check` lists them)"
+        )
+    return _pruned(
+        caption,
+        _extras(keep),
+        tagger,
+        tuple(fixes.items()) if isinstance(fixes, Mapping) else fixes,
+    )
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-052
 class CaptionPruner:
     "A caption transform: with probability `p` the caption is pruned, else left alone (SEN trains with p = 0.2)."
-    def __init__(self
-                 , p:float=.2 # share of captions to prune, 0 to 1
-                 , keep:str|Iterable[str]=() # groups that stay as well: 'negation', 'counts', 'sides'
-                 , tagger:Tagger|None=None # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
-                 , fixes:bool|Mapping[str, str]=True): # exceptions for clothing words
-        if not 0 <= p <= 1: raise TiprError(f"p={p} is not a probability; give a number from 0 to 1 (the paper's is 0.2)")
+
+    def __init__(
+        self,
+        p: float = 0.2,  # share of captions to prune, 0 to 1
+        keep: str | Iterable[str] = (),  # groups that stay as well: 'negation', 'counts', 'sides'
+        tagger: Tagger
+        | None = None,  # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
+        fixes: bool | Mapping[str, str] = True,
+    ):  # exceptions for clothing words
+        if not 0 <= p <= 1:
+            raise TiprError(
+                f"p={p} is not a probability; give a number from 0 to 1 (the paper's is 0.2)"
+            )
         self.p, self.keep, self.tagger, self.fixes = p, _extras(keep), tagger, fixes
 
-    def __call__(self, caption:str, rng) -> str: # rng: anything with .random(), a `random.Random` or a NumPy Generator
-        return prune_caption(caption, self.keep, self.tagger, self.fixes) if rng.random() < self.p else caption
+    def __call__(
+        self, caption: str, rng
+    ) -> str:  # rng: anything with .random(), a `random.Random` or a NumPy Generator
+        return (
+            prune_caption(caption, self.keep, self.tagger, self.fixes)
+            if rng.random() < self.p
+            else caption
+        )
 
-    def __repr__(self): return f"CaptionPruner(p={self.p}" + (f", keep={','.join(self.keep)!r}" if self.keep else "") + ")"
+    def __repr__(self):
+        return (
+            f"CaptionPruner(p={self.p}"
+            + (f", keep={','.join(self.keep)!r}" if self.keep else "")
+            + ")"
+        )
 
 # %% ../../nbs/05_methods/03_pruning.ipynb #cell-057
 CAPTION_TRANSFORMS["prune"] = CaptionPruner

@@ -20,124 +20,218 @@ from .objectives import Objective, register_objective
 from ..models import Features, PersonCLIP, gather_rows, tal_loss, unit
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-009
-def attend(text:Tensor, # (b, d) unit
-           items:Tensor, # (b, n, d) features of n pictures, or of the n patches of one
-           share:float=1., # keep this share of them, those most like the text
-           temperature:float|None=None # of the attention over what is kept; None: its plain mean
-          ) -> Tensor: # (b, d) unit
+def attend(
+    text: Tensor,  # (b, d) unit
+    items: Tensor,  # (b, n, d) features of n pictures, or of the n patches of one
+    share: float = 1.0,  # keep this share of them, those most like the text
+    temperature: float | None = None,  # of the attention over what is kept; None: its plain mean
+) -> Tensor:  # (b, d) unit
     "One feature out of several: the mean, or the attention-weighted mean, of those most like the text."
-    if not 0 < share <= 1: raise TiprError(f"share={share}: give a share above 0, up to 1")
+    if not 0 < share <= 1:
+        raise TiprError(f"share={share}: give a share above 0, up to 1")
     items = unit(items)
     score = torch.einsum("bd,bnd->bn", text.float(), items)
-    score, at = score.topk(max(1, round(share*items.shape[1])), dim=1)
+    score, at = score.topk(max(1, round(share * items.shape[1])), dim=1)
     kept = items.gather(1, at[..., None].expand(-1, -1, items.shape[-1]))
-    w = torch.full_like(score, 1/score.shape[1]) if temperature is None else (score/temperature).softmax(1)
-    return unit((w[..., None]*kept).sum(1))
+    w = (
+        torch.full_like(score, 1 / score.shape[1])
+        if temperature is None
+        else (score / temperature).softmax(1)
+    )
+    return unit((w[..., None] * kept).sum(1))
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-010
-PICTURE_WEIGHT = .3   # of a generated picture in a query, wherever no other weight was chosen on val
+PICTURE_WEIGHT = (
+    0.3  # of a generated picture in a query, wherever no other weight was chosen on val
+)
 
-def enhance(text:Tensor, # (b, d) unit features of captions
-            generated:Tensor, # (b, d) unit features of their pictures, or (b, k, d) of k pictures each
-            weight:float|Tensor=PICTURE_WEIGHT, # of the pictures, in [0, 1]: a number, or (b, 1)
-            temperature:float|None=None # of the attention over several pictures; None: their mean
-           ) -> Tensor: # (b, d) unit
+
+def enhance(
+    text: Tensor,  # (b, d) unit features of captions
+    generated: Tensor,  # (b, d) unit features of their pictures, or (b, k, d) of k pictures each
+    weight: float | Tensor = PICTURE_WEIGHT,  # of the pictures, in [0, 1]: a number, or (b, 1)
+    temperature: float | None = None,  # of the attention over several pictures; None: their mean
+) -> Tensor:  # (b, d) unit
     "The captions' features enriched by their pictures (TGTE; GEA, arXiv 2511.10154, reconstruction)."
-    if not torch.is_tensor(weight) and not 0 <= weight <= 1: raise TiprError(f"weight={weight}: it must lie in [0, 1]; 0 is the caption alone, 1 the picture alone")
-    if generated.ndim == 3: generated = attend(text, generated, temperature=temperature)
-    if generated.shape != text.shape: raise TiprError(f"generated: features {tuple(generated.shape)} for captions {tuple(text.shape)}; give one picture's feature per caption, or (b, k, d)")
-    return unit((1 - weight)*text.float() + weight*generated.float())
+    if not torch.is_tensor(weight) and not 0 <= weight <= 1:
+        raise TiprError(
+            f"weight={weight}: it must lie in [0, 1]; 0 is the caption alone, 1 the picture alone"
+        )
+    if generated.ndim == 3:
+        generated = attend(text, generated, temperature=temperature)
+    if generated.shape != text.shape:
+        raise TiprError(
+            f"generated: features {tuple(generated.shape)} for captions {tuple(text.shape)}; give one picture's feature per caption, or (b, k, d)"
+        )
+    return unit((1 - weight) * text.float() + weight * generated.float())
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-024
 class Gate(nn.Module):
     "How much to trust a picture, from the features of caption and picture."
-    def __init__(self, dim:int, # of the joint space
-                 hidden:int=64, start:float=PICTURE_WEIGHT): # weight before training
+
+    def __init__(
+        self,
+        dim: int,  # of the joint space
+        hidden: int = 64,
+        start: float = PICTURE_WEIGHT,
+    ):  # weight before training
         super().__init__()
-        if not 0 < start < 1: raise TiprError(f"start={start}: a gate starts between 0 and 1")
-        self.net = nn.Sequential(nn.Linear(3*dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
-        last:Any = self.net[-1]
+        if not 0 < start < 1:
+            raise TiprError(f"start={start}: a gate starts between 0 and 1")
+        self.net = nn.Sequential(nn.Linear(3 * dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
+        last: Any = self.net[-1]
         nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, math.log(start/(1 - start)))
-    def forward(self, text:Tensor, generated:Tensor) -> Tensor: # (b, d) unit, both -> (b, 1) in (0, 1)
-        return self.net(torch.cat([text, generated, text*generated], -1).float()).sigmoid()
+        nn.init.constant_(last.bias, math.log(start / (1 - start)))
+
+    def forward(
+        self, text: Tensor, generated: Tensor
+    ) -> Tensor:  # (b, d) unit, both -> (b, 1) in (0, 1)
+        return self.net(torch.cat([text, generated, text * generated], -1).float()).sigmoid()
+
 
 _GATE = "tgte_gate"
 
-def attach_gate(encoder:PersonCLIP, start:float=PICTURE_WEIGHT) -> nn.Module:
-    "The encoder's gate: the one it has, the one its checkpoint brought, or a new one."
-    return encoder.addons[_GATE] if _GATE in encoder.addons else encoder.attach(_GATE, Gate(encoder.dim, start=start))
 
-def gate_of(encoder:PersonCLIP) -> nn.Module|None:
+def attach_gate(encoder: PersonCLIP, start: float = PICTURE_WEIGHT) -> nn.Module:
+    "The encoder's gate: the one it has, the one its checkpoint brought, or a new one."
+    return (
+        encoder.addons[_GATE]
+        if _GATE in encoder.addons
+        else encoder.attach(_GATE, Gate(encoder.dim, start=start))
+    )
+
+
+def gate_of(encoder: PersonCLIP) -> nn.Module | None:
     "The gate of a model that has one, else None."
-    return attach_gate(encoder) if _GATE in encoder.addons or any(k.startswith(f"{_GATE}.") for k in encoder.unclaimed_addons) else None
+    return (
+        attach_gate(encoder)
+        if _GATE in encoder.addons
+        or any(k.startswith(f"{_GATE}.") for k in encoder.unclaimed_addons)
+        else None
+    )
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-028
-def picture_feature(encoder:PersonCLIP, images:Tensor, # (b, 3, h, w) normalised pictures
-                    text:Tensor|None=None, # (b, d) unit: the captions that attend, for the token form
-                    share:float=0., # above 0: the token form, over this share of the patches
-                    temperature:float=.1) -> Tensor: # (b, d) unit
+def picture_feature(
+    encoder: PersonCLIP,
+    images: Tensor,  # (b, 3, h, w) normalised pictures
+    text: Tensor | None = None,  # (b, d) unit: the captions that attend, for the token form
+    share: float = 0.0,  # above 0: the token form, over this share of the patches
+    temperature: float = 0.1,
+) -> Tensor:  # (b, d) unit
     "Features of drawn pictures: of the whole picture, or of the patches that the caption attends to."
     raw, tokens = encoder.image_features(images)
-    if not share: return unit(raw)
-    if tokens is None: raise TiprError(f"{encoder.arch}: gives no tokens; use share=0, or a plain ViT such as ViT-B-16")
-    if text is None: raise TiprError(f"share={share}: in the token form the caption attends; give text, the captions' features")
+    if not share:
+        return unit(raw)
+    if tokens is None:
+        raise TiprError(
+            f"{encoder.arch}: gives no tokens; use share=0, or a plain ViT such as ViT-B-16"
+        )
+    if text is None:
+        raise TiprError(
+            f"share={share}: in the token form the caption attends; give text, the captions' features"
+        )
     return attend(text, tokens[:, 1:], share, temperature)
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-032
-def drawn_features(features:Features, # of the batch; keeps the result for the next objective
-                   batch:Any, # with extra['generated'] (b, 3, h, w), normalised pictures
-                   encoder:PersonCLIP) -> tuple[Tensor, Tensor|None]: # unit (b of all processes, d), tokens (b of this one, 1 + n, d)
+def drawn_features(
+    features: Features,  # of the batch; keeps the result for the next objective
+    batch: Any,  # with extra['generated'] (b, 3, h, w), normalised pictures
+    encoder: PersonCLIP,
+) -> tuple[Tensor, Tensor | None]:  # unit (b of all processes, d), tokens (b of this one, 1 + n, d)
     "Features of the batch's drawn pictures, encoded once however many objectives ask."
-    if (kept := getattr(features, "drawn", None)) is not None: return kept
+    if (kept := getattr(features, "drawn", None)) is not None:
+        return kept
     pictures = (getattr(batch, "extra", None) or {}).get("generated")
-    if pictures is None: raise TiprError("the batch holds no drawn pictures; train with extra={'generated': open_pictures(folder).field(split, image_size)} and extra_fields=('generated',)")
+    if pictures is None:
+        raise TiprError(
+            "the batch holds no drawn pictures; train with extra={'generated': open_pictures(folder).field(split, image_size)} and extra_fields=('generated',)"
+        )
     raw, tokens = encoder.image_features(pictures)
     setattr(features, "drawn", (gather_rows(unit(raw)), tokens))
-    return features.drawn # type: ignore[attr-defined]
+    return features.drawn  # type: ignore[attr-defined]
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-033
 @register_objective("TGTE")
 class TGTE(Objective):
     "TAL between enriched captions and photos (GEA, arXiv 2511.10154; reconstruction)."
-    lr_scale = 5.
-    def __init__(self, encoder:PersonCLIP, n_ids:int # unused
-                 , picture_weight:float=PICTURE_WEIGHT # w; where a gate learns it, its start
-                 , gate:bool=False # learn w from caption and picture
-                 , share:float=0. # above 0: the token form, over this share of the picture's patches
-                 , as_photos:float=0. # weight of a further TAL, in which pictures stand for photos
-                 , temperature:float=.015, margin:float=.1, reduction:str="sum"):
-        super().__init__(encoder, n_ids)
-        if not 0 <= picture_weight <= 1: raise TiprError(f"TGTE: picture_weight={picture_weight} must lie in [0, 1]")
-        if share and not encoder.has_tokens: raise TiprError(f"TGTE: share={share} needs patch tokens, which {encoder.arch} does not give; use share=0")
-        if as_photos < 0: raise TiprError(f"TGTE: as_photos={as_photos} must be 0 or more")
-        self.picture_weight, self.share, self.as_photos, self.tal = picture_weight, share, as_photos, dict(temperature=temperature, margin=margin, reduction=reduction)
-        self.gated = gate
-        if gate: attach_gate(encoder, picture_weight)
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    lr_scale = 5.0
+
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,  # unused
+        picture_weight: float = PICTURE_WEIGHT,  # w; where a gate learns it, its start
+        gate: bool = False,  # learn w from caption and picture
+        share: float = 0.0,  # above 0: the token form, over this share of the picture's patches
+        as_photos: float = 0.0,  # weight of a further TAL, in which pictures stand for photos
+        temperature: float = 0.015,
+        margin: float = 0.1,
+        reduction: str = "sum",
+    ):
+        super().__init__(encoder, n_ids)
+        if not 0 <= picture_weight <= 1:
+            raise TiprError(f"TGTE: picture_weight={picture_weight} must lie in [0, 1]")
+        if share and not encoder.has_tokens:
+            raise TiprError(
+                f"TGTE: share={share} needs patch tokens, which {encoder.arch} does not give; use share=0"
+            )
+        if as_photos < 0:
+            raise TiprError(f"TGTE: as_photos={as_photos} must be 0 or more")
+        self.picture_weight, self.share, self.as_photos, self.tal = (
+            picture_weight,
+            share,
+            as_photos,
+            dict(temperature=temperature, margin=margin, reduction=reduction),
+        )
+        self.gated = gate
+        if gate:
+            attach_gate(encoder, picture_weight)
+
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss; `logs` holds the mean weight and the cosine of caption and picture."
-        tokens:Any   # there for the token form, see `__init__`
+        tokens: Any  # there for the token form, see `__init__`
         drawn, tokens = drawn_features(features, batch, encoder)
-        further = self.as_photos*tal_loss(drawn, features.text, features.ids, **self.tal) if self.as_photos else 0.
-        if self.share: drawn = gather_rows(attend(features.text[features.local], tokens[:, 1:], self.share, temperature=.1))
+        further = (
+            self.as_photos * tal_loss(drawn, features.text, features.ids, **self.tal)
+            if self.as_photos
+            else 0.0
+        )
+        if self.share:
+            drawn = gather_rows(
+                attend(features.text[features.local], tokens[:, 1:], self.share, temperature=0.1)
+            )
         w = encoder.addons[_GATE](features.text, drawn) if self.gated else self.picture_weight
-        self.logs = {"w": torch.as_tensor(w).detach().float().mean(), "text_to_drawn": (features.text*drawn).sum(-1).mean().detach()}
-        return tal_loss(features.image, enhance(features.text, drawn, w), features.ids, **self.tal) + further
+        self.logs = {
+            "w": torch.as_tensor(w).detach().float().mean(),
+            "text_to_drawn": (features.text * drawn).sum(-1).mean().detach(),
+        }
+        return (
+            tal_loss(features.image, enhance(features.text, drawn, w), features.ids, **self.tal)
+            + further
+        )
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-036
 @register_objective("PicturesAsPhotos")
 class PicturesAsPhotos(Objective):
     "TAL between captions and their generated pictures, which stand for further photos."
-    def __init__(self, encoder:PersonCLIP, n_ids:int, # unused
-                 temperature:float=.015, margin:float=.1, reduction:str="sum" # of TAL
-                ):
+
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,  # unused
+        temperature: float = 0.015,
+        margin: float = 0.1,
+        reduction: str = "sum",  # of TAL
+    ):
         super().__init__(encoder, n_ids)
         self.temperature = temperature
         self.margin = margin
         self.reduction = reduction
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss."
         pictures, _ = drawn_features(features, batch, encoder)
-        return tal_loss(pictures, features.text, features.ids, self.temperature, self.margin, self.reduction)
+        return tal_loss(
+            pictures, features.text, features.ids, self.temperature, self.margin, self.reduction
+        )

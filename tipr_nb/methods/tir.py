@@ -20,136 +20,205 @@ from ..models import Features, PersonCLIP, lean_attention
 from open_clip.transformer import Transformer, VisionTransformer, QuickGELU
 
 # %% ../../nbs/05_methods/07_tir.ipynb #cell-006
-def grey(pixels:Tensor # (..., 3, h, w) in [0, 1]
-         ) -> Tensor: # (..., 3, h, w) luminance, three times
+def grey(
+    pixels: Tensor,  # (..., 3, h, w) in [0, 1]
+) -> Tensor:  # (..., 3, h, w) luminance, three times
     "The picture without its colours (ITU-R 601 luma)."
-    weights = torch.tensor([.2989, .5870, .1140], device=pixels.device, dtype=pixels.dtype).view(3, 1, 1)
-    return (pixels*weights).sum(-3, keepdim=True).expand_as(pixels)
+    weights = torch.tensor([0.2989, 0.5870, 0.1140], device=pixels.device, dtype=pixels.dtype).view(
+        3, 1, 1
+    )
+    return (pixels * weights).sum(-3, keepdim=True).expand_as(pixels)
 
 # %% ../../nbs/05_methods/07_tir.ipynb #cell-011
-def patchify(images:Tensor # (b, 3, h, w)
-             , patch:Sequence[int] # (p, q) height and width of a patch
-             ) -> Tensor: # (b, n, 3pq), patches row by row, in each its pixels row by row
+def patchify(
+    images: Tensor,  # (b, 3, h, w)
+    patch: Sequence[int],  # (p, q) height and width of a patch
+) -> Tensor:  # (b, n, 3pq), patches row by row, in each its pixels row by row
     "Cut images into patches."
     (b, c, h, w), (p, q) = images.shape, patch
-    if h % p or w % q: raise TiprError(f"image size {h}x{w} is not divisible by the patch size {p}x{q}; use {max(1, round(h/p))*p}x{max(1, round(w/q))*q}")
-    return images.reshape(b, c, h//p, p, w//q, q).permute(0, 2, 4, 3, 5, 1).reshape(b, (h//p)*(w//q), p*q*c)
+    if h % p or w % q:
+        raise TiprError(
+            f"image size {h}x{w} is not divisible by the patch size {p}x{q}; use {max(1, round(h / p)) * p}x{max(1, round(w / q)) * q}"
+        )
+    return (
+        images.reshape(b, c, h // p, p, w // q, q)
+        .permute(0, 2, 4, 3, 5, 1)
+        .reshape(b, (h // p) * (w // q), p * q * c)
+    )
 
-def unpatchify(patches:Tensor # (b, n, 3pq)
-               , grid:Sequence[int] # (rows, columns) of patches
-               , patch:Sequence[int] # (p, q)
-               ) -> Tensor: # (b, 3, h, w)
+
+def unpatchify(
+    patches: Tensor,  # (b, n, 3pq)
+    grid: Sequence[int],  # (rows, columns) of patches
+    patch: Sequence[int],  # (p, q)
+) -> Tensor:  # (b, 3, h, w)
     "Put patches together again."
     (gh, gw), (p, q) = grid, patch
-    return patches.reshape(len(patches), gh, gw, p, q, 3).permute(0, 5, 1, 3, 2, 4).reshape(len(patches), 3, gh*p, gw*q)
+    return (
+        patches.reshape(len(patches), gh, gw, p, q, 3)
+        .permute(0, 5, 1, 3, 2, 4)
+        .reshape(len(patches), 3, gh * p, gw * q)
+    )
 
 # %% ../../nbs/05_methods/07_tir.ipynb #cell-015
-def split_patches(b:int # images
-                  , n:int # patches of an image
-                  , mask_ratio:float=.7 # share to drop, between 0 and 1
-                  , generator:torch.Generator|None=None # torch's own when None
-                  ) -> tuple[Tensor, Tensor]: # (b, m) kept, (b, n - m) dropped; sorted indices
+def split_patches(
+    b: int,  # images
+    n: int,  # patches of an image
+    mask_ratio: float = 0.7,  # share to drop, between 0 and 1
+    generator: torch.Generator | None = None,  # torch's own when None
+) -> tuple[Tensor, Tensor]:  # (b, m) kept, (b, n - m) dropped; sorted indices
     "Choose at random which patches of each image are kept and which dropped."
-    if not 0 < mask_ratio < 1: raise TiprError(f"mask_ratio={mask_ratio} must lie between 0 and 1, both excluded; the paper drops 0.7")
-    if n < 2: raise TiprError(f"an image of {n} patch cannot be split into kept and dropped ones; use a larger image or a smaller patch")
-    m = min(max(round(n*(1 - mask_ratio)), 1), n - 1)
+    if not 0 < mask_ratio < 1:
+        raise TiprError(
+            f"mask_ratio={mask_ratio} must lie between 0 and 1, both excluded; the paper drops 0.7"
+        )
+    if n < 2:
+        raise TiprError(
+            f"an image of {n} patch cannot be split into kept and dropped ones; use a larger image or a smaller patch"
+        )
+    m = min(max(round(n * (1 - mask_ratio)), 1), n - 1)
     order = torch.rand(b, n, generator=generator).argsort(1)
     return order[:, :m].sort(1).values, order[:, m:].sort(1).values
 
 # %% ../../nbs/05_methods/07_tir.ipynb #cell-019
-def sincos_positions(dim:int # channels, a multiple of 4
-                     , grid:Sequence[int] # (rows, columns)
-                     ) -> Tensor: # (rows * columns, dim)
+def sincos_positions(
+    dim: int,  # channels, a multiple of 4
+    grid: Sequence[int],  # (rows, columns)
+) -> Tensor:  # (rows * columns, dim)
     "Fixed 2-d sine-cosine positions: the first half encodes the row, the second the column."
-    if dim % 4: raise TiprError(f"{dim} channels cannot hold 2-d sine-cosine positions; use a width that is a multiple of 4")
-    omega = 10000**(-torch.arange(dim//4, dtype=torch.float64)/(dim//4))
-    wave = lambda place: torch.cat([(place.double()[:, None]*omega).sin(), (place.double()[:, None]*omega).cos()], 1)
+    if dim % 4:
+        raise TiprError(
+            f"{dim} channels cannot hold 2-d sine-cosine positions; use a width that is a multiple of 4"
+        )
+    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    wave = lambda place: torch.cat(
+        [(place.double()[:, None] * omega).sin(), (place.double()[:, None] * omega).cos()], 1
+    )
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     return torch.cat([wave(rows.flatten()), wave(columns.flatten())], 1).float()
 
 # %% ../../nbs/05_methods/07_tir.ipynb #cell-024
 _ACTIVATIONS = {"gelu": nn.GELU, "quickgelu": QuickGELU}
 
+
 class Decoder(nn.Module):
     "Visible grey tokens and a caption to colour pixels (SEN's decoder, arXiv 2307.09059)."
-    positions:Tensor # (1 + n, width)
-    def __init__(self, dim:int # of image and text tokens
-                 , grid:Sequence[int] # (rows, columns) of patches
-                 , patch:Sequence[int] # (p, q) pixels
-                 , width:int|None=None # of the decoder; `dim` when None
-                 , depth:int=4 # transformer layers
-                 , heads:int|None=None # one per 64 channels and at least 4 when None
-                 , residual:bool=False # let the visible tokens pass around the cross-attention
-                 , activation:str="gelu" # in the transformer; "quickgelu" as released
-                 , released_init:bool=False): # start from the released code's scales and positions
+
+    positions: Tensor  # (1 + n, width)
+
+    def __init__(
+        self,
+        dim: int,  # of image and text tokens
+        grid: Sequence[int],  # (rows, columns) of patches
+        patch: Sequence[int],  # (p, q) pixels
+        width: int | None = None,  # of the decoder; `dim` when None
+        depth: int = 4,  # transformer layers
+        heads: int | None = None,  # one per 64 channels and at least 4 when None
+        residual: bool = False,  # let the visible tokens pass around the cross-attention
+        activation: str = "gelu",  # in the transformer; "quickgelu" as released
+        released_init: bool = False,
+    ):  # start from the released code's scales and positions
         super().__init__()
         known_name(activation, _ACTIVATIONS, "activation")
         width = width or dim
-        heads = heads or max(4, width//64)
+        heads = heads or max(4, width // 64)
         self.grid, self.patch, self.residual = tuple(grid), tuple(patch), residual
         self.image_norm, self.text_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.embed, self.mask_token = nn.Linear(dim, width), nn.Parameter(torch.zeros(width))
-        self.register_buffer("positions", torch.cat([torch.zeros(1, width), sincos_positions(width, grid)]), persistent=False)
-        self.query_norm, self.cross_attention, self.joint_norm = nn.LayerNorm(width), CrossAttention(width, heads, dim), nn.LayerNorm(width)
-        self.cross_transformer = Transformer(width, depth, heads, act_layer=_ACTIVATIONS[activation])
-        self.final_norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3*patch[0]*patch[1])
+        self.register_buffer(
+            "positions",
+            torch.cat([torch.zeros(1, width), sincos_positions(width, grid)]),
+            persistent=False,
+        )
+        self.query_norm, self.cross_attention, self.joint_norm = (
+            nn.LayerNorm(width),
+            CrossAttention(width, heads, dim),
+            nn.LayerNorm(width),
+        )
+        self.cross_transformer = Transformer(
+            width, depth, heads, act_layer=_ACTIVATIONS[activation]
+        )
+        self.final_norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3 * patch[0] * patch[1])
         lean_attention(self)
         self.init_weights(width, depth)
-        if released_init: self.init_as_released(width, depth)
+        if released_init:
+            self.init_as_released(width, depth)
 
-    def init_weights(self, width:int, depth:int):
+    def init_weights(self, width: int, depth: int):
         "CLIP's initial scales, and a small mask token."
-        nn.init.normal_(self.mask_token, std=.02)
-        for layer in (self.cross_attention.query, self.cross_attention.key_value, self.cross_attention.out): nn.init.normal_(layer.weight, std=width**-.5)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for layer in (
+            self.cross_attention.query,
+            self.cross_attention.key_value,
+            self.cross_attention.out,
+        ):
+            nn.init.normal_(layer.weight, std=width**-0.5)
         for block in self.cross_transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2*width)**-.5)
-            for out in (block.attn.out_proj, block.mlp.c_proj): nn.init.normal_(out.weight, std=(2*depth*width)**-.5)
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            for out in (block.attn.out_proj, block.mlp.c_proj):
+                nn.init.normal_(out.weight, std=(2 * depth * width) ** -0.5)
 
-    def init_as_released(self, width:int, depth:int):
+    def init_as_released(self, width: int, depth: int):
         "The cross-attention's output smaller, its biases and the mask token zero; of the positions, columns in the first channels."
-        self.positions = self.positions.roll(width//2, 1)
+        self.positions = self.positions.roll(width // 2, 1)
         nn.init.zeros_(self.mask_token)
-        nn.init.normal_(self.cross_attention.out.weight, std=(2*depth*width)**-.5)
-        for layer in (self.cross_attention.query, self.cross_attention.key_value, self.cross_attention.out): nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.cross_attention.out.weight, std=(2 * depth * width) ** -0.5)
+        for layer in (
+            self.cross_attention.query,
+            self.cross_attention.key_value,
+            self.cross_attention.out,
+        ):
+            nn.init.zeros_(layer.bias)
 
-    def place(self, tokens:Tensor # (b, 1 + m, dim), CLS first
-              , keep:Tensor # (b, m)
-              ) -> Tensor: # (b, 1 + n, width)
+    def place(
+        self,
+        tokens: Tensor,  # (b, 1 + m, dim), CLS first
+        keep: Tensor,  # (b, m)
+    ) -> Tensor:  # (b, 1 + n, width)
         "Every token in its place, mask tokens where nothing was seen, positions added."
         seen = self.embed(self.image_norm(tokens))
         blank = self.mask_token.to(seen.dtype).expand(len(seen), len(self.positions) - 1, -1)
         full = blank.scatter(1, keep[..., None].expand(-1, -1, seen.shape[-1]), seen[:, 1:])
         return torch.cat([seen[:, :1], full], 1) + self.positions
 
-    def forward(self, tokens:Tensor, keep:Tensor # (b, 1 + m, dim) visible tokens, (b, m) where they stand
-                , text:Tensor, mask:Tensor # (b, L, dim) caption, (b, L) True at real tokens
-                , which:Tensor|None=None # (b, k) patches wanted; all when None
-                ) -> Tensor: # (b, k, 3pq) float32
+    def forward(
+        self,
+        tokens: Tensor,
+        keep: Tensor,  # (b, 1 + m, dim) visible tokens, (b, m) where they stand
+        text: Tensor,
+        mask: Tensor,  # (b, L, dim) caption, (b, L) True at real tokens
+        which: Tensor | None = None,  # (b, k) patches wanted; all when None
+    ) -> Tensor:  # (b, k, 3pq) float32
         "Colour pixels of the wanted patches, in the units of the targets."
         x = self.place(tokens, keep)
         told = self.cross_attention(self.query_norm(x), self.text_norm(text), mask)
         x = self.cross_transformer(self.joint_norm(x + told if self.residual else told))[:, 1:]
-        if which is not None: x = x.gather(1, which[..., None].expand(-1, -1, x.shape[-1]))
+        if which is not None:
+            x = x.gather(1, which[..., None].expand(-1, -1, x.shape[-1]))
         return self.head(self.final_norm(x)).float()
 
 # %% ../../nbs/05_methods/07_tir.ipynb #cell-031
-def patch_targets(pixels:Tensor # (b, 3, h, w) in [0, 1]
-                  , patch:Sequence[int] # (p, q)
-                  , per_patch:bool=False # normalise every patch by its own mean and deviation
-                  ) -> Tensor: # (b, n, 3pq) float32
+def patch_targets(
+    pixels: Tensor,  # (b, 3, h, w) in [0, 1]
+    patch: Sequence[int],  # (p, q)
+    per_patch: bool = False,  # normalise every patch by its own mean and deviation
+) -> Tensor:  # (b, n, 3pq) float32
     "What the decoder should paint."
     x = patchify(normalise(pixels), patch)
     return normalise_patches(x) if per_patch else x
 
-def normalise_patches(x:Tensor) -> Tensor: # (b, n, 3pq)
-    "Every patch by its own mean and deviation."
-    return (x - x.mean(-1, keepdim=True))/(x.var(-1, keepdim=True) + 1e-6).sqrt()
 
-def restoration_loss(painted:Tensor # (b, k, 3pq) the dropped patches, painted
-                     , targets:Tensor # (b, n, 3pq) all patches
-                     , drop:Tensor # (b, k)
-                     ) -> Tensor: # scalar
+def normalise_patches(x: Tensor) -> Tensor:  # (b, n, 3pq)
+    "Every patch by its own mean and deviation."
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def restoration_loss(
+    painted: Tensor,  # (b, k, 3pq) the dropped patches, painted
+    targets: Tensor,  # (b, n, 3pq) all patches
+    drop: Tensor,  # (b, k)
+) -> Tensor:  # scalar
     "Mean squared error on all dropped patches and only those."
     wanted = targets.gather(1, drop[..., None].expand(-1, -1, targets.shape[-1]))
     return (painted.float() - wanted).square().mean()
@@ -158,94 +227,160 @@ def restoration_loss(painted:Tensor # (b, k, 3pq) the dropped patches, painted
 @register_objective("TIR")
 class TIR(Objective):
     "Text-guided image restoration (SEN, arXiv 2307.09059)."
+
     chunked = "pairs"
-    def __init__(self, encoder:PersonCLIP, n_ids:int
-                 , mask_ratio:float=.7 # share of patches dropped, between 0 and 1
-                 , depth:int=4 # decoder layers
-                 , width:int|None=None # decoder channels; the encoder's when None
-                 , heads:int|None=None # one per 64 channels and at least 4 when None
-                 , residual:bool=False # let visible tokens pass around the cross-attention
-                 , per_patch:bool=False # targets normalised patch by patch
-                 , activation:str="gelu" # of the decoder; "quickgelu" as released
-                 , released_init:bool=False # the decoder starts from the released code's scales and positions
-                 , attend_padding:bool=False # the decoder reads a caption's padding too, as released
-                 , from_input:bool=False # grey view and target come from what the tower sees, erased rectangle included, as released
-                 , count_cls:bool=False): # the ratio counts CLS as a patch, and one dropped patch stays out of the loss, as released
+
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,
+        mask_ratio: float = 0.7,  # share of patches dropped, between 0 and 1
+        depth: int = 4,  # decoder layers
+        width: int | None = None,  # decoder channels; the encoder's when None
+        heads: int | None = None,  # one per 64 channels and at least 4 when None
+        residual: bool = False,  # let visible tokens pass around the cross-attention
+        per_patch: bool = False,  # targets normalised patch by patch
+        activation: str = "gelu",  # of the decoder; "quickgelu" as released
+        released_init: bool = False,  # the decoder starts from the released code's scales and positions
+        attend_padding: bool = False,  # the decoder reads a caption's padding too, as released
+        from_input: bool = False,  # grey view and target come from what the tower sees, erased rectangle included, as released
+        count_cls: bool = False,
+    ):  # the ratio counts CLS as a patch, and one dropped patch stays out of the loss, as released
         super().__init__(encoder, n_ids)
         self.attend_padding = attend_padding
         self.from_input = from_input
         self.count_cls = count_cls
-        if not isinstance(encoder.clip.visual, VisionTransformer): raise TiprError(f"TIR: {encoder.arch}'s image tower cannot leave patches out; use a ViT such as ViT-B-16")
-        split_patches(1, encoder.grid[0]*encoder.grid[1], mask_ratio)   # raises where this cannot be done
+        if not isinstance(encoder.clip.visual, VisionTransformer):
+            raise TiprError(
+                f"TIR: {encoder.arch}'s image tower cannot leave patches out; use a ViT such as ViT-B-16"
+            )
+        split_patches(
+            1, encoder.grid[0] * encoder.grid[1], mask_ratio
+        )  # raises where this cannot be done
         self.mask_ratio, self.per_patch, self.grid = mask_ratio, per_patch, encoder.grid
-        self.decoder = Decoder(encoder.dim, encoder.grid, encoder.patch_size, width, depth, heads, residual, activation, released_init)
+        self.decoder = Decoder(
+            encoder.dim,
+            encoder.grid,
+            encoder.patch_size,
+            width,
+            depth,
+            heads,
+            residual,
+            activation,
+            released_init,
+        )
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss; `logs` holds the share of the dropped patches' variance that was restored."
         self.check(features, batch, encoder)
-        keep, drop = (part[features.local].to(encoder.device) for part in self.split(len(features.ids)))
+        keep, drop = (
+            part[features.local].to(encoder.device) for part in self.split(len(features.ids))
+        )
         colour, view = self.views(batch)
         mask = features.text_mask
-        if self.attend_padding and mask is not None: mask = torch.ones_like(mask)
-        painted = self.decoder(encoder.encode_kept(view, keep), keep, features.text_tokens, mask, drop)
-        targets = normalise_patches(patchify(colour, encoder.patch_size)) if self.per_patch else patchify(colour, encoder.patch_size)
+        if self.attend_padding and mask is not None:
+            mask = torch.ones_like(mask)
+        painted = self.decoder(
+            encoder.encode_kept(view, keep), keep, features.text_tokens, mask, drop
+        )
+        targets = (
+            normalise_patches(patchify(colour, encoder.patch_size))
+            if self.per_patch
+            else patchify(colour, encoder.patch_size)
+        )
         loss = restoration_loss(painted, targets, drop)
-        self.logs["restored"] = (1 - loss/targets.var()).detach()
+        self.logs["restored"] = (1 - loss / targets.var()).detach()
         return loss
 
-    def split(self, b:int # images
-             ) -> tuple[Tensor, Tensor]: # (b, m) kept, (b, k) dropped and asked for
+    def split(
+        self,
+        b: int,  # images
+    ) -> tuple[Tensor, Tensor]:  # (b, m) kept, (b, k) dropped and asked for
         "The patches of a step."
-        n = self.grid[0]*self.grid[1]
-        if not self.count_cls: return split_patches(b, n, self.mask_ratio)
-        m = max(int((n + 1)*(1 - self.mask_ratio)) - 1, 1)
+        n = self.grid[0] * self.grid[1]
+        if not self.count_cls:
+            return split_patches(b, n, self.mask_ratio)
+        m = max(int((n + 1) * (1 - self.mask_ratio)) - 1, 1)
         order = torch.rand(b, n).argsort(1)
-        return order[:, :m], order[:, m + 1:]
+        return order[:, :m], order[:, m + 1 :]
 
-    def views(self, batch:Any) -> tuple[Tensor, Tensor]: # (b, 3, h, w) target, (b, 3, h, w) grey
+    def views(self, batch: Any) -> tuple[Tensor, Tensor]:  # (b, 3, h, w) target, (b, 3, h, w) grey
         "The target in colour and the grey view, both normalised."
-        if self.from_input: return batch.images, grey(batch.images)
+        if self.from_input:
+            return batch.images, grey(batch.images)
         return normalise(batch.pixels), normalise(grey(batch.pixels))
 
-    def check(self, features:Features, batch:Any, encoder:PersonCLIP):
+    def check(self, features: Features, batch: Any, encoder: PersonCLIP):
         "One line where a batch lacks what restoration needs."
-        if getattr(batch, "pixels", None) is None: raise TiprError("TIR: batch.pixels is missing; use make_loader, or pass the images in [0, 1] before normalisation and erasing")
-        if features.text_tokens is None: raise TiprError(f"TIR: {encoder.arch}'s text tower gives no tokens; use one of open_clip's own text towers")
-        if tuple(encoder.grid) != tuple(self.grid): raise TiprError(f"TIR was built for {self.grid[0]}x{self.grid[1]} patches, the encoder now has {encoder.grid[0]}x{encoder.grid[1]}; build the objective after resizing")
+        if getattr(batch, "pixels", None) is None:
+            raise TiprError(
+                "TIR: batch.pixels is missing; use make_loader, or pass the images in [0, 1] before normalisation and erasing"
+            )
+        if features.text_tokens is None:
+            raise TiprError(
+                f"TIR: {encoder.arch}'s text tower gives no tokens; use one of open_clip's own text towers"
+            )
+        if tuple(encoder.grid) != tuple(self.grid):
+            raise TiprError(
+                f"TIR was built for {self.grid[0]}x{self.grid[1]} patches, the encoder now has {encoder.grid[0]}x{encoder.grid[1]}; build the objective after resizing"
+            )
 
 # %% ../../nbs/05_methods/07_tir.ipynb #cell-046
 @torch.no_grad()
-def restore(tir:TIR # trained with `encoder`
-            , encoder:PersonCLIP
-            , pixels:Tensor # (b, 3, h, w) in [0, 1]
-            , captions:Sequence[str]|Tensor # one per picture, or their token ids; "" for none
-            , masks:int=1 # random masks to restore under
-            , generator:torch.Generator|None=None # of the masks
-            ) -> tuple[Tensor, Tensor]: # (b, 3, h, w) grey with the first mask's holes in white; (b, 3, h, w) restored; both in [0, 1]
+def restore(
+    tir: TIR,  # trained with `encoder`
+    encoder: PersonCLIP,
+    pixels: Tensor,  # (b, 3, h, w) in [0, 1]
+    captions: Sequence[str] | Tensor,  # one per picture, or their token ids; "" for none
+    masks: int = 1,  # random masks to restore under
+    generator: torch.Generator | None = None,  # of the masks
+) -> tuple[
+    Tensor, Tensor
+]:  # (b, 3, h, w) grey with the first mask's holes in white; (b, 3, h, w) restored; both in [0, 1]
     "Paint pictures from their grey patches and a caption."
     words = captions if isinstance(captions, Tensor) else encoder.tokenize(list(captions))
-    if len(words) != len(pixels): raise TiprError(f"{len(pixels)} pictures and {len(words)} captions; give one caption per picture")
+    if len(words) != len(pixels):
+        raise TiprError(
+            f"{len(pixels)} pictures and {len(words)} captions; give one caption per picture"
+        )
     pixels = pixels.to(encoder.device)
     _, text, mask = encoder.text_features(words.to(encoder.device))
     visible = patchify(grey(pixels), encoder.patch_size)
-    own, total, count, holes = patchify(normalise(pixels), encoder.patch_size), torch.zeros_like(visible), torch.zeros_like(visible[..., :1]), visible
+    own, total, count, holes = (
+        patchify(normalise(pixels), encoder.patch_size),
+        torch.zeros_like(visible),
+        torch.zeros_like(visible[..., :1]),
+        visible,
+    )
     for turn in range(masks):
-        keep, drop = (part.to(encoder.device) for part in split_patches(len(pixels), visible.shape[1], tir.mask_ratio, generator))
-        hidden = torch.zeros_like(count).scatter(1, drop[..., None], 1.)
+        keep, drop = (
+            part.to(encoder.device)
+            for part in split_patches(len(pixels), visible.shape[1], tir.mask_ratio, generator)
+        )
+        hidden = torch.zeros_like(count).scatter(1, drop[..., None], 1.0)
         painted = tir.decoder(encoder.encode_kept(normalise(grey(pixels)), keep), keep, text, mask)
-        if tir.per_patch: painted = painted*(own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(-1, keepdim=True)
-        total, count = total + painted*hidden, count + hidden
-        if turn == 0: holes = visible + (1 - visible)*hidden
-    std, mean = (torch.tensor(v, device=pixels.device).repeat(visible.shape[-1]//3) for v in (CLIP_STD, CLIP_MEAN))
-    shown = torch.where(count > 0, total/count.clamp(min=1)*std + mean, visible)
+        if tir.per_patch:
+            painted = painted * (own.var(-1, keepdim=True) + 1e-6).sqrt() + own.mean(
+                -1, keepdim=True
+            )
+        total, count = total + painted * hidden, count + hidden
+        if turn == 0:
+            holes = visible + (1 - visible) * hidden
+    std, mean = (
+        torch.tensor(v, device=pixels.device).repeat(visible.shape[-1] // 3)
+        for v in (CLIP_STD, CLIP_MEAN)
+    )
+    shown = torch.where(count > 0, total / count.clamp(min=1) * std + mean, visible)
     whole = lambda x: unpatchify(x, encoder.grid, encoder.patch_size).clamp(0, 1)
     return whole(holes), whole(shown)
 
 # %% ../../nbs/05_methods/07_tir.ipynb #cell-050
-def colour_error(images:Tensor, truth:Tensor # (b, 3, h, w) in [0, 1]
-                 , region:Tensor # (b, h, w) bool, the garment's pixels
-                 ) -> Tensor: # (b,) distance in RGB bytes; NaN where the region is empty
+def colour_error(
+    images: Tensor,
+    truth: Tensor,  # (b, 3, h, w) in [0, 1]
+    region: Tensor,  # (b, h, w) bool, the garment's pixels
+) -> Tensor:  # (b,) distance in RGB bytes; NaN where the region is empty
     "Distance between the mean colours of a region in two pictures."
     weight = region[:, None].to(images)
-    mean = lambda x: (x*weight).sum((2, 3))/weight.sum((2, 3))
-    return 255*(mean(images) - mean(truth)).norm(dim=1)
+    mean = lambda x: (x * weight).sum((2, 3)) / weight.sum((2, 3))
+    return 255 * (mean(images) - mean(truth)).norm(dim=1)

@@ -27,99 +27,142 @@ from .gallery import Gallery
 # %% ../../nbs/08_search/16_app.ipynb #cell-008
 _LIMITS = dict(k=(1, 200), page=(0, 1000), imagine=(0, 1))
 
+
 @dataclass
 class Question:
     "What somebody asked the page."
-    q: str = ""         # sentences, one per line
-    without: str = ""   # what should be absent, one per line
-    where: str = ""     # filter
-    like: str = ""      # key of a person to resemble
-    k: int = 24         # people on a page
-    rerank: str = ""    # neighbours, expand or nothing
-    imagine: int = 0    # 1: search with an imagined picture too
-    group: str = ""     # a column: one hit per value
-    page: int = 0       # further down the ranking
+
+    q: str = ""  # sentences, one per line
+    without: str = ""  # what should be absent, one per line
+    where: str = ""  # filter
+    like: str = ""  # key of a person to resemble
+    k: int = 24  # people on a page
+    rerank: str = ""  # neighbours, expand or nothing
+    imagine: int = 0  # 1: search with an imagined picture too
+    group: str = ""  # a column: one hit per value
+    page: int = 0  # further down the ranking
 
     def link(self) -> str:
         "The part of an address after the page's own."
         return "?" + urlencode({k: v for k, v in vars(self).items() if v != getattr(Question, k)})
 
     @classmethod
-    def of(cls, params:Mapping[str, str]) -> "Question":
+    def of(cls, params: Mapping[str, str]) -> "Question":
         "From an address's parameters; what is no number or no key where one belongs is left out."
         texts = ("q", "without", "where", "rerank", "like", "group")
-        words:dict[str, Any] = {k: str(params[k])[:2000] for k in texts if k in params}
-        if not KEY.fullmatch(words.get("like", "")): words.pop("like", None)
+        words: dict[str, Any] = {k: str(params[k])[:2000] for k in texts if k in params}
+        if not KEY.fullmatch(words.get("like", "")):
+            words.pop("like", None)
         out = cls(**words)
         for name, (low, high) in _LIMITS.items():
-            try: setattr(out, name, min(max(int(params[name]), low), high))
-            except (KeyError, ValueError, TypeError): pass
+            try:
+                setattr(out, name, min(max(int(params[name]), low), high))
+            except (KeyError, ValueError, TypeError):
+                pass
         return out
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-012
-def match_map(encode:Callable # list of PIL pictures -> (b, d) unit features
-             , picture:Image.Image
-             , query:np.ndarray # (d,) unit
-             , grid:tuple[int, int]=(12, 4) # rows and columns of spots
-             ) -> np.ndarray: # (rows, columns) fall of the score, 0 or more
+def match_map(
+    encode: Callable,  # list of PIL pictures -> (b, d) unit features
+    picture: Image.Image,
+    query: np.ndarray,  # (d,) unit
+    grid: tuple[int, int] = (12, 4),  # rows and columns of spots
+) -> np.ndarray:  # (rows, columns) fall of the score, 0 or more
     "How much the score of a picture falls when a spot is hidden."
     height = 192
-    width = max(32, round(height*picture.width/picture.height))
+    width = max(32, round(height * picture.width / picture.height))
     clear = picture.resize((width, height), Image.Resampling.BICUBIC)
-    vague = clear.filter(ImageFilter.GaussianBlur(height/8))
+    vague = clear.filter(ImageFilter.GaussianBlur(height / 8))
     hidden = [_hidden(clear, vague, r, c, grid) for r in range(grid[0]) for c in range(grid[1])]
     scores = np.asarray(encode([clear, *hidden]), np.float32) @ query
     return np.maximum(scores[0] - scores[1:], 0).reshape(grid)
 
+
 def _hidden(clear, vague, row, column, grid):
     "The picture with one spot blurred, half a spot wider on each side."
-    h, w = clear.height/grid[0], clear.width/grid[1]
-    left, top = max(0, round((column - .5)*w)), max(0, round((row - .5)*h))
+    h, w = clear.height / grid[0], clear.width / grid[1]
+    left, top = max(0, round((column - 0.5) * w)), max(0, round((row - 0.5) * h))
     out = clear.copy()
-    out.paste(vague.crop((left, top, round((column + 1.5)*w), round((row + 1.5)*h))), (left, top))
+    out.paste(
+        vague.crop((left, top, round((column + 1.5) * w), round((row + 1.5) * h))), (left, top)
+    )
     return out
 
-def warmed(picture:Image.Image, heat:np.ndarray # (rows, columns)
-          ) -> Image.Image:
+
+def warmed(
+    picture: Image.Image,
+    heat: np.ndarray,  # (rows, columns)
+) -> Image.Image:
     "The picture with a heatmap laid over it."
     from tipr_nb.models import overlay
-    return Image.fromarray(overlay(picture, heat, span=(0., max(float(heat.max()), 1e-6))))
+
+    return Image.fromarray(overlay(picture, heat, span=(0.0, max(float(heat.max()), 1e-6))))
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-015
-def tile_words(hit:Hit) -> str:
+def tile_words(hit: Hit) -> str:
     "The caption of a tile: score, then what is known of the person, with its column's name."
-    known = [f"{name} {printable(value)}" for name, value in hit.metadata.items() if value is not None]
-    if hit.frames > 1: known.insert(0, f"{hit.frames} frames")
+    known = [
+        f"{name} {printable(value)}" for name, value in hit.metadata.items() if value is not None
+    ]
+    if hit.frames > 1:
+        known.insert(0, f"{hit.frames} frames")
     copies = f" · {len(hit.duplicates) + 1} copies" if hit.duplicates else ""
     return " · ".join([f"{hit.score:.3f}", *known][:4]) + copies
 
-def facts_table(rows:Mapping[str, Any]) -> str:
-    "Names and values as an HTML table, everything escaped; values that are None are left out."
-    cells = [(html.escape(printable(k)), html.escape(printable(v))) for k, v in rows.items() if v is not None]
-    return "<table class='facts'>" + "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in cells) + "</table>"
 
-def facts_html(hit:Hit, score:float|None=None) -> str:
+def facts_table(rows: Mapping[str, Any]) -> str:
+    "Names and values as an HTML table, everything escaped; values that are None are left out."
+    cells = [
+        (html.escape(printable(k)), html.escape(printable(v)))
+        for k, v in rows.items()
+        if v is not None
+    ]
+    return (
+        "<table class='facts'>"
+        + "".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in cells)
+        + "</table>"
+    )
+
+
+def facts_html(hit: Hit, score: float | None = None) -> str:
     "What is known of a person, as a small table."
-    rows:dict[str, Any] = dict(photo=hit.name or str(hit.path))
-    if hit.box: rows["box"] = hit.box
+    rows: dict[str, Any] = dict(photo=hit.name or str(hit.path))
+    if hit.box:
+        rows["box"] = hit.box
     rows |= hit.metadata
-    if score is not None: rows["score"] = f"{score:.3f}"
-    if hit.duplicates: rows["copies"] = ", ".join(d.name for d in hit.duplicates)
+    if score is not None:
+        rows["score"] = f"{score:.3f}"
+    if hit.duplicates:
+        rows["copies"] = ", ".join(d.name for d in hit.duplicates)
     return facts_table(rows)
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-017
-def few_words(gallery:Gallery, most:int=24 # distinct texts
-             , columns:int=3) -> list[str]:
+def few_words(
+    gallery: Gallery,
+    most: int = 24,  # distinct texts
+    columns: int = 3,
+) -> list[str]:
     "Columns of yours with only a few distinct texts: those that make good drop-down lists."
-    own = [n for n, kind in gallery.manifest["columns"].items() if kind == "text" and n not in ITEM_TYPES]
+    own = [
+        n
+        for n, kind in gallery.manifest["columns"].items()
+        if kind == "text" and n not in ITEM_TYPES
+    ]
     return [n for n in own if 1 < len(gallery.items[n].words or ()) <= most][:columns]
 
-def gallery_facts(gallery:Gallery) -> str:
+
+def gallery_facts(gallery: Gallery) -> str:
     "The gallery in numbers, as HTML."
     m = gallery.manifest
-    rows = {"people": f"{m['count']:,}", "files left out": f"{m['skipped']:,}", "copies": f"{m['duplicates']:,}",
-            "model": m.get("model") or m.get("arch"), "features": f"{m['dim']} x {m['dtype']}", "engine": m["engine"],
-            "indexed": str(m.get("updated", "")).replace("T", " ")}
+    rows = {
+        "people": f"{m['count']:,}",
+        "files left out": f"{m['skipped']:,}",
+        "copies": f"{m['duplicates']:,}",
+        "model": m.get("model") or m.get("arch"),
+        "features": f"{m['dim']} x {m['dtype']}",
+        "engine": m["engine"],
+        "indexed": str(m.get("updated", "")).replace("T", " "),
+    }
     for name in few_words(gallery, 12):
         column = gallery.items[name]
         known = column.values if column.valid is None else column.values[column.valid]
@@ -127,29 +170,47 @@ def gallery_facts(gallery:Gallery) -> str:
         rows[name] = ", ".join(f"{w} {c:,}" for w, c in sorted(zip(column.words or (), counts)))
     return facts_table(rows)
 
-def joined_filter(where:str, chosen:Mapping[str, Sequence[str]]) -> str:
+
+def joined_filter(where: str, chosen: Mapping[str, Sequence[str]]) -> str:
     "The typed filter and the chosen values of drop-down lists as one filter."
     typed = (where or "").strip()
     lists = [f"{name} in {list(map(str, values))!r}" for name, values in chosen.items() if values]
-    if not lists: return typed
-    return " and ".join([f"({typed})"]*bool(typed) + lists)
+    if not lists:
+        return typed
+    return " and ".join([f"({typed})"] * bool(typed) + lists)
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-020
-EXAMPLES = ("a man in a red coat and blue trousers", "a woman in a white dress with a black bag",
-            "somebody with a backpack and dark shoes", "a person in a yellow jacket")
+EXAMPLES = (
+    "a man in a red coat and blue trousers",
+    "a woman in a white dress with a black bag",
+    "somebody with a backpack and dark shoes",
+    "a person in a yellow jacket",
+)
 _COLOURS = ("red", "blue", "green", "yellow", "white", "black", "grey", "pink", "orange", "brown")
-_GARMENTS = ("a person in a {} jacket", "a woman in a {} dress", "a man in a {} shirt", "somebody with {} trousers")
+_GARMENTS = (
+    "a person in a {} jacket",
+    "a woman in a {} dress",
+    "a man in a {} shirt",
+    "somebody with {} trousers",
+)
 
-def fitting_sentences(gallery:Gallery, n:int=4, most:int=4096 # people looked at
-                     ) -> list[str]:
+
+def fitting_sentences(
+    gallery: Gallery,
+    n: int = 4,
+    most: int = 4096,  # people looked at
+) -> list[str]:
     "Sentences that people of this gallery fit; the usual ones where they cannot be encoded."
     bank = [g.format(c) for c in _COLOURS for g in _GARMENTS]
-    if gallery.view.encoder.loaded is None and not gallery.manifest.get("text_tower"): return list(EXAMPLES[:n])
-    try: text = gallery.encode_text(bank)
-    except TiprError: return list(EXAMPLES[:n])
+    if gallery.view.encoder.loaded is None and not gallery.manifest.get("text_tower"):
+        return list(EXAMPLES[:n])
+    try:
+        text = gallery.encode_text(bank)
+    except TiprError:
+        return list(EXAMPLES[:n])
     rows = np.unique(np.linspace(0, len(gallery) - 1, most).astype(int))
     scores = text @ np.asarray(gallery.features[rows], np.float32).T
-    scores = (scores - scores.mean(1, keepdims=True))/(scores.std(1, keepdims=True) + 1e-6)
+    scores = (scores - scores.mean(1, keepdims=True)) / (scores.std(1, keepdims=True) + 1e-6)
     fit = np.sort(scores, 1)[:, -3:].mean(1).reshape(len(_COLOURS), len(_GARMENTS))
     best = np.argsort(-fit.max(1))[:n]
     return [_GARMENTS[int(fit[c].argmax())].format(_COLOURS[c]) for c in best]
@@ -158,36 +219,45 @@ def fitting_sentences(gallery:Gallery, n:int=4, most:int=4096 # people looked at
 @dataclass
 class Answer:
     "What the page shows after a question."
-    tiles: list[tuple[Image.Image, str]] = field(default_factory=list)   # picture and caption
-    keys: list[str] = field(default_factory=list)     # of the people on the tiles
-    query: np.ndarray|None = None    # (d,) unit
-    note: str = ""                   # a sentence under the question
-    wrong: bool = False              # the note is about a failure
-    imagined: Image.Image|None = None
-    liked: Image.Image|None = None   # whom the others resemble
-    linked: bool = True              # an address can ask the same again; not so with an uploaded picture
-    more: bool = False               # there is a next page
-    advice: list[str] = field(default_factory=list)   # notes of the search
+
+    tiles: list[tuple[Image.Image, str]] = field(default_factory=list)  # picture and caption
+    keys: list[str] = field(default_factory=list)  # of the people on the tiles
+    query: np.ndarray | None = None  # (d,) unit
+    note: str = ""  # a sentence under the question
+    wrong: bool = False  # the note is about a failure
+    imagined: Image.Image | None = None
+    liked: Image.Image | None = None  # whom the others resemble
+    linked: bool = True  # an address can ask the same again; not so with an uploaded picture
+    more: bool = False  # there is a next page
+    advice: list[str] = field(default_factory=list)  # notes of the search
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-023
 class Page:
     "The gallery behind the page, and its answers."
-    def __init__(self, gallery:Gallery
-                , enriched:Callable[[], Gallery]|None=None # makes the same gallery with a model that imagines pictures
-                , thumbnail:int=256 # height in pixels
-                ):
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        enriched: Callable[[], Gallery]
+        | None = None,  # makes the same gallery with a model that imagines pictures
+        thumbnail: int = 256,  # height in pixels
+    ):
         self.gallery = gallery
         self.enriched = enriched
         self.thumbnail = thumbnail
-        self._imagines:Gallery|None = None
+        self._imagines: Gallery | None = None
 
     def imagining(self) -> Gallery:
         "The gallery whose model imagines pictures, made when first wanted."
-        if self._imagines is None and self.enriched is not None: self._imagines = self.enriched()
+        if self._imagines is None and self.enriched is not None:
+            self._imagines = self.enriched()
         return self._imagines or self.gallery
 
-    def ask(self, question:Question, picture:Image.Image|str|Path|None=None # or the path of an upload
-           ) -> Answer:
+    def ask(
+        self,
+        question: Question,
+        picture: Image.Image | str | Path | None = None,  # or the path of an upload
+    ) -> Answer:
         "Search, and say in words what came of it."
         return self._safely(self._ask, question, picture)
 
@@ -195,55 +265,97 @@ class Page:
         texts = _lines(question.q)
         absent = _lines(question.without)
         uploaded = uploaded_picture(picture) if isinstance(picture, (str, Path)) else picture
-        pictures = [question.like]*bool(question.like) + [uploaded]*(uploaded is not None)
-        if not texts and not pictures: return Answer(note="Type a sentence about the person you are looking for.")
+        pictures = [question.like] * bool(question.like) + [uploaded] * (uploaded is not None)
+        if not texts and not pictures:
+            return Answer(note="Type a sentence about the person you are looking for.")
         gallery = self.imagining() if question.imagine and texts else self.gallery
-        start = question.page*question.k
-        hits = gallery.search(texts or None, start + question.k + 1, image=pictures or None, without=absent or None,
-                              where=question.where, rerank=question.rerank or None, group=question.group or None)
-        shown = hits[start:start + question.k]
-        return Answer([(self.tile(h), tile_words(h)) for h in shown], [h.key for h in shown], hits.vector,
-                      self._note(gallery, question, hits, shown), imagined=hits.imagined[0] if hits.imagined else None,
-                      liked=self.tile(gallery.find(question.like)) if question.like else None, linked=uploaded is None,
-                      more=len(hits) > start + question.k, advice=[n for n in hits.notes if not n.startswith("only ")])
+        start = question.page * question.k
+        hits = gallery.search(
+            texts or None,
+            start + question.k + 1,
+            image=pictures or None,
+            without=absent or None,
+            where=question.where,
+            rerank=question.rerank or None,
+            group=question.group or None,
+        )
+        shown = hits[start : start + question.k]
+        return Answer(
+            [(self.tile(h), tile_words(h)) for h in shown],
+            [h.key for h in shown],
+            hits.vector,
+            self._note(gallery, question, hits, shown),
+            imagined=hits.imagined[0] if hits.imagined else None,
+            liked=self.tile(gallery.find(question.like)) if question.like else None,
+            linked=uploaded is None,
+            more=len(hits) > start + question.k,
+            advice=[n for n in hits.notes if not n.startswith("only ")],
+        )
 
     @staticmethod
     def _note(gallery, question, hits, shown):
         "How many were found among how many, in which order."
-        if not shown: return "Nobody found. " + ("The filter lets nobody through." if question.where else "")
-        took = f"{1000*sum(hits.seconds.values()):.0f} ms"
-        if _lines(question.q): order = "best first"
-        else: order = "most like the one you picked first" if question.like else "most like your picture first"
-        if question.page: order = f"from rank {shown[0].rank}, {order}"
-        if not question.where: return f"{len(shown)} of {len(gallery):,} people, {order}, {took}."
+        if not shown:
+            return "Nobody found. " + ("The filter lets nobody through." if question.where else "")
+        took = f"{1000 * sum(hits.seconds.values()):.0f} ms"
+        if _lines(question.q):
+            order = "best first"
+        else:
+            order = (
+                "most like the one you picked first"
+                if question.like
+                else "most like your picture first"
+            )
+        if question.page:
+            order = f"from rank {shown[0].rank}, {order}"
+        if not question.where:
+            return f"{len(shown)} of {len(gallery):,} people, {order}, {took}."
         passing = len(gallery.where(question.where).rows)
         return f"{passing:,} of {len(gallery):,} people pass the filter; {len(shown)} shown, {order}, {took}."
 
-    def tile(self, hit:Hit) -> Image.Image:
+    def tile(self, hit: Hit) -> Image.Image:
         "A thumbnail, or a grey card where the photo is gone."
-        try: picture = hit.picture()
-        except TiprError: return Image.new("RGB", (self.thumbnail//2, self.thumbnail), "#9aa4ad")
-        picture.thumbnail((2*self.thumbnail, self.thumbnail))
+        try:
+            picture = hit.picture()
+        except TiprError:
+            return Image.new("RGB", (self.thumbnail // 2, self.thumbnail), "#9aa4ad")
+        picture.thumbnail((2 * self.thumbnail, self.thumbnail))
         return picture
 
-    def look(self, key:str, query:np.ndarray|None
-            ) -> tuple[Image.Image|None, Image.Image|None, str]: # the person, what matched, facts as HTML
+    def look(
+        self, key: str, query: np.ndarray | None
+    ) -> tuple[
+        Image.Image | None, Image.Image | None, str
+    ]:  # the person, what matched, facts as HTML
         "One person closer up."
         found = self._safely(self._look, key, query)
-        if not isinstance(found, Answer): return found
+        if not isinstance(found, Answer):
+            return found
         return None, None, f"<p class='wrong'>{html.escape(found.note)}</p>"
 
     def _look(self, key, query):
         hit = self.gallery.find(key)
         picture = _enlarged(hit.picture(), 384)
-        if query is None or len(query) != self.gallery.manifest["dim"]: return picture, None, facts_html(hit)
+        if query is None or len(query) != self.gallery.manifest["dim"]:
+            return picture, None, facts_html(hit)
         score = float(np.asarray(self.gallery.features[hit.row], np.float32) @ query)
-        try: return picture, warmed(picture, match_map(self.gallery.encode_image, picture, query)), facts_html(hit, score)
-        except TiprError as e: why = f"<p class='note'>no map of what matched: {html.escape(str(e))}</p>"
+        try:
+            return (
+                picture,
+                warmed(picture, match_map(self.gallery.encode_image, picture, query)),
+                facts_html(hit, score),
+            )
+        except TiprError as e:
+            why = f"<p class='note'>no map of what matched: {html.escape(str(e))}</p>"
         return picture, None, facts_html(hit, score) + why
 
-    def around(self, key:str) -> tuple[Image.Image|None, Image.Image|None]: # surroundings; the whole photo with a frame around the person
+    def around(
+        self, key: str
+    ) -> tuple[
+        Image.Image | None, Image.Image | None
+    ]:  # surroundings; the whole photo with a frame around the person
         "Where the person stands."
+
         def pictures():
             hit = self.gallery.find(key)
             whole = framed(hit.whole(), hit.box)
@@ -251,65 +363,100 @@ class Page:
             near = hit.surroundings()
             near.thumbnail((900, 900))
             return near, whole
+
         found = self._safely(pictures)
         return (None, None) if isinstance(found, Answer) else found
 
-    def original(self, key:str, folder:Path) -> str|None: # a file in `folder`
+    def original(self, key: str, folder: Path) -> str | None:  # a file in `folder`
         "A copy of the photo itself, to be handed out."
+
         def copied():
             hit = self.gallery.find(key)
-            if hit.path.is_file(): return shutil.copyfile(hit.path, folder/f"{key[:12]}{hit.path.suffix.lower()}")
-            hit.whole().save(folder/f"{key[:12]}.png")
-            return folder/f"{key[:12]}.png"
+            if hit.path.is_file():
+                return shutil.copyfile(hit.path, folder / f"{key[:12]}{hit.path.suffix.lower()}")
+            hit.whole().save(folder / f"{key[:12]}.png")
+            return folder / f"{key[:12]}.png"
+
         found = self._safely(copied)
         return None if isinstance(found, Answer) else str(found)
 
-    def export(self, keys:Sequence[str], kind:str # csv, html or zip
-              , query:np.ndarray|None, folder:Path) -> str|None: # a file in `folder`
+    def export(
+        self,
+        keys: Sequence[str],
+        kind: str,  # csv, html or zip
+        query: np.ndarray | None,
+        folder: Path,
+    ) -> str | None:  # a file in `folder`
         "The people of these keys as a file."
+
         def written():
             rows = [self.gallery.view.row_of(key) for key in keys]
-            scores = None if query is None else [float(np.asarray(self.gallery.features[r], np.float32) @ query) for r in rows]
-            path = folder/f"people.{kind}"
+            scores = (
+                None
+                if query is None
+                else [float(np.asarray(self.gallery.features[r], np.float32) @ query) for r in rows]
+            )
+            path = folder / f"people.{kind}"
             getattr(Hits(self.gallery.hits(rows, scores)), f"to_{kind}")(path)
             return path
+
         found = self._safely(written)
         return None if isinstance(found, Answer) else str(found)
 
     def _safely(self, f, *args):
-        try: return f(*args)
-        except TiprError as e: return Answer(note=str(e), wrong=True)
+        try:
+            return f(*args)
+        except TiprError as e:
+            return Answer(note=str(e), wrong=True)
         except Exception as e:
             traceback.print_exc()
-            return Answer(note=f"Something went wrong here ({type(e).__name__}); the terminal that runs the page says more.", wrong=True)
+            return Answer(
+                note=f"Something went wrong here ({type(e).__name__}); the terminal that runs the page says more.",
+                wrong=True,
+            )
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-024
-UPLOAD_BYTES = 20 << 20     # larger files are refused before they are kept
+UPLOAD_BYTES = 20 << 20  # larger files are refused before they are kept
 UPLOAD_PIXELS = 50_000_000  # larger pictures before they are decoded
 
-def uploaded_picture(path:str|Path) -> Image.Image: # RGB
+
+def uploaded_picture(path: str | Path) -> Image.Image:  # RGB
     "A picture that somebody sent, opened within limits; a `TiprError` says what is wrong with it."
     try:
-        if os.path.getsize(path) > UPLOAD_BYTES: raise TiprError(f"your picture: larger than {UPLOAD_BYTES >> 20} MB")
+        if os.path.getsize(path) > UPLOAD_BYTES:
+            raise TiprError(f"your picture: larger than {UPLOAD_BYTES >> 20} MB")
         return open_picture(Path(path).read_bytes(), UPLOAD_PIXELS)
-    except OSError as e: raise TiprError(f"your picture: cannot be read ({e.strerror})") from None
-    except TiprError as e: raise TiprError(str(e) if str(e).startswith("your") else f"your picture: {e}") from None
+    except OSError as e:
+        raise TiprError(f"your picture: cannot be read ({e.strerror})") from None
+    except TiprError as e:
+        raise TiprError(str(e) if str(e).startswith("your") else f"your picture: {e}") from None
 
-def _lines(text): return [line.strip() for line in (text or "").splitlines() if line.strip()]
+
+def _lines(text):
+    return [line.strip() for line in (text or "").splitlines() if line.strip()]
+
 
 def _enlarged(picture, height):
     "A small picture at a size that can be looked at."
-    if picture is None or picture.height >= height: return picture
-    return picture.resize((max(1, round(picture.width*height/picture.height)), height), Image.Resampling.BICUBIC)
+    if picture is None or picture.height >= height:
+        return picture
+    return picture.resize(
+        (max(1, round(picture.width * height / picture.height)), height), Image.Resampling.BICUBIC
+    )
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-028
-def search_box(gallery:Gallery
-              , k:int=12 # people shown
-              ):
+def search_box(
+    gallery: Gallery,
+    k: int = 12,  # people shown
+):
     "Widgets for a notebook: sentence, what should be absent, filter, number; hits as a page of pictures."
     widgets = need("ipywidgets", "app", "the search box")
     wide = widgets.Layout(width="480px")
-    text = widgets.Text(placeholder="a woman in a yellow dress with a black bag", description="sentence", layout=wide)
+    text = widgets.Text(
+        placeholder="a woman in a yellow dress with a black bag",
+        description="sentence",
+        layout=wide,
+    )
     without = widgets.Text(placeholder="a hat", description="without", layout=wide)
     where = widgets.Text(placeholder="camera == 'c2'", description="where", layout=wide)
     count = widgets.IntSlider(k, 1, 60, description="people")
@@ -317,15 +464,20 @@ def search_box(gallery:Gallery
     out = widgets.HTML()
 
     def ask(_=None):
-        try: out.value = gallery.search(text.value, count.value, without=without.value or None, where=where.value)._repr_html_()
-        except TiprError as e: out.value = f"<p>{html.escape(str(e))}</p>"
+        try:
+            out.value = gallery.search(
+                text.value, count.value, without=without.value or None, where=where.value
+            )._repr_html_()
+        except TiprError as e:
+            out.value = f"<p>{html.escape(str(e))}</p>"
 
     button.on_click(ask)
     for widget in (text, without, where):
         widget.continuous_update = False
         widget.observe(ask, "value")
     box = widgets.VBox([text, without, where, widgets.HBox([count, button]), out])
-    for name, part in dict(ask=ask, text=text, where=where, out=out).items(): setattr(box, name, part)
+    for name, part in dict(ask=ask, text=text, where=where, out=out).items():
+        setattr(box, name, part)
     return box
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-031
@@ -362,28 +514,37 @@ _FOLLOW = """note => {
   const link = found ? found[1].replaceAll('&amp;', '&') : '';
   if (link && link !== location.search) history.pushState(null, '', link);
 }"""
-NOTE = ("Scores say how well a picture fits the words, not who somebody is. A person found here has been found by their clothes: "
-        "never act on it alone, and search only photos that you may search.")
+NOTE = (
+    "Scores say how well a picture fits the words, not who somebody is. A person found here has been found by their clothes: "
+    "never act on it alone, and search only photos that you may search."
+)
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-032
-def search_page(gallery:Gallery # to be searched
-               , enriched:Callable[[], Gallery]|None=None # makes the same gallery with a model that imagines pictures
-               , examples:Sequence[str]|None=None # sentences to click; None: some that fit the gallery
-               , title:str="People search"):
+def search_page(
+    gallery: Gallery,  # to be searched
+    enriched: Callable[[], Gallery]
+    | None = None,  # makes the same gallery with a model that imagines pictures
+    examples: Sequence[str] | None = None,  # sentences to click; None: some that fit the gallery
+    title: str = "People search",
+):
     "The page as Gradio Blocks."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     folder = _private_folder()
     gr = need("gradio", "app", "the search page")
     page = Page(gallery, enriched)
-    parts:dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"## {html.escape(title)}")
-        for name, value in dict(keys=[], query=None, like="", page=0, chosen="", picked=[]).items(): parts[name] = gr.State(value)
+        for name, value in dict(keys=[], query=None, like="", page=0, chosen="", picked=[]).items():
+            parts[name] = gr.State(value)
         with gr.Row():
-            with gr.Column(scale=2, min_width=300): _question_column(gr, page, parts, examples or fitting_sentences(gallery))
-            with gr.Column(scale=5, min_width=320): _people_column(gr, page, parts)
+            with gr.Column(scale=2, min_width=300):
+                _question_column(gr, page, parts, examples or fitting_sentences(gallery))
+            with gr.Column(scale=5, min_width=320):
+                _people_column(gr, page, parts)
             _closer(gr, parts)
-        with gr.Accordion("This gallery", open=False): gr.HTML(gallery_facts(gallery), elem_id="facts")
+        with gr.Accordion("This gallery", open=False):
+            gr.HTML(gallery_facts(gallery), elem_id="facts")
         gr.Markdown(f"<small>{NOTE}</small>")
         _wire(gr, blocks, page, parts, folder)
     return blocks
@@ -398,57 +559,109 @@ def _private_folder():
     _import_onnxruntime(folder)
     return Path(folder)
 
+
 def _import_onnxruntime(folder):
     "When it is first imported, ONNX Runtime leaves a session file in the folder for temporary files: in ours, so that it goes with the process."
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = folder
-    try: import onnxruntime   # noqa: F401
-    except ImportError: pass
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        pass
     finally:
-        if before is None: del os.environ["TMPDIR"]
-        else: os.environ["TMPDIR"] = before
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
+
 
 def _question_column(gr, page, parts, examples):
     "The components of a question."
-    parts["q"] = gr.Textbox(label="Sentence", info="Enter searches; Shift+Enter: another sentence about the same person",
-                            lines=1, max_lines=5, elem_id="q", autofocus=True)
+    parts["q"] = gr.Textbox(
+        label="Sentence",
+        info="Enter searches; Shift+Enter: another sentence about the same person",
+        lines=1,
+        max_lines=5,
+        elem_id="q",
+        autofocus=True,
+    )
     parts["without"] = gr.Textbox(label="Without", placeholder="a hat", elem_id="without")
-    parts["imagine"] = gr.Checkbox(label="Imagine a picture from the sentence, and search with it too", visible=page.enriched is not None)
+    parts["imagine"] = gr.Checkbox(
+        label="Imagine a picture from the sentence, and search with it too",
+        visible=page.enriched is not None,
+    )
     parts["search"] = gr.Button("Search", variant="primary", elem_id="search")
     still = dict(interactive=False, buttons=[], height=200, visible=False)
     parts["liked"] = gr.Image(label="Like this person", elem_id="liked", **still)
-    parts["unlike"] = gr.Button("Not like this person any more", size="sm", visible=False, elem_id="unlike")
+    parts["unlike"] = gr.Button(
+        "Not like this person any more", size="sm", visible=False, elem_id="unlike"
+    )
     parts["imagined"] = gr.Image(label="Imagined from the sentence", elem_id="imagined", **still)
     gr.Examples([[e] for e in examples], inputs=[parts["q"]], label="Try", elem_id="examples")
     for name in few_words(page.gallery):
-        parts[f"list_{name}"] = gr.Dropdown(sorted(page.gallery.items[name].words), multiselect=True, label=name, elem_id=f"list_{name}")
-    with gr.Accordion("More", open=False, elem_id="more"): _more(gr, page, parts)
+        parts[f"list_{name}"] = gr.Dropdown(
+            sorted(page.gallery.items[name].words),
+            multiselect=True,
+            label=name,
+            elem_id=f"list_{name}",
+        )
+    with gr.Accordion("More", open=False, elem_id="more"):
+        _more(gr, page, parts)
+
 
 def _more(gr, page, parts):
     "Components that few questions need."
     own = sorted(page.gallery.manifest["columns"], key=lambda c: c in ITEM_TYPES)
-    parts["where"] = gr.Textbox(label="Filter", placeholder="camera == 'c2' and width > 40", info="columns: " + ", ".join(own), elem_id="where")
+    parts["where"] = gr.Textbox(
+        label="Filter",
+        placeholder="camera == 'c2' and width > 40",
+        info="columns: " + ", ".join(own),
+        elem_id="where",
+    )
     parts["k"] = gr.Slider(1, 60, 24, step=1, label="People on a page")
     ways = [("by cosine", ""), ("helped by neighbours", "neighbours"), ("expanded query", "expand")]
     parts["rerank"] = gr.Dropdown(ways, value="", label="Ranking")
     groups = [("everybody", ""), *((f"one per {n}", n) for n in page.gallery.items.own)]
-    parts["group"] = gr.Dropdown(groups, value="track" if "track" in page.gallery.items.own else "", label="Show", elem_id="group")
-    parts["picture"] = gr.File(label="A picture of somebody like them", file_types=["image"], type="filepath", height=120, elem_id="picture")
+    parts["group"] = gr.Dropdown(
+        groups,
+        value="track" if "track" in page.gallery.items.own else "",
+        label="Show",
+        elem_id="group",
+    )
+    parts["picture"] = gr.File(
+        label="A picture of somebody like them",
+        file_types=["image"],
+        type="filepath",
+        height=120,
+        elem_id="picture",
+    )
+
 
 def _people_column(gr, page, parts):
     "What was found, page by page, and what can be taken along."
     parts["note"] = gr.HTML(_note(page.ask(Question())), elem_id="note")
-    parts["people"] = gr.Gallery(label="people", show_label=False, columns=6, object_fit="contain", allow_preview=False, height="auto",
-                                 elem_id="people", format="webp", buttons=[])
+    parts["people"] = gr.Gallery(
+        label="people",
+        show_label=False,
+        columns=6,
+        object_fit="contain",
+        allow_preview=False,
+        height="auto",
+        elem_id="people",
+        format="webp",
+        buttons=[],
+    )
     with gr.Row():
         parts["back"] = gr.Button("Previous page", size="sm", visible=False, elem_id="back")
         parts["next"] = gr.Button("Next page", size="sm", visible=False, elem_id="next")
     with gr.Accordion("Take along", open=False, elem_id="take"):
         parts["selection"] = gr.HTML(_selected([]), elem_id="selection")
         with gr.Row():
-            for kind in ("csv", "html", "zip"): parts[kind] = gr.Button(kind.upper(), size="sm", elem_id=f"export_{kind}")
+            for kind in ("csv", "html", "zip"):
+                parts[kind] = gr.Button(kind.upper(), size="sm", elem_id=f"export_{kind}")
             parts["nobody"] = gr.Button("Select nobody", size="sm")
         parts["file"] = gr.File(label="Written", visible=False, interactive=False, elem_id="file")
+
 
 def _closer(gr, parts):
     "What appears on a click."
@@ -457,198 +670,336 @@ def _closer(gr, parts):
         parts["close"] = gr.Button("Close (Esc)", size="sm", elem_id="close")
         with gr.Tab("Person"):
             with gr.Row():
-                for name in ("person", "heat"): parts[name] = gr.Image(min_width=100, elem_id=name, **still)
+                for name in ("person", "heat"):
+                    parts[name] = gr.Image(min_width=100, elem_id=name, **still)
             gr.HTML("<p class='note'>Right: warm where hiding the spot lowers the score.</p>")
-        with gr.Tab("Around", elem_id="tab_around"): parts["near"] = gr.Image(elem_id="near", **still)
-        with gr.Tab("Whole photo", elem_id="tab_whole"): parts["whole"] = gr.Image(elem_id="whole", **still)
+        with gr.Tab("Around", elem_id="tab_around"):
+            parts["near"] = gr.Image(elem_id="near", **still)
+        with gr.Tab("Whole photo", elem_id="tab_whole"):
+            parts["whole"] = gr.Image(elem_id="whole", **still)
         parts["facts"] = gr.HTML()
         with gr.Row():
             parts["more_like"] = gr.Button("More like this", size="sm", elem_id="more_like")
             parts["pick"] = gr.Button("Select", size="sm", elem_id="pick")
             parts["open"] = gr.DownloadButton("Original", size="sm", elem_id="original")
 
-def _selected(keys): return f"<p class='note'>{len(keys) or 'Nobody'} selected" + ("" if keys else ": all people shown are written") + ".</p>"
+
+def _selected(keys):
+    return (
+        f"<p class='note'>{len(keys) or 'Nobody'} selected"
+        + ("" if keys else ": all people shown are written")
+        + ".</p>"
+    )
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-034
 def _wire(gr, blocks, page, parts, folder):
     "Connect events to the page's answers."
-    from gradio import Request, SelectData   # Gradio reads these two annotations
+    from gradio import Request, SelectData  # Gradio reads these two annotations
+
     lists = [n.removeprefix("list_") for n in parts if n.startswith("list_")]
-    asked_of = ["q", "without", "where", "k", "rerank", "group", "imagine", "picture", *[f"list_{n}" for n in lists]]
-    shown = ["people", "keys", "query", "note", "liked", "unlike", "imagined", "closer", "like", "page", "back", "next"]
+    asked_of = [
+        "q",
+        "without",
+        "where",
+        "k",
+        "rerank",
+        "group",
+        "imagine",
+        "picture",
+        *[f"list_{n}" for n in lists],
+    ]
+    shown = [
+        "people",
+        "keys",
+        "query",
+        "note",
+        "liked",
+        "unlike",
+        "imagined",
+        "closer",
+        "like",
+        "page",
+        "back",
+        "next",
+    ]
     inputs = [parts[n] for n in ("like", "page", *asked_of)]
     outputs = [parts[n] for n in shown]
 
     def ask(step, like, at, q, without, where, k, rerank, group, imagine, picture, *chosen):
-        question = Question(q or "", without or "", joined_filter(where, dict(zip(lists, chosen))), like or "", int(k), rerank or "",
-                            int(bool(imagine)), group or "", 0 if step == 0 else max(0, at + step))
+        question = Question(
+            q or "",
+            without or "",
+            joined_filter(where, dict(zip(lists, chosen))),
+            like or "",
+            int(k),
+            rerank or "",
+            int(bool(imagine)),
+            group or "",
+            0 if step == 0 else max(0, at + step),
+        )
         return _shown(gr, page.ask(question, picture), question)
 
     def like_this(chosen, *values):
         return [*ask(0, chosen, 0, "", "", *values), ""]
 
-    def opened(request:Request):
+    def opened(request: Request):
         question = Question.of(dict(request.query_params))
-        if question == Question(): return [gr.skip()]*(len(outputs) + 7)
+        if question == Question():
+            return [gr.skip()] * (len(outputs) + 7)
         rerank = question.rerank if question.rerank in ("neighbours", "expand") else ""
         group = question.group if question.group in page.gallery.items.own else ""
-        typed = [question.q, question.without, question.where, question.k, rerank, group, bool(question.imagine)]
+        typed = [
+            question.q,
+            question.without,
+            question.where,
+            question.k,
+            rerank,
+            group,
+            bool(question.imagine),
+        ]
         return [*_shown(gr, page.ask(question), question), *typed]
 
-    def clicked(event:SelectData, keys, query):
+    def clicked(event: SelectData, keys, query):
         key = keys[event.index]
         return [gr.Column(visible=True), *page.look(key, query), key]
 
-    quiet = dict(api_visibility="private", show_progress_on=[parts["people"]])   # the busy sign only where people will appear
+    quiet = dict(
+        api_visibility="private", show_progress_on=[parts["people"]]
+    )  # the busy sign only where people will appear
     silent = dict(api_visibility="private", show_progress="hidden")
     follow = dict(fn=None, inputs=[parts["note"]], js=_FOLLOW, api_visibility="private")
-    starts = [parts["search"].click, parts["q"].submit, parts["without"].submit, parts["where"].submit]
+    starts = [
+        parts["search"].click,
+        parts["q"].submit,
+        parts["without"].submit,
+        parts["where"].submit,
+    ]
     gr.on(starts, partial(ask, 0), inputs, outputs, **quiet).then(**follow)
     parts["next"].click(partial(ask, 1), inputs, outputs, **quiet).then(**follow)
     parts["back"].click(partial(ask, -1), inputs, outputs, **quiet).then(**follow)
     same = [parts[n] for n in ("chosen", *asked_of[2:])]
     parts["more_like"].click(like_this, same, [*outputs, parts["q"]], **quiet).then(**follow)
-    parts["unlike"].click(lambda: ["", gr.Image(visible=False), gr.Button(visible=False)], None,
-                          [parts[n] for n in ("like", "liked", "unlike")], **silent)
+    parts["unlike"].click(
+        lambda: ["", gr.Image(visible=False), gr.Button(visible=False)],
+        None,
+        [parts[n] for n in ("like", "liked", "unlike")],
+        **silent,
+    )
     details = [parts[n] for n in ("closer", "person", "heat", "facts", "chosen")]
-    parts["people"].select(clicked, [parts["keys"], parts["query"]], details, api_visibility="private",
-                           show_progress_on=[parts["heat"]]).then(
-        page.around, [parts["chosen"]], [parts["near"], parts["whole"]], **silent).then(
-        partial(page.original, folder=folder), [parts["chosen"]], [parts["open"]], **silent)
+    parts["people"].select(
+        clicked,
+        [parts["keys"], parts["query"]],
+        details,
+        api_visibility="private",
+        show_progress_on=[parts["heat"]],
+    ).then(page.around, [parts["chosen"]], [parts["near"], parts["whole"]], **silent).then(
+        partial(page.original, folder=folder), [parts["chosen"]], [parts["open"]], **silent
+    )
     parts["close"].click(lambda: gr.Column(visible=False), None, [parts["closer"]], **silent)
     _wire_selection(gr, page, parts, folder, silent)
     typed = [parts[n] for n in ("q", "without", "where", "k", "rerank", "group", "imagine")]
     blocks.load(opened, None, [*outputs, *typed], **quiet)
     blocks.load(None, js=_SCRIPT, api_visibility="private")
 
+
 def _wire_selection(gr, page, parts, folder, silent):
     "Selecting people, and taking them along."
+
     def picked(chosen, keys):
-        keys = [k for k in keys if k != chosen] + [chosen]*(chosen not in keys)
+        keys = [k for k in keys if k != chosen] + [chosen] * (chosen not in keys)
         return keys, _selected(keys)
 
     def written(kind, selected, shown, query):
         path = page.export(selected or shown, kind, query, folder)
         return gr.File(path, visible=path is not None)
 
-    parts["pick"].click(picked, [parts["chosen"], parts["picked"]], [parts["picked"], parts["selection"]], **silent)
-    parts["nobody"].click(lambda: ([], _selected([])), None, [parts["picked"], parts["selection"]], **silent)
+    parts["pick"].click(
+        picked, [parts["chosen"], parts["picked"]], [parts["picked"], parts["selection"]], **silent
+    )
+    parts["nobody"].click(
+        lambda: ([], _selected([])), None, [parts["picked"], parts["selection"]], **silent
+    )
     for kind in ("csv", "html", "zip"):
-        parts[kind].click(partial(written, kind), [parts[n] for n in ("picked", "keys", "query")], [parts["file"]], **silent)
+        parts[kind].click(
+            partial(written, kind),
+            [parts[n] for n in ("picked", "keys", "query")],
+            [parts["file"]],
+            **silent,
+        )
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-035
 def _shown(gr, answer, question):
     "An answer as the values of the page's components."
-    return [gr.Gallery(answer.tiles, selected_index=None), answer.keys, answer.query, _note(answer, question),
-            gr.Image(_enlarged(answer.liked, 200), visible=answer.liked is not None), gr.Button(visible=answer.liked is not None),
-            gr.Image(_enlarged(answer.imagined, 220), visible=answer.imagined is not None), gr.Column(visible=False),
-            question.like, question.page,
-            gr.Button(visible=question.page > 0), gr.Button(visible=answer.more)]
+    return [
+        gr.Gallery(answer.tiles, selected_index=None),
+        answer.keys,
+        answer.query,
+        _note(answer, question),
+        gr.Image(_enlarged(answer.liked, 200), visible=answer.liked is not None),
+        gr.Button(visible=answer.liked is not None),
+        gr.Image(_enlarged(answer.imagined, 220), visible=answer.imagined is not None),
+        gr.Column(visible=False),
+        question.like,
+        question.page,
+        gr.Button(visible=question.page > 0),
+        gr.Button(visible=answer.more),
+    ]
+
 
 def _note(answer, question=None):
     "The sentence above the people, with the link that asks again, and the search's own notes."
-    link = f'<a href="{html.escape(question.link())}">link to this question</a>' if answer.keys and answer.linked else ""
+    link = (
+        f'<a href="{html.escape(question.link())}">link to this question</a>'
+        if answer.keys and answer.linked
+        else ""
+    )
     advice = "".join(f'<p class="note">{html.escape(n)}</p>' for n in answer.advice)
     return f'<p class="{"wrong" if answer.wrong else "note"}">{html.escape(answer.note)}{link}</p>{advice}'
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-038
-def is_loopback(host:str) -> bool:
+def is_loopback(host: str) -> bool:
     "Whether an address is this computer's own."
-    if host == "localhost": return True
-    try: return ipaddress.ip_address(host).is_loopback
-    except ValueError: return False
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
-def own_names(host:str, names:Sequence[str]=() # further names of the page
-             ) -> list[str]:
+
+def own_names(
+    host: str,
+    names: Sequence[str] = (),  # further names of the page
+) -> list[str]:
     "Host names that the page answers to."
     out = ["localhost", "127.0.0.1", "[::1]", *names]
     if not is_loopback(host):
         out.append(host)
         here = socket.gethostname()
         found = {here, socket.getfqdn()}
-        try: found |= {str(a[4][0]) for a in socket.getaddrinfo(here, None)}
-        except OSError: pass
+        try:
+            found |= {str(a[4][0]) for a in socket.getaddrinfo(here, None)}
+        except OSError:
+            pass
         out += [f"[{n}]" if ":" in str(n) else str(n) for n in found]
     return list(dict.fromkeys(out))
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-040
 class OwnNames:
     "ASGI middleware: requests under another host name, or from another site's page, get a one-line refusal."
-    def __init__(self, app, names:Sequence[str]):
+
+    def __init__(self, app, names: Sequence[str]):
         self.app = app
         self.names = {n.lower() for n in names}
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] in ("http", "websocket") and not self.allowed(dict(scope["headers"])): return await self.refuse(scope, send)
+        if scope["type"] in ("http", "websocket") and not self.allowed(dict(scope["headers"])):
+            return await self.refuse(scope, send)
         await self.app(scope, receive, send)
 
-    def allowed(self, headers:Mapping[bytes, bytes]) -> bool:
+    def allowed(self, headers: Mapping[bytes, bytes]) -> bool:
         "Whether host and origin are ours."
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if not self._ours(headers.get(b"host", b"").decode("latin-1")): return False
+        if not self._ours(headers.get(b"host", b"").decode("latin-1")):
+            return False
         return not origin or self._ours(origin.partition("://")[2])
 
     def _ours(self, host):
         name = host.lower()
-        if not name.endswith("]"): name = name.rpartition(":")[0] or name
+        if not name.endswith("]"):
+            name = name.rpartition(":")[0] or name
         return name in self.names
 
     async def refuse(self, scope, send):
         "421 Misdirected Request."
-        if scope["type"] == "websocket": return await send(dict(type="websocket.close", code=1008))
+        if scope["type"] == "websocket":
+            return await send(dict(type="websocket.close", code=1008))
         body = b"this page answers under its own names only; start it with --name NAME to add one"
         headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())]
         await send(dict(type="http.response.start", status=421, headers=headers))
         await send(dict(type="http.response.body", body=body))
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-042
-def check_port(host:str, port:int):
+def check_port(host: str, port: int):
     "Raise a one-line `TiprError` when nothing can listen there."
-    if not 0 < port < 65_536: raise TiprError(f"port {port}: choose one between 1 and 65535")
+    if not 0 < port < 65_536:
+        raise TiprError(f"port {port}: choose one between 1 and 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: s.bind((host, port))
+        try:
+            s.bind((host, port))
         except OSError as e:
             why = "in use" if e.errno == 98 else e.strerror
-            raise TiprError(f"port {port} on {host}: {why}; choose another with port= (--port)") from None
+            raise TiprError(
+                f"port {port} on {host}: {why}; choose another with port= (--port)"
+            ) from None
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-044
-def serve(gallery:Gallery, *, host:str="127.0.0.1" # address to listen on
-         , port:int=7860
-         , enriched:Callable[[], Gallery]|None=None # makes the same gallery with a model that imagines pictures
-         , examples:Sequence[str]|None=None, title:str="People search"
-         , password:str|None=None # wanted beyond loopback, where one is made if none is given; the user's name is tipr
-         , names:Sequence[str]=() # further host names of the page
-         , wait:bool=True # until Ctrl-C; else return at once
-         , browser:bool=False # open one
-         ): # (blocks, address)
+def serve(
+    gallery: Gallery,
+    *,
+    host: str = "127.0.0.1",  # address to listen on
+    port: int = 7860,
+    enriched: Callable[[], Gallery]
+    | None = None,  # makes the same gallery with a model that imagines pictures
+    examples: Sequence[str] | None = None,
+    title: str = "People search",
+    password: str
+    | None = None,  # wanted beyond loopback, where one is made if none is given; the user's name is tipr
+    names: Sequence[str] = (),  # further host names of the page
+    wait: bool = True,  # until Ctrl-C; else return at once
+    browser: bool = False,  # open one
+):  # (blocks, address)
     "Run the search page; a port in use is a one-line `TiprError`."
     check_port(host, port)
     if password is None and not is_loopback(host):
         password = secrets.token_urlsafe(9)
-        print(f"everybody who can reach {host}:{port} can open this page with the name tipr and the password {password}", file=sys.stderr)
+        print(
+            f"everybody who can reach {host}:{port} can open this page with the name tipr and the password {password}",
+            file=sys.stderr,
+        )
     blocks = search_page(gallery, enriched, examples, title)
     blocks.queue(default_concurrency_limit=2, max_size=64)
     address = _launch(blocks, host, port, password, names, browser)
     threading.Thread(target=_warm, args=(gallery,), daemon=True).start()
-    if wait: blocks.block_thread()
+    if wait:
+        blocks.block_thread()
     return blocks, address
+
 
 def _launch(blocks, host, port, password, names, browser):
     "Start Gradio's server; its own check of the address must not go through a proxy."
     from starlette.middleware import Middleware
+
     gr = need("gradio", "app", "the search page")
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", **fonts)
     _no_proxy_here()
     try:
-        _, address, _ = blocks.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inbrowser=browser, share=False,
-                                      show_error=False, ssr_mode=False, footer_links=[], theme=theme, css=_CSS, max_file_size=UPLOAD_BYTES,
-                                      strict_cors=True, auth=None if password is None else ("tipr", password),
-                                      app_kwargs=dict(middleware=[Middleware(OwnNames, names=own_names(host, names))]))
-    except OSError as e: raise TiprError(f"port {port}: cannot be used ({e}); choose another with port= (--port)") from None
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            inbrowser=browser,
+            share=False,
+            show_error=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=theme,
+            css=_CSS,
+            max_file_size=UPLOAD_BYTES,
+            strict_cors=True,
+            auth=None if password is None else ("tipr", password),
+            app_kwargs=dict(middleware=[Middleware(OwnNames, names=own_names(host, names))]),
+        )
+    except OSError as e:
+        raise TiprError(
+            f"port {port}: cannot be used ({e}); choose another with port= (--port)"
+        ) from None
     return address
+
 
 def _no_proxy_here():
     "Loopback is reached directly, whatever proxy the environment names."
@@ -656,13 +1007,16 @@ def _no_proxy_here():
         known = [n for n in os.environ.get(name, "").split(",") if n]
         os.environ[name] = ",".join(dict.fromkeys([*known, "localhost", "127.0.0.1", "::1"]))
 
+
 def _warm(gallery):
     "Load the image tower while the first sentence is being typed."
-    try: gallery.model
-    except TiprError: pass
+    try:
+        gallery.model
+    except TiprError:
+        pass
 
 # %% ../../nbs/08_search/16_app.ipynb #cell-046
-def find_chromium() -> str|None:
+def find_chromium() -> str | None:
     "Debian's Chromium, or another that is installed."
     found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
     return next((p for p in found if p), None)

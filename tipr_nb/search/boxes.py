@@ -16,44 +16,72 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence, TYPE_CHECKING
 
 from ..core import TiprError, need
-from .photos import (EXCLUDED, FILM_SUFFIXES, HEIF_SUFFIXES, SUFFIXES, Box, Photo, PhotoError, Photos,
-    is_excluded, is_picture, picture_size, reads_heif, stat_photo, suffix_of, unread_note, walk_folder)
-from .tables import (PATH_NAMES, PERSON_LABELS, TABLE_SUFFIXES,
-    column_name, four_numbers, infer_column, load_table, tidy_table)
+from .photos import (EXCLUDED, FILM_SUFFIXES, HEIF_SUFFIXES, SUFFIXES, Box, Photo,
+    PhotoError, Photos, is_excluded, is_picture, picture_size, reads_heif, stat_photo, suffix_of,
+    unread_note, walk_folder)
+from .tables import (PATH_NAMES, PERSON_LABELS, TABLE_SUFFIXES, column_name,
+    four_numbers, infer_column, load_table, tidy_table)
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-004
 if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-009
-BOX_NAMES = {"xyxy": (("x0", "y0", "x1", "y1"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"),
-                      ("xmin", "ymin", "xmax", "ymax"), ("x_min", "y_min", "x_max", "y_max")),
-             "xywh": (("x", "y", "w", "h"), ("x", "y", "width", "height"), ("left", "top", "width", "height"),
-                      ("left", "top", "w", "h"), ("x0", "y0", "w", "h"), ("x0", "y0", "width", "height"),
-                      ("xmin", "ymin", "width", "height"), ("x1", "y1", "w", "h")),
-             "cxcywh": (("cx", "cy", "w", "h"), ("xc", "yc", "w", "h"), ("cx", "cy", "width", "height"),
-                        ("x_center", "y_center", "width", "height"), ("x_centre", "y_centre", "width", "height"))}
+BOX_NAMES = {
+    "xyxy": (
+        ("x0", "y0", "x1", "y1"),
+        ("x1", "y1", "x2", "y2"),
+        ("left", "top", "right", "bottom"),
+        ("xmin", "ymin", "xmax", "ymax"),
+        ("x_min", "y_min", "x_max", "y_max"),
+    ),
+    "xywh": (
+        ("x", "y", "w", "h"),
+        ("x", "y", "width", "height"),
+        ("left", "top", "width", "height"),
+        ("left", "top", "w", "h"),
+        ("x0", "y0", "w", "h"),
+        ("x0", "y0", "width", "height"),
+        ("xmin", "ymin", "width", "height"),
+        ("x1", "y1", "w", "h"),
+    ),
+    "cxcywh": (
+        ("cx", "cy", "w", "h"),
+        ("xc", "yc", "w", "h"),
+        ("cx", "cy", "width", "height"),
+        ("x_center", "y_center", "width", "height"),
+        ("x_centre", "y_centre", "width", "height"),
+    ),
+}
 NAMES_OF_BOXES = frozenset(n for names in BOX_NAMES.values() for four in names for n in four)
-BOX_WORDS = NAMES_OF_BOXES - {"width", "height"} | {"box", "bbox", "boxes", "bboxes"}   # pictures have a width, too
+BOX_WORDS = NAMES_OF_BOXES - {"width", "height"} | {
+    "box",
+    "bbox",
+    "boxes",
+    "bboxes",
+}  # pictures have a width, too
 BOX_FORMATS = tuple(BOX_NAMES)
+
 
 class RawBoxes(NamedTuple):
     "Boxes as a table says them."
-    columns: tuple[str, ...]                 # where they stand
-    format: str|None                         # xyxy, xywh, cxcywh; None: to be decided from the values
-    values: list[tuple[float, ...]|None]     # one per row; None: this row has none
+
+    columns: tuple[str, ...]  # where they stand
+    format: str | None  # xyxy, xywh, cxcywh; None: to be decided from the values
+    values: list[tuple[float, ...] | None]  # one per row; None: this row has none
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-011
-def plain_name(column:str) -> str:
+def plain_name(column: str) -> str:
     "A column's name without what only says that it is a box's: `bbox_x1` is `x1`."
     name = column.lower()
     return re.sub(r"^(bbox|bb|box)_(?=.)", "", name)
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-013
-def raw_boxes(table:"pa.Table",
-              path:str|Path="the table", # for messages
-              box_format:str|None=None # what a column called box or bbox holds
-             ) -> RawBoxes|None: # None: nothing that looks like a box
+def raw_boxes(
+    table: "pa.Table",
+    path: str | Path = "the table",  # for messages
+    box_format: str | None = None,  # what a column called box or bbox holds
+) -> RawBoxes | None:  # None: nothing that looks like a box
     "The boxes of a table, before their format and their pictures are known; half a box is refused."
     plain = {plain_name(c): c for c in reversed(table.column_names)}
     for name, names in BOX_NAMES.items():
@@ -67,8 +95,10 @@ def raw_boxes(table:"pa.Table",
         return RawBoxes((single,), box_format or known, _one_column(table, single, path))
     half = sorted(c for n, c in plain.items() if n in BOX_WORDS)
     if len(half) > 1:
-        raise TiprError(f"{path}: columns {', '.join(half)} look like a part of a box; "
-                        "call the four columns x0, y0, x1, y1 or x, y, w, h")
+        raise TiprError(
+            f"{path}: columns {', '.join(half)} look like a part of a box; "
+            "call the four columns x0, y0, x1, y1 or x, y, w, h"
+        )
     return None
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-014
@@ -79,24 +109,35 @@ def _four_columns(table, columns, path):
         if all(v is None for v in four):
             values.append(None)
             continue
-        if any(not isinstance(v, (int, float)) or isinstance(v, bool) or not abs(v) <= 1e9 for v in four):
-            raise TiprError(f"{path}: row {i+1}: a box is four numbers {', '.join(columns)}, not {str(four)[:80]}")
+        if any(
+            not isinstance(v, (int, float)) or isinstance(v, bool) or not abs(v) <= 1e9
+            for v in four
+        ):
+            raise TiprError(
+                f"{path}: row {i + 1}: a box is four numbers {', '.join(columns)}, not {str(four)[:80]}"
+            )
         values.append(tuple(float(v) for v in four))
     return values
+
 
 def _one_column(table, column, path):
     values = []
     for i, box in enumerate(table[column].to_pylist()):
         try:
-            values.append(None if box is None or box == [] or box == "" else tuple(four_numbers(box)))
+            values.append(
+                None if box is None or box == [] or box == "" else tuple(four_numbers(box))
+            )
         except TiprError as e:
-            raise TiprError(f"{path}: row {i+1}: {e}") from None
+            raise TiprError(f"{path}: row {i + 1}: {e}") from None
     return values
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-016
-def decide_format(values:Sequence[tuple[float, ...]], # boxes in one unknown format
-                  sizes:Iterable[tuple[int, int]|None]=() # (width, height) of each one's picture, where known
-                 ) -> str|None: # xyxy, xywh, or None: cannot be told
+def decide_format(
+    values: Sequence[tuple[float, ...]],  # boxes in one unknown format
+    sizes: Iterable[
+        tuple[int, int] | None
+    ] = (),  # (width, height) of each one's picture, where known
+) -> str | None:  # xyxy, xywh, or None: cannot be told
     "Corners or width and height, from what is possible."
     if any(b[2] <= b[0] or b[3] <= b[1] for b in values):
         return "xywh"
@@ -108,29 +149,41 @@ def decide_format(values:Sequence[tuple[float, ...]], # boxes in one unknown for
     return None
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-018
-def corner_box(box:Sequence[float], # four numbers
-               box_format:str # xyxy, xywh or cxcywh
-              ) -> tuple[float, ...]:
+def corner_box(
+    box: Sequence[float],  # four numbers
+    box_format: str,  # xyxy, xywh or cxcywh
+) -> tuple[float, ...]:
     "Left, top, right, bottom."
     a, b, c, d = box
     if box_format == "xywh":
         return (a, b, a + c, b + d)
     if box_format == "cxcywh":
-        return (a - c/2, b - d/2, a + c/2, b + d/2)
+        return (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
     return (a, b, c, d)
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-020
-def are_fractions(values:Iterable[tuple[float, ...]]) -> bool:
+def are_fractions(values: Iterable[tuple[float, ...]]) -> bool:
     "Whether boxes are given in fractions of the picture: nothing above 1, and not whole numbers alone."
     numbers = [v for box in values for v in box]
     return bool(numbers) and max(numbers) <= 1.001 and any(v != int(v) for v in numbers)
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-023
 LABEL_NAMES = ("label", "class", "class_name", "category", "category_name", "cls", "object")
-CONFIDENCE_NAMES = ("confidence", "conf", "score", "detection_score", "detection_conf", "prob", "probability")
-OTHER_LABELS = frozenset("car truck bus bicycle motorcycle vehicle animal dog cat bird train boat".split())
+CONFIDENCE_NAMES = (
+    "confidence",
+    "conf",
+    "score",
+    "detection_score",
+    "detection_conf",
+    "prob",
+    "probability",
+)
+OTHER_LABELS = frozenset(
+    "car truck bus bicycle motorcycle vehicle animal dog cat bird train boat".split()
+)
 
-def person_rows(table:"pa.Table", path:str|Path="the table") -> tuple["pa.Table", list[str]]:
+
+def person_rows(table: "pa.Table", path: str | Path = "the table") -> tuple["pa.Table", list[str]]:
     "Rows that are persons, by the column of labels if there is one; and what was left out."
     texts = [c for c in table.column_names if str(table[c].type) == "string"]
     column = next((c for c in texts if plain_name(c) in LABEL_NAMES), None)
@@ -141,7 +194,9 @@ def person_rows(table:"pa.Table", path:str|Path="the table") -> tuple["pa.Table"
     if len(others) and not any(v in PERSON_LABELS for v in labels):
         if any(v in OTHER_LABELS for v in others):
             named = ", ".join(sorted(others)[:5])
-            raise TiprError(f"{path}: column {column} names no person ({named}); give boxes of people")
+            raise TiprError(
+                f"{path}: column {column} names no person ({named}); give boxes of people"
+            )
         return table, []
     if not others:
         return table, []
@@ -150,26 +205,30 @@ def person_rows(table:"pa.Table", path:str|Path="the table") -> tuple["pa.Table"
     return table.filter(kept), [f"boxes that are no persons left out: {counted}"]
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-026
-def path_column(table:"pa.Table", path:str|Path) -> str:
+def path_column(table: "pa.Table", path: str | Path) -> str:
     "The column of file names."
     lower = {c.lower(): c for c in reversed(table.column_names)}
     for name in PATH_NAMES:
         if name in lower:
             return lower[name]
-    raise TiprError(f"{path}: no column of file names; call it `path` (columns: {', '.join(table.column_names)[:200]})")
+    raise TiprError(
+        f"{path}: no column of file names; call it `path` (columns: {', '.join(table.column_names)[:200]})"
+    )
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-028
 class FileNames:
     "Absolute paths for the names in a table."
-    def __init__(self,
-                 folders:Sequence[str], # where names may be relative to
-                 known:Mapping[str, object] # absolute paths of what was found
-                ):
+
+    def __init__(
+        self,
+        folders: Sequence[str],  # where names may be relative to
+        known: Mapping[str, object],  # absolute paths of what was found
+    ):
         self.folders = folders
         self.known = known
-        self.cache:dict[str, str] = {}
+        self.cache: dict[str, str] = {}
 
-    def __call__(self, name:str) -> str:
+    def __call__(self, name: str) -> str:
         if name not in self.cache:
             self.cache[name] = self._resolve(name)
         return self.cache[name]
@@ -183,19 +242,22 @@ class FileNames:
         return found
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-031
-def frame_files(known:Iterable[str], # absolute paths of what was found
-                path:str|Path # the MOT file, for messages and to prefer its own sequence
-               ) -> dict[int, str]:
+def frame_files(
+    known: Iterable[str],  # absolute paths of what was found
+    path: str | Path,  # the MOT file, for messages and to prefer its own sequence
+) -> dict[int, str]:
     "Frame number -> photo."
     sequence = os.path.dirname(os.path.dirname(os.path.abspath(path))) + os.sep
     inside = [p for p in known if p.startswith(sequence)]
-    files:dict[int, str] = {}
+    files: dict[int, str] = {}
     for file in sorted(inside or known):
         digits = re.search(r"(\d+)$", os.path.splitext(file)[0])
         number = int(digits[1]) if digits and len(digits[1]) < 18 else None
         if number in files:
             which = f"{files[number]} or {file}"
-            raise TiprError(f"{path}: frame {number} may be {which}; give the folder of one sequence")
+            raise TiprError(
+                f"{path}: frame {number} may be {which}; give the folder of one sequence"
+            )
         if number is not None:
             files[number] = file
     return files
@@ -203,19 +265,21 @@ def frame_files(known:Iterable[str], # absolute paths of what was found
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-035
 class Listing:
     "Rows of one or several tables, by the absolute path of the file they speak of."
+
     def __init__(self):
-        self.tables:list["pa.Table"] = []
-        self.rows:dict[str, list[tuple[Box|None, int]]] = {}
-        self.boxed:set[str] = set()      # files of a table that has boxes: never whole pictures
-        self.notes:list[str] = []
+        self.tables: list["pa.Table"] = []
+        self.rows: dict[str, list[tuple[Box | None, int]]] = {}
+        self.boxed: set[str] = set()  # files of a table that has boxes: never whole pictures
+        self.notes: list[str] = []
         self.offset = 0
 
-    def add(self,
-            source:Any, # file, Arrow table or DataFrame
-            folders:Sequence[str], # where its names may be relative to
-            known:Mapping[str, object], # absolute paths of what was found
-            box_format:str|None=None # what a column called bbox holds
-           ) -> list[str]: # the files it names
+    def add(
+        self,
+        source: Any,  # file, Arrow table or DataFrame
+        folders: Sequence[str],  # where its names may be relative to
+        known: Mapping[str, object],  # absolute paths of what was found
+        box_format: str | None = None,  # what a column called bbox holds
+    ) -> list[str]:  # the files it names
         "Take over a table's rows."
         name = _name_of(source)
         table, notes = load_table(source)
@@ -226,7 +290,7 @@ class Listing:
             self.notes += notes
             boxes = raw_boxes(table, name, box_format)
         table, files = self._files(table, name, folders, known)
-        pixels = [None]*len(files) if boxes is None else self._pixels(boxes, files, name)
+        pixels = [None] * len(files) if boxes is None else self._pixels(boxes, files, name)
         for i, (file, box) in enumerate(zip(files, pixels)):
             if boxes is None or box is not None:
                 self.rows.setdefault(file, []).append((box, self.offset + i))
@@ -247,7 +311,7 @@ class Listing:
         files = []
         for i, file in enumerate(table[column].to_pylist()):
             if file is None or str(file) == "":
-                raise TiprError(f"{name}: row {i+1} has no file name")
+                raise TiprError(f"{name}: row {i + 1} has no file name")
             files.append(resolve(os.fsdecode(file) if isinstance(file, bytes) else str(file)))
         return table.drop_columns(column), files
 
@@ -268,11 +332,14 @@ class Listing:
         "All other columns; None where there are none."
         if not any(t.num_columns for t in self.tables):
             return None
-        return need("pyarrow", "search", "reading tables").concat_tables(self.tables, promote_options="permissive")
+        return need("pyarrow", "search", "reading tables").concat_tables(
+            self.tables, promote_options="permissive"
+        )
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-036
 def _name_of(source):
     return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the table"
+
 
 def _with_confidence(table):
     "A detector's score under one name, as a number."
@@ -288,7 +355,8 @@ def _with_confidence(table):
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-037
 class PictureSizes(dict):
     "Sizes of pictures, each read once; None for one that cannot be read."
-    def __call__(self, file:str) -> tuple[int, int]|None:
+
+    def __call__(self, file: str) -> tuple[int, int] | None:
         if file not in self:
             try:
                 self[file] = picture_size(file)
@@ -297,24 +365,29 @@ class PictureSizes(dict):
         return self[file]
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-039
-def pixel_boxes(boxes:RawBoxes,
-                files:Sequence[str], # absolute path of each row's picture
-                name:str, # of the table, for messages
-                notes:list[str] # sentences are added
-               ) -> list[Box|None]:
+def pixel_boxes(
+    boxes: RawBoxes,
+    files: Sequence[str],  # absolute path of each row's picture
+    name: str,  # of the table, for messages
+    notes: list[str],  # sentences are added
+) -> list[Box | None]:
     "Boxes in whole pixels; the format is decided, and fractions are scaled with the size of the picture."
     given = [b for b in boxes.values if b is not None]
     sizes = PictureSizes()
     box_format = boxes.format
     if box_format is None:
-        box_format = decide_format(given, (sizes(f) for f, b in zip(files, boxes.values) if b is not None))
+        box_format = decide_format(
+            given, (sizes(f) for f, b in zip(files, boxes.values) if b is not None)
+        )
         if box_format is None:
-            raise TiprError(f"{name}: column {boxes.columns[0]} may hold corners or x, y, width, height; "
-                            "say box_format='xyxy' or 'xywh' (--box-format), or name four columns")
+            raise TiprError(
+                f"{name}: column {boxes.columns[0]} may hold corners or x, y, width, height; "
+                "say box_format='xyxy' or 'xywh' (--box-format), or name four columns"
+            )
         words = {"xyxy": "corners", "xywh": "x, y, width, height"}[box_format]
         notes.append(f"{os.path.basename(name)}: column {boxes.columns[0]} is read as {words}")
     scale = are_fractions(given)
-    pixels:list[Box|None] = []
+    pixels: list[Box | None] = []
     for i, (box, file) in enumerate(zip(boxes.values, files)):
         if box is None:
             pixels.append(None)
@@ -322,34 +395,43 @@ def pixel_boxes(boxes:RawBoxes,
         corners = corner_box(box, box_format)
         if corners[2] <= corners[0] or corners[3] <= corners[1]:
             shown = tuple(int(v) if v == int(v) else v for v in box)
-            raise TiprError(f"{name}: row {i+1}: box {shown} is empty; right must exceed left, and bottom top "
-                            f"({', '.join(boxes.columns)})")
-        known = sizes(file) if scale else None   # a picture that cannot be read is listed when it is opened
+            raise TiprError(
+                f"{name}: row {i + 1}: box {shown} is empty; right must exceed left, and bottom top "
+                f"({', '.join(boxes.columns)})"
+            )
+        known = (
+            sizes(file) if scale else None
+        )  # a picture that cannot be read is listed when it is opened
         width, height = known or (1, 1)
         x0, y0, x1, y1 = corners
-        pixels.append((round(x0*width), round(y0*height), round(x1*width), round(y1*height)))
+        pixels.append(
+            (round(x0 * width), round(y0 * height), round(x1 * width), round(y1 * height))
+        )
     return pixels
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-044
 @dataclass
 class PhotoSources:
     "Everything that sources mean, before it is looked at."
+
     exclude: Sequence[str] = EXCLUDED
-    box_format: str|None = None
-    found: dict[str, tuple[str, str]] = field(default_factory=dict)   # absolute path -> (root, name)
-    singles: list[str] = field(default_factory=list)                  # pictures that were named one by one
+    box_format: str | None = None
+    found: dict[str, tuple[str, str]] = field(default_factory=dict)  # absolute path -> (root, name)
+    singles: list[str] = field(default_factory=list)  # pictures that were named one by one
     problems: list[tuple[str, str]] = field(default_factory=list)
-    others: Counter = field(default_factory=Counter)                  # ending -> files of other kinds
+    others: Counter = field(default_factory=Counter)  # ending -> files of other kinds
     excluded: int = 0
-    films: dict[str, tuple[str, str]] = field(default_factory=dict)   # absolute path -> (root, name)
-    shown: str = ""                                                   # the sources, for messages
+    films: dict[str, tuple[str, str]] = field(default_factory=dict)  # absolute path -> (root, name)
+    shown: str = ""  # the sources, for messages
     listing: Listing = field(default_factory=Listing)
 
-    def add(self, source:Any, alone:bool=False) -> None:
+    def add(self, source: Any, alone: bool = False) -> None:
         "A folder, glob, picture or table."
         if not isinstance(source, (str, os.PathLike)):
             if not (hasattr(source, "column_names") or hasattr(source, "iloc")):
-                raise TiprError(f"{type(source).__name__}: give a folder, a glob, a picture or a table of photos")
+                raise TiprError(
+                    f"{type(source).__name__}: give a folder, a glob, a picture or a table of photos"
+                )
             self.singles += self.listing.add(source, [os.getcwd()], self.found, self.box_format)
             return
         text = os.fspath(source)
@@ -378,7 +460,9 @@ class PhotoSources:
         if os.path.isdir(hit):
             self._add_folder(hit)
         elif suffix_of(hit) in TABLE_SUFFIXES:
-            self.singles += self.listing.add(hit, [_folder_of(hit), os.getcwd()], self.found, self.box_format)
+            self.singles += self.listing.add(
+                hit, [_folder_of(hit), os.getcwd()], self.found, self.box_format
+            )
         elif suffix_of(hit) in FILM_SUFFIXES:
             path = os.path.abspath(hit)
             self.films[path] = (os.path.dirname(path), os.path.basename(path))
@@ -405,7 +489,7 @@ class PhotoSources:
             self.found |= {p: (root, os.path.relpath(p, root)) for p in new}
         self.singles = []
 
-    def film_photos(self, problems:list[tuple[str, str]]) -> list[Photo]:
+    def film_photos(self, problems: list[tuple[str, str]]) -> list[Photo]:
         "The films, in order, with size and time; what is none goes to `problems`."
         films = []
         for path, (root, name) in sorted(self.films.items()):
@@ -418,21 +502,33 @@ class PhotoSources:
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-045
 def _folder_of(source):
-    return os.path.dirname(os.path.abspath(source)) if isinstance(source, (str, os.PathLike)) else os.getcwd()
+    return (
+        os.path.dirname(os.path.abspath(source))
+        if isinstance(source, (str, os.PathLike))
+        else os.getcwd()
+    )
+
 
 def _roots(found):
     return sorted({root for root, _ in found.values()})
 
+
 def _shown(sources):
     more = ", …" if len(sources) > 3 else ""
-    return ", ".join(str(s)[:200] if isinstance(s, (str, os.PathLike)) else "a table" for s in sources[:3]) + more
+    return (
+        ", ".join(
+            str(s)[:200] if isinstance(s, (str, os.PathLike)) else "a table" for s in sources[:3]
+        )
+        + more
+    )
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-046
-def gather_sources(sources:Any, # folder, glob, table or picture; or a list of them
-           boxes:Any=None, # table of boxes
-           exclude:Sequence[str]=EXCLUDED, # patterns of names to leave out
-           box_format:str|None=None # what a column called bbox holds: xyxy, xywh or cxcywh
-          ) -> PhotoSources:
+def gather_sources(
+    sources: Any,  # folder, glob, table or picture; or a list of them
+    boxes: Any = None,  # table of boxes
+    exclude: Sequence[str] = EXCLUDED,  # patterns of names to leave out
+    box_format: str | None = None,  # what a column called bbox holds: xyxy, xywh or cxcywh
+) -> PhotoSources:
     "Everything that sources mean."
     if box_format not in (None, *BOX_FORMATS):
         raise TiprError(f"box_format {box_format!r}: choose {', '.join(BOX_FORMATS)}")
@@ -446,13 +542,14 @@ def gather_sources(sources:Any, # folder, glob, table or picture; or a list of t
     return gathered
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-047
-def find_photos(sources:Any, # folder, glob, table or picture; or a list of them
-                boxes:Any=None, # table of boxes (CSV, JSON, COCO, MOT, ...): only these people are cut out
-                metadata:Any=None, # table of facts by file name
-                pattern:str|None=None, # regular expression on the name; its named groups become columns
-                exclude:Sequence[str]=EXCLUDED, # patterns of names to leave out
-                box_format:str|None=None # what a column called bbox holds: xyxy, xywh or cxcywh
-               ) -> Photos:
+def find_photos(
+    sources: Any,  # folder, glob, table or picture; or a list of them
+    boxes: Any = None,  # table of boxes (CSV, JSON, COCO, MOT, ...): only these people are cut out
+    metadata: Any = None,  # table of facts by file name
+    pattern: str | None = None,  # regular expression on the name; its named groups become columns
+    exclude: Sequence[str] = EXCLUDED,  # patterns of names to leave out
+    box_format: str | None = None,  # what a column called bbox holds: xyxy, xywh or cxcywh
+) -> Photos:
     "All photos that `sources` mean, with boxes and metadata attached and unusable files listed."
     gathered = gather_sources(sources, boxes, exclude, box_format)
     photos = photos_of(gathered, need_box=boxes is not None)
@@ -465,8 +562,10 @@ def find_photos(sources:Any, # folder, glob, table or picture; or a list of them
         photos.notes.append(f"{len(gathered.films)} films left out; {how}")
     if not photos.items and not photos.problems:
         notes = "".join(f"; {n}" for n in photos.notes)
-        raise TiprError(f"{gathered.shown}: no pictures there ({gathered.others.total()} other files); looked for "
-                        f"{' '.join(sorted(SUFFIXES))}{notes}")
+        raise TiprError(
+            f"{gathered.shown}: no pictures there ({gathered.others.total()} other files); looked for "
+            f"{' '.join(sorted(SUFFIXES))}{notes}"
+        )
     return photos
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-048
@@ -474,33 +573,46 @@ def _add_boxes(gathered, boxes):
     "Rows of a table of boxes; at least one must speak of a photo that was found."
     listing = gathered.listing
     if listing.rows or listing.boxed:
-        raise TiprError("boxes: the table of photos already says what to cut; give one or the other")
+        raise TiprError(
+            "boxes: the table of photos already says what to cut; give one or the other"
+        )
     name = _name_of(boxes)
-    files = listing.add(boxes, [*_roots(gathered.found), _folder_of(boxes)], gathered.found, gathered.box_format)
+    files = listing.add(
+        boxes, [*_roots(gathered.found), _folder_of(boxes)], gathered.found, gathered.box_format
+    )
     if files and not listing.boxed:
         columns = ", ".join(load_table(boxes).table.column_names)
-        raise TiprError(f"{name}: no columns of boxes; call them x0, y0, x1, y1 or x, y, w, h "
-                        f"(columns: {columns[:200]})")
+        raise TiprError(
+            f"{name}: no columns of boxes; call them x0, y0, x1, y1 or x, y, w, h "
+            f"(columns: {columns[:200]})"
+        )
     _note_missing(files, gathered.found, name, listing.notes)
+
 
 def _note_missing(files, found, name, notes):
     "Count rows whose file was not found; all of them is an error."
     missing = [f for f in files if f not in found]
     if files and len(missing) == len(files):
-        raise TiprError(f"{name}: no row speaks of a photo that was found; "
-                        "are its paths relative to the photos' folder?"
-                        f" (the first means {missing[0][:200]})")
+        raise TiprError(
+            f"{name}: no row speaks of a photo that was found; "
+            "are its paths relative to the photos' folder?"
+            f" (the first means {missing[0][:200]})"
+        )
     if missing:
         rows = f"{len(missing)} of {len(files)} rows of {os.path.basename(name)}"
         notes.append(f"{rows} speak of no photo here (such as {missing[0][:200]})")
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-049
-def photos_of(gathered:PhotoSources, need_box:bool=False) -> Photos:
+def photos_of(gathered: PhotoSources, need_box: bool = False) -> Photos:
     "Photos in order with their boxes, and the files that are none."
-    photos = Photos([], list(gathered.problems), gathered.listing.table(), notes=list(gathered.listing.notes))
+    photos = Photos(
+        [], list(gathered.problems), gathered.listing.table(), notes=list(gathered.listing.notes)
+    )
+
     def order(entry):
         root, name = entry[1]
         return os.fsencode(root), os.fsencode(name)
+
     for path, (root, name) in sorted(gathered.found.items(), key=order):
         photo, why = stat_photo(root, name)
         rows = gathered.listing.rows.get(path, [])
@@ -526,21 +638,29 @@ def _with_rows(photo, rows, listing):
     return photo._replace(rows=tuple(r for _, r in rows[:1]))
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-054
-def one_row(rows:Sequence[int], # rows of `table` that speak of one photo
-            table:"pa.Table", photo:str, name:str) -> int:
+def one_row(
+    rows: Sequence[int],  # rows of `table` that speak of one photo
+    table: "pa.Table",
+    photo: str,
+    name: str,
+) -> int:
     "The row, if all of them say the same; else an error that names the column."
     first = table.slice(rows[0], 1).to_pylist()[0]
     for row in rows[1:]:
         other = table.slice(row, 1).to_pylist()[0]
         column = next((c for c in first if str(first[c]) != str(other[c])), None)
         if column is not None:
-            raise TiprError(f"{name}: rows {rows[0] + 1} and {row + 1} speak of the same photo {photo[:200]} "
-                            f"and differ in {column}; keep one row a photo")
+            raise TiprError(
+                f"{name}: rows {rows[0] + 1} and {row + 1} speak of the same photo {photo[:200]} "
+                f"and differ in {column}; keep one row a photo"
+            )
     return rows[0]
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-055
-def attach_metadata(photos:Photos, metadata:Any # file, Arrow table or DataFrame
-                   ) -> None:
+def attach_metadata(
+    photos: Photos,
+    metadata: Any,  # file, Arrow table or DataFrame
+) -> None:
     "Join a table of facts by file name."
     known = dict.fromkeys(path for p in photos.items for path in (p.path, p.file))
     roots = sorted({p.root for p in photos.items})
@@ -548,30 +668,36 @@ def attach_metadata(photos:Photos, metadata:Any # file, Arrow table or DataFrame
     table, notes = load_table(metadata)
     column = path_column(table, name)
     resolve = FileNames([*roots, _folder_of(metadata)], known)
-    rows:dict[str, list[int]] = {}
+    rows: dict[str, list[int]] = {}
     files = []
     for i, file in enumerate(table[column].to_pylist()):
         if file is None or str(file) == "":
-            raise TiprError(f"{name}: row {i+1} has no file name")
+            raise TiprError(f"{name}: row {i + 1} has no file name")
         files.append(resolve(str(file)))
         rows.setdefault(files[-1], []).append(i)
     photos.notes += notes
     _note_missing(files, known, name, photos.notes)
     photos.metadata = tidy_table(table.drop_columns(column), name)
     for i, photo in enumerate(photos.items):
-        mine = rows.get(photo.path) or rows.get(photo.file)   # a film's row speaks of all its moments
+        mine = rows.get(photo.path) or rows.get(
+            photo.file
+        )  # a film's row speaks of all its moments
         if mine:
             photos.items[i] = photo._replace(meta=one_row(mine, photos.metadata, photo.name, name))
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-056
-def attach_pattern(photos:Photos, pattern:str # with named groups, such as (?P<camera>c\d+)
-                  ) -> None:
+def attach_pattern(
+    photos: Photos,
+    pattern: str,  # with named groups, such as (?P<camera>c\d+)
+) -> None:
     "Named groups of `pattern` in each name, as columns beside those of `metadata`."
     pa = need("pyarrow", "search", "metadata columns")
     try:
         regex = re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as e:
-        raise TiprError(f"pattern {pattern[:200]!r}: {e}; named groups look like (?P<camera>c\\d+)") from None
+        raise TiprError(
+            f"pattern {pattern[:200]!r}: {e}; named groups look like (?P<camera>c\\d+)"
+        ) from None
     if not regex.groupindex:
         raise TiprError(f"pattern {pattern[:200]!r} has no named group such as (?P<camera>c\\d+)")
     matches = [regex.search(p.name) for p in photos.items]
@@ -581,7 +707,9 @@ def attach_pattern(photos:Photos, pattern:str # with named groups, such as (?P<c
         old = photos.metadata.take(pa.array(rows, pa.int64()))
         columns = {n: old[n] for n in old.column_names}
     for group in regex.groupindex:
-        values = pa.chunked_array([pa.array([m[group] if m else None for m in matches], pa.string())])
+        values = pa.chunked_array(
+            [pa.array([m[group] if m else None for m in matches], pa.string())]
+        )
         columns[column_name(group)] = infer_column(values)
     photos.metadata = pa.table(columns)
     photos.items = [p._replace(meta=i) for i, p in enumerate(photos.items)]

@@ -18,21 +18,25 @@ from typing import Any, Callable, Generator, Iterable, Iterator, NamedTuple, Seq
 import numpy as np
 from PIL import Image
 from ..core import TiprError, ensure_torchvision, load_object, need
-from .photos import MAX_BYTES, MAX_PIXELS, Box, Photo, PhotoError, decode_picture, first_line, os_reason
+from .photos import (MAX_BYTES, MAX_PIXELS, Box, Photo, PhotoError, decode_picture,
+    first_line, os_reason)
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-007
-MIN_HEIGHT = 32   # pixels; smaller people hold too little for a sentence
+MIN_HEIGHT = 32  # pixels; smaller people hold too little for a sentence
+
 
 class Found(NamedTuple):
     "One person that a detector found."
+
     box: Box
-    confidence: float|None = None   # as the detector says it
+    confidence: float | None = None  # as the detector says it
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-009
-def kept_people(found:Iterable[Found],
-                score:float=0., # least confidence; people without one stay
-                min_height:int=MIN_HEIGHT # pixels
-               ) -> list[Found]: # from left to right
+def kept_people(
+    found: Iterable[Found],
+    score: float = 0.0,  # least confidence; people without one stay
+    min_height: int = MIN_HEIGHT,  # pixels
+) -> list[Found]:  # from left to right
     "People who are tall and certain enough, in a fixed order."
     people = []
     for person in found:
@@ -42,22 +46,27 @@ def kept_people(found:Iterable[Found],
             people.append(person)
     return sorted(people, key=person_order)
 
-def person_order(person:Found) -> tuple:
+
+def person_order(person: Found) -> tuple:
     "From left to right, whatever order a detector gives."
-    return person.box, -(person.confidence or 0.)
+    return person.box, -(person.confidence or 0.0)
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-013
 class HogDetector:
     "OpenCV's pedestrian detector: no weights to download; upright people, seen in full."
-    def __init__(self,
-                 score:float=.5, # least value of the classifier
-                 min_height:int=MIN_HEIGHT, # pixels
-                 long_side:int=1280, # pixels; smaller pictures are enlarged to it
-                 overlap:float=.3 # boxes that share more than this are one person
-                ):
+
+    def __init__(
+        self,
+        score: float = 0.5,  # least value of the classifier
+        min_height: int = MIN_HEIGHT,  # pixels
+        long_side: int = 1280,  # pixels; smaller pictures are enlarged to it
+        overlap: float = 0.3,  # boxes that share more than this are one person
+    ):
         cv2 = need("cv2", "detect", "the hog detector")
         if not hasattr(cv2, "HOGDescriptor_getDefaultPeopleDetector"):
-            raise TiprError(f"the hog detector needs OpenCV 4, not {cv2.__version__}; pip install 'tipr_nb[detect]'")
+            raise TiprError(
+                f"the hog detector needs OpenCV 4, not {cv2.__version__}; pip install 'tipr_nb[detect]'"
+            )
         self.cv2 = cv2
         self.hog = cv2.HOGDescriptor()
         self.hog.setSVMDetector(cv2.HOGDescriptor_getDefaultPeopleDetector())
@@ -66,13 +75,18 @@ class HogDetector:
         self.settings = dict(name="hog", score=score, min_height=min_height)
         self.name = f"hog score={score} min_height={min_height}"
 
-    def __call__(self, picture:Image.Image) -> list[tuple]: # (x0, y0, x1, y1, confidence)
+    def __call__(self, picture: Image.Image) -> list[tuple]:  # (x0, y0, x1, y1, confidence)
         "People in a picture."
-        scale = min(2., max(1., self.long_side/max(picture.size)))
-        width, height = (round(v*scale) for v in picture.size)
+        scale = min(2.0, max(1.0, self.long_side / max(picture.size)))
+        width, height = (round(v * scale) for v in picture.size)
         pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))[:, :, ::-1]
-        boxes, weights = self.hog.detectMultiScale(np.ascontiguousarray(pixels), winStride=(8, 8), padding=(16, 16),
-                                                   scale=1.05, groupThreshold=0)
+        boxes, weights = self.hog.detectMultiScale(
+            np.ascontiguousarray(pixels),
+            winStride=(8, 8),
+            padding=(16, 16),
+            scale=1.05,
+            groupThreshold=0,
+        )
         if not len(boxes):
             return []
         weights = np.ravel(weights)
@@ -81,21 +95,23 @@ class HogDetector:
 
     def _box(self, box, weight, scale, size):
         "The person within the window, which has margins, in pixels of the picture."
-        x, y, w, h = (v/scale for v in box)
-        x0, x1 = x + w*.2, x + w*.8
-        y0, y1 = y + h*.12, y + h*.88
+        x, y, w, h = (v / scale for v in box)
+        x0, x1 = x + w * 0.2, x + w * 0.8
+        y0, y1 = y + h * 0.12, y + h * 0.88
         return (max(0, x0), max(0, y0), min(size[0], x1), min(size[1], y1), float(weight))
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-016
 class PipelineDetector:
     "An object detector of transformers, by hub id or folder."
-    def __init__(self,
-                 model:str, # hub id or folder
-                 label:str="person", # what to keep
-                 score:float=.5, # least confidence
-                 min_height:int=MIN_HEIGHT, # pixels
-                 device:str|None=None # cpu, cuda, ...; None: the GPU, if there is one
-                ):
+
+    def __init__(
+        self,
+        model: str,  # hub id or folder
+        label: str = "person",  # what to keep
+        score: float = 0.5,  # least confidence
+        min_height: int = MIN_HEIGHT,  # pixels
+        device: str | None = None,  # cpu, cuda, ...; None: the GPU, if there is one
+    ):
         self.model_name = os.fspath(model)
         self.label, self.score, self.min_height, self.device = label, score, min_height, device
         self.settings = dict(name=self.model_name, label=label, score=score, min_height=min_height)
@@ -104,51 +120,66 @@ class PipelineDetector:
         known = [str(v) for v in getattr(self.pipeline.model.config, "id2label", {}).values()]
         if label.lower() not in {v.lower() for v in known}:
             shown = f"it knows {', '.join(known[:8])}"
-            raise TiprError(f"{self.model_name}: knows no label {label!r} ({shown}); name one of these as label")
+            raise TiprError(
+                f"{self.model_name}: knows no label {label!r} ({shown}); name one of these as label"
+            )
 
     def _load(self):
         ensure_torchvision()
         import torch, transformers
+
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             model = transformers.AutoModelForObjectDetection.from_pretrained(self.model_name)
             processor = transformers.AutoImageProcessor.from_pretrained(self.model_name)
-            return transformers.pipeline("object-detection", model=model, image_processor=processor, device=device)
+            return transformers.pipeline(
+                "object-detection", model=model, image_processor=processor, device=device
+            )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
             why = f"no detector could be loaded from there ({first_line(e)})"
             remedy = "give the folder or hub id of an object detector such as RT-DETR, hog, or module:function"
             raise TiprError(f"{self.model_name}: {why}; {remedy}") from None
 
-    def __call__(self, picture:Image.Image) -> list[tuple]: # (x0, y0, x1, y1, confidence)
+    def __call__(self, picture: Image.Image) -> list[tuple]:  # (x0, y0, x1, y1, confidence)
         "People in a picture."
         people = []
         for found in self.pipeline(picture, threshold=self.score):
             if found["label"].lower() == self.label.lower():
                 box = found["box"]
-                people.append((box["xmin"], box["ymin"], box["xmax"], box["ymax"], float(found["score"])))
+                people.append(
+                    (box["xmin"], box["ymin"], box["xmax"], box["ymax"], float(found["score"]))
+                )
         return people
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-018
 class NamedDetector:
     "Somebody's function with a name that a gallery can remember."
-    def __init__(self, function:Callable, # picture -> boxes
-                 path:str, # package.module:function
-                 score:float=0., min_height:int=0):
+
+    def __init__(
+        self,
+        function: Callable,  # picture -> boxes
+        path: str,  # package.module:function
+        score: float = 0.0,
+        min_height: int = 0,
+    ):
         self.function, self.score, self.min_height = function, score, min_height
         self.settings = dict(name=path, score=score, min_height=min_height)
-        self.name = path if not (score or min_height) else f"{path} score={score} min_height={min_height}"
+        self.name = (
+            path if not (score or min_height) else f"{path} score={score} min_height={min_height}"
+        )
 
-    def __call__(self, picture:Image.Image) -> list:
+    def __call__(self, picture: Image.Image) -> list:
         return self.function(picture)
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-020
-def find_detector(name:str, # hog, a hub id, a folder, or module:function
-                  label:str="person", # of a detector of transformers
-                  score:float|None=None, # least confidence; None: the detector's own default
-                  min_height:int|None=None # pixels; None: the detector's own default
-                 ) -> Callable: # picture -> boxes, with `name` and `settings`
+def find_detector(
+    name: str,  # hog, a hub id, a folder, or module:function
+    label: str = "person",  # of a detector of transformers
+    score: float | None = None,  # least confidence; None: the detector's own default
+    min_height: int | None = None,  # pixels; None: the detector's own default
+) -> Callable:  # picture -> boxes, with `name` and `settings`
     "A detector by its name."
-    options:dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if score is not None:
         options["score"] = _checked_number("score", score, 1e6)
     if min_height is not None:
@@ -158,9 +189,12 @@ def find_detector(name:str, # hog, a hub id, a folder, or module:function
     if ":" in name and not os.path.exists(name):
         function = load_object(name, "detector")
         if not callable(function):
-            raise TiprError(f"detector {name!r}: not a function; it must take a picture and return boxes")
+            raise TiprError(
+                f"detector {name!r}: not a function; it must take a picture and return boxes"
+            )
         return NamedDetector(function, name, **options)
     return PipelineDetector(name, label, **options)
+
 
 def _checked_number(what, value, most):
     "A finite number within limits."
@@ -175,30 +209,36 @@ def _checked_number(what, value, most):
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-026
 class PersonCrop(NamedTuple):
     "One person cut out of a photo, at the model's size."
-    picture: Image.Image|None       # RGB at (width, height) of the model; None where the content is known already
-    box: Box|None                   # where in the photo; None: the whole picture
-    width: int                      # pixels of the crop before resizing
+
+    picture: (
+        Image.Image | None
+    )  # RGB at (width, height) of the model; None where the content is known already
+    box: Box | None  # where in the photo; None: the whole picture
+    width: int  # pixels of the crop before resizing
     height: int
-    at: int                         # which of the photo's boxes this is
-    confidence: float|None = None   # of the detector
+    at: int  # which of the photo's boxes this is
+    confidence: float | None = None  # of the detector
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-028
 @dataclass
 class Opened:
     "A photo after it was read: its people, or why there are none."
+
     photo: Photo
     sha256: str = ""
     people: list[PersonCrop] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    taken: datetime|None = None     # of the EXIF header
-    skipped_decode: bool = False    # content known, pixels not looked at
+    taken: datetime | None = None  # of the EXIF header
+    skipped_decode: bool = False  # content known, pixels not looked at
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-031
-def open_photo(photo:Photo,
-               size:tuple[int, int], # (height, width) the model wants
-               detector:Callable|None=None, # picture -> [(x0, y0, x1, y1, ...), ...]
-               known:Iterable[str]=(), # content hashes of whole pictures that need no decoding
-               max_pixels:int=MAX_PIXELS) -> Opened:
+def open_photo(
+    photo: Photo,
+    size: tuple[int, int],  # (height, width) the model wants
+    detector: Callable | None = None,  # picture -> [(x0, y0, x1, y1, ...), ...]
+    known: Iterable[str] = (),  # content hashes of whole pictures that need no decoding
+    max_pixels: int = MAX_PIXELS,
+) -> Opened:
     "Read, hash, check and cut one photo; never raises for a bad file."
     opened = Opened(photo)
     try:
@@ -222,12 +262,15 @@ def _open_file(opened, size, detector, known, max_pixels):
     picture, full, opened.taken = decode_picture(data, max_pixels, size[::-1] if whole else None)
     _cut_all(opened, picture, full, size, detector)
 
+
 def _open_moment(opened, size, detector):
     "A moment of a film."
     from tipr_nb.search.video import moment_key, read_moment
+
     picture = read_moment(opened.photo)
     opened.sha256 = moment_key(opened.photo)
     _cut_all(opened, picture, picture.size, size, detector)
+
 
 def _read(photo):
     "The file's bytes, and the photo with the size and time they had."
@@ -235,14 +278,20 @@ def _read(photo):
         with open(photo.path, "rb") as f:
             facts = os.fstat(f.fileno())
             if facts.st_size > MAX_BYTES:
-                raise PhotoError(f"{facts.st_size/2**30:.1f} GiB, larger than {MAX_BYTES >> 30} GiB")
-            return f.read(MAX_BYTES + 1), photo._replace(size=facts.st_size, mtime=facts.st_mtime_ns)
+                raise PhotoError(
+                    f"{facts.st_size / 2**30:.1f} GiB, larger than {MAX_BYTES >> 30} GiB"
+                )
+            return f.read(MAX_BYTES + 1), photo._replace(
+                size=facts.st_size, mtime=facts.st_mtime_ns
+            )
     except OSError as e:
         raise PhotoError(os_reason(e)) from None
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-033
-def detected_people(detector:Callable, # picture -> boxes
-                    picture:Image.Image) -> list[Found]:
+def detected_people(
+    detector: Callable,  # picture -> boxes
+    picture: Image.Image,
+) -> list[Found]:
     "What a detector finds, in whole pixels and a fixed order; its failure is a `PhotoError`."
     try:
         boxes = [[float(v) for v in list(b)[:5]] for b in detector(picture)]
@@ -250,9 +299,11 @@ def detected_people(detector:Callable, # picture -> boxes
             raise ValueError("a box is four numbers")
         corners = [(round(b[0]), round(b[1]), round(b[2]), round(b[3])) for b in boxes]
         found = [Found(box, b[4] if len(b) > 4 else None) for box, b in zip(corners, boxes)]
-    except Exception as e:   # anybody's code
-        raise PhotoError(f"the detector failed on it ({type(e).__name__}: {first_line(e)})") from None
-    limits:Any = detector   # ours carry them, a function of the user's may not
+    except Exception as e:  # anybody's code
+        raise PhotoError(
+            f"the detector failed on it ({type(e).__name__}: {first_line(e)})"
+        ) from None
+    limits: Any = detector  # ours carry them, a function of the user's may not
     if not hasattr(limits, "min_height"):
         return found
     return kept_people(found, limits.score, limits.min_height)
@@ -270,6 +321,7 @@ def _cut_all(opened, picture, full, size, detector):
     for at, person in enumerate(people):
         _cut(opened, picture, person, at, size)
 
+
 def _cut(opened, picture, person, at, size):
     "Append one person, or the reason why the box is no good."
     left, top, right, bottom = person.box
@@ -283,6 +335,7 @@ def _cut(opened, picture, person, at, size):
     crop = _resized(picture.crop(box), size)
     opened.people.append(PersonCrop(crop, box, width, height, at, person.confidence))
 
+
 def _resized(picture, size):
     "At the model's size, as `data.resize_image` does it in training."
     if picture.size == size[::-1]:
@@ -290,30 +343,34 @@ def _resized(picture, size):
     return picture.resize(size[::-1], Image.Resampling.BILINEAR)
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-040
-def looks_like_scene(width:int, height:int) -> bool:
+def looks_like_scene(width: int, height: int) -> bool:
     "Whether a picture is too wide to be one upright person."
-    return height < 1.3*width
+    return height < 1.3 * width
 
-def scene_warning(n_scenes:int, n:int, example:str) -> str|None:
+
+def scene_warning(n_scenes: int, n: int, example: str) -> str | None:
     "A sentence when a quarter or more of the pictures look like full scenes, else None."
-    if not n or n_scenes < n/4:
+    if not n or n_scenes < n / 4:
         return None
-    return (f"{n_scenes} of {n} pictures look like full scenes rather than one person each (such as {example}); "
-            "the model expects person crops: give boxes (--boxes), or have people found (--detect hog, or a detector "
-            "of transformers by name)")
+    return (
+        f"{n_scenes} of {n} pictures look like full scenes rather than one person each (such as {example}); "
+        "the model expects person crops: give boxes (--boxes), or have people found (--detect hog, or a detector "
+        "of transformers by name)"
+    )
 
 # %% ../../nbs/08_search/04_detectors.ipynb #cell-044
-def open_ahead(photos:Iterable[Photo],
-               size:tuple[int, int], # (height, width) the model wants
-               workers:int=2, # threads
-               ahead:int=64, # photos held at most
-               **kwargs # for `open_photo`
-              ) -> Generator[Opened, None, None]:
+def open_ahead(
+    photos: Iterable[Photo],
+    size: tuple[int, int],  # (height, width) the model wants
+    workers: int = 2,  # threads
+    ahead: int = 64,  # photos held at most
+    **kwargs,  # for `open_photo`
+) -> Generator[Opened, None, None]:
     "`open_photo` for each photo, in order, decoded by threads ahead of their use."
-    Image.init()   # load the decoders before the threads race for them
+    Image.init()  # load the decoders before the threads race for them
     pictures = ThreadPoolExecutor(workers)
     films = ThreadPoolExecutor(1)
-    waiting:deque = deque()
+    waiting: deque = deque()
     try:
         for photo in photos:
             pool = pictures if photo.seconds is None else films

@@ -16,10 +16,11 @@ from ..core import TiprError, need, os_errors
 from .filters import Selection
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-007
-def sort_hits(scores:np.ndarray, # (q, m) candidates' scores
-              rows:np.ndarray, # (q, m) their rows, -1 for none
-              k:int
-             ) -> tuple[np.ndarray, np.ndarray]: # (q, k) each
+def sort_hits(
+    scores: np.ndarray,  # (q, m) candidates' scores
+    rows: np.ndarray,  # (q, m) their rows, -1 for none
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:  # (q, k) each
     "The best `k` candidates, best first, equal scores by row; padded with row -1."
     scores = np.where(rows < 0, -np.inf, scores).astype(np.float32, copy=False)
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
@@ -34,34 +35,41 @@ def sort_hits(scores:np.ndarray, # (q, m) candidates' scores
 # %% ../../nbs/08_search/07_engines.ipynb #cell-010
 class ExactEngine:
     "Every allowed row is looked at: exact, no index to build; time grows with the gallery."
+
     name = "exact"
 
-    def __init__(self,
-                 features:np.ndarray, # (n, d) unit rows, float16 or float32, may be memory-mapped
-                 block:int=1 << 20 # rows at a time
-                ):
+    def __init__(
+        self,
+        features: np.ndarray,  # (n, d) unit rows, float16 or float32, may be memory-mapped
+        block: int = 1 << 20,  # rows at a time
+    ):
         self.features, self.block = features, block
 
-    def search(self,
-               queries:np.ndarray, # (q, d) unit float32
-               k:int, allowed:Selection|None=None
-              ) -> tuple[np.ndarray, np.ndarray]: # (q, k) scores, (q, k) rows
+    def search(
+        self,
+        queries: np.ndarray,  # (q, d) unit float32
+        k: int,
+        allowed: Selection | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # (q, k) scores, (q, k) rows
         "The `k` best allowed rows for each query."
         queries = np.ascontiguousarray(queries, np.float32)
         if allowed is not None:
             return self._search_rows(queries, k, allowed.rows)
         whole = self.features.dtype == np.float32
-        at_once = self.block if whole else 1 << 15   # half precision is widened in the cache
-        block = max(1024, at_once//len(queries))
-        found = [top_k(queries, self.features[i:i + block], k, i) for i in range(0, len(self.features), block)]
+        at_once = self.block if whole else 1 << 15  # half precision is widened in the cache
+        block = max(1024, at_once // len(queries))
+        found = [
+            top_k(queries, self.features[i : i + block], k, i)
+            for i in range(0, len(self.features), block)
+        ]
         return found[0] if len(found) == 1 else merged_hits(found, len(queries), k)
 
     def _search_rows(self, queries, k, rows):
         "Only these rows, a block at a time."
         found = []
-        step = max(1024, (1 << 16)//len(queries))
+        step = max(1024, (1 << 16) // len(queries))
         for i in range(0, len(rows), step):
-            part = rows[i:i + step]
+            part = rows[i : i + step]
             scores, at = top_k(queries, self.features[part], k)
             found.append((scores, np.where(at < 0, -1, part[at])))
         return merged_hits(found, len(queries), k)
@@ -70,34 +78,42 @@ class ExactEngine:
         "Nothing to let go of."
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-011
-def merged_hits(found:list[tuple[np.ndarray, np.ndarray]], # (q, m) scores and rows of each block
-                n_queries:int, k:int) -> tuple[np.ndarray, np.ndarray]: # (q, k) each
+def merged_hits(
+    found: list[tuple[np.ndarray, np.ndarray]],  # (q, m) scores and rows of each block
+    n_queries: int,
+    k: int,
+) -> tuple[np.ndarray, np.ndarray]:  # (q, k) each
     "The best of several blocks."
     nothing = (np.empty((n_queries, 0), np.float32), np.empty((n_queries, 0), np.int64))
     parts = [nothing, *found]
     return sort_hits(np.hstack([s for s, _ in parts]), np.hstack([r for _, r in parts]), k)
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-013
-def largest(scores:np.ndarray, # (n,)
-            k:int, group:int=256) -> np.ndarray: # indices of the k largest, unordered
+def largest(
+    scores: np.ndarray,  # (n,)
+    k: int,
+    group: int = 256,
+) -> np.ndarray:  # indices of the k largest, unordered
     "The k largest of a long vector: only groups whose maximum is among the k best maxima can hold them."
-    n = len(scores)//group*group
-    if n//group < 4*k:
+    n = len(scores) // group * group
+    if n // group < 4 * k:
         return np.argpartition(scores, -k)[-k:]
     peaks = scores[:n].reshape(-1, group).max(1)
     groups = np.argpartition(peaks, -k)[-k:]
-    inside = groups[:, None]*group + np.arange(group)
+    inside = groups[:, None] * group + np.arange(group)
     candidates = np.concatenate([inside.ravel(), np.arange(n, len(scores))])
     return candidates[np.argpartition(scores[candidates], -k)[-k:]]
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-015
-def top_k(queries:np.ndarray, # (q, d) float32
-          block:np.ndarray, # (m, d)
-          k:int, first:int=0 # row number of the block's first row
-         ) -> tuple[np.ndarray, np.ndarray]: # (q, k) scores, (q, k) rows
+def top_k(
+    queries: np.ndarray,  # (q, d) float32
+    block: np.ndarray,  # (m, d)
+    k: int,
+    first: int = 0,  # row number of the block's first row
+) -> tuple[np.ndarray, np.ndarray]:  # (q, k) scores, (q, k) rows
     "Product and partial sort of one block."
     block = block.astype(np.float32, copy=False)
-    one = len(queries) == 1   # a matrix times a vector is faster than times a matrix of one column
+    one = len(queries) == 1  # a matrix times a vector is faster than times a matrix of one column
     scores = (block @ queries[0])[None] if one else queries @ block.T
     if k >= scores.shape[1]:
         rows = np.tile(np.arange(scores.shape[1]), (len(queries), 1))
@@ -111,33 +127,41 @@ def top_k(queries:np.ndarray, # (q, d) float32
 FAISS_KINDS = ("flat", "ivf", "hnsw")
 QUANTISERS = {None: "Flat", "fp16": "SQfp16", "8bit": "SQ8"}
 
-def faiss_recipe(kind:str, # flat, ivf or hnsw
-                 n:int, # rows to come
-                 quantise:str|None=None, # None, 'fp16' or '8bit'
-                 nlist:int|None=None, # cells of `ivf`; None: about four times the root of n
-                 links:int=32 # links per row of `hnsw`
-                ) -> str:
+
+def faiss_recipe(
+    kind: str,  # flat, ivf or hnsw
+    n: int,  # rows to come
+    quantise: str | None = None,  # None, 'fp16' or '8bit'
+    nlist: int | None = None,  # cells of `ivf`; None: about four times the root of n
+    links: int = 32,  # links per row of `hnsw`
+) -> str:
     "The string that FAISS's index factory builds from."
     if kind not in FAISS_KINDS or quantise not in QUANTISERS:
-        raise TiprError(f"engine {kind!r} with quantise={quantise!r}: choose one of {', '.join(FAISS_KINDS)} "
-                        "and one of None, fp16, 8bit")
+        raise TiprError(
+            f"engine {kind!r} with quantise={quantise!r}: choose one of {', '.join(FAISS_KINDS)} "
+            "and one of None, fp16, 8bit"
+        )
     code = QUANTISERS[quantise]
     if kind == "flat":
         return code
     if kind == "hnsw":
         return f"HNSW{links}" if quantise is None else f"HNSW{links}_{code}"
-    best = 2**round(math.log2(max(1, 4*math.sqrt(n))))
-    enough = max(1, n//39)   # FAISS wants 39 rows a cell to train on
+    best = 2 ** round(math.log2(max(1, 4 * math.sqrt(n))))
+    enough = max(1, n // 39)  # FAISS wants 39 rows a cell to train on
     return f"IVF{max(1, min(nlist or best, enough))},{code}"
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-024
-def build_faiss(features:np.ndarray, # (n, d) unit rows, may be memory-mapped
-                path:str|Path, # file to write
-                kind:str="ivf", quantise:str|None="fp16", nlist:int|None=None, links:int=32,
-                recall:float=.98, # fraction of the true ten nearest that the calibration asks for
-                block:int=1 << 17, # rows in memory at a time
-                seed:int=0
-               ) -> dict: # options to open it with
+def build_faiss(
+    features: np.ndarray,  # (n, d) unit rows, may be memory-mapped
+    path: str | Path,  # file to write
+    kind: str = "ivf",
+    quantise: str | None = "fp16",
+    nlist: int | None = None,
+    links: int = 32,
+    recall: float = 0.98,  # fraction of the true ten nearest that the calibration asks for
+    block: int = 1 << 17,  # rows in memory at a time
+    seed: int = 0,
+) -> dict:  # options to open it with
     "Build a FAISS index in bounded memory, write it, and return how to search it."
     faiss = need("faiss", "search", "this engine")
     n, d = features.shape
@@ -146,7 +170,7 @@ def build_faiss(features:np.ndarray, # (n, d) unit rows, may be memory-mapped
     if not index.is_trained:
         train_index(index, features, seed)
     for i in range(0, n, block):
-        index.add(np.ascontiguousarray(features[i:i + block], np.float32))
+        index.add(np.ascontiguousarray(features[i : i + block], np.float32))
     with os_errors(path):
         faiss.write_index(index, os.fspath(path))
     options = dict(kind=kind, quantise=quantise, recipe=recipe, n_bytes=os.path.getsize(path))
@@ -157,7 +181,7 @@ def train_index(index, features, seed):
     "k-means on a sample, quantiser on the same; the largest gallery trains on a quarter million rows."
     n = len(features)
     cells = getattr(index, "nlist", 0)
-    want = min(n, max(20_000, 64*cells))
+    want = min(n, max(20_000, 64 * cells))
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(n, want, replace=False)) if want < n else slice(None)
     if cells:
@@ -166,36 +190,38 @@ def train_index(index, features, seed):
         index.cp.min_points_per_centroid = 1
     index.train(np.ascontiguousarray(features[rows], np.float32))
 
+
 def near_rows(features, seed, n=200):
     "Rows nudged by noise of a third of their length: queries that resemble the gallery."
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.choice(len(features), min(n, len(features)), replace=False))
     rows = np.asarray(features[chosen], np.float32)
     noise = rng.standard_normal(rows.shape).astype(np.float32)
-    noised = rows + noise*(.33/math.sqrt(rows.shape[1]))
-    return noised/np.linalg.norm(noised, axis=1, keepdims=True)
+    noised = rows + noise * (0.33 / math.sqrt(rows.shape[1]))
+    return noised / np.linalg.norm(noised, axis=1, keepdims=True)
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-026
-def overlap(found:np.ndarray, truth:np.ndarray) -> float: # (q, k) rows each, -1 for none
+def overlap(found: np.ndarray, truth: np.ndarray) -> float:  # (q, k) rows each, -1 for none
     "Fraction of the true rows that were found; 1 where there is nothing to find."
     n = int((truth >= 0).sum())
     if not n:
-        return 1.
+        return 1.0
     common = [len(np.intersect1d(f[f >= 0], t[t >= 0])) for f, t in zip(found, truth)]
-    return sum(common)/n
+    return sum(common) / n
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-028
-def search_params(index:Any, # FAISS index
-                  effort:int|None=None, # cells or breadth
-                  mask:np.ndarray|None=None # (n,) allowed rows
-                 ) -> Any:
+def search_params(
+    index: Any,  # FAISS index
+    effort: int | None = None,  # cells or breadth
+    mask: np.ndarray | None = None,  # (n,) allowed rows
+) -> Any:
     "FAISS's search parameters for an index of ours."
     faiss = need("faiss", "search", "this engine")
     more = {}
     if mask is not None:
         bits = np.packbits(mask, bitorder="little")
         more["sel"] = faiss.IDSelectorBitmap(bits)
-        more["sel"].keep = bits   # FAISS keeps a pointer only
+        more["sel"].keep = bits  # FAISS keeps a pointer only
     if hasattr(index, "nlist"):
         return faiss.SearchParametersIVF(nprobe=int(effort or index.nprobe), **more)
     if hasattr(index, "hnsw"):
@@ -203,16 +229,17 @@ def search_params(index:Any, # FAISS index
     return faiss.SearchParameters(**more)
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-029
-def calibrate(index:Any, # FAISS index
-              features:np.ndarray, # (n, d)
-              recall:float=.98, # wanted fraction of the true ten nearest
-              seed:int=0,
-              queries:np.ndarray|None=None # (q, d) unit; None: disturbed rows of the gallery
-             ) -> dict: # {'effort': ..., 'recall': ...}
+def calibrate(
+    index: Any,  # FAISS index
+    features: np.ndarray,  # (n, d)
+    recall: float = 0.98,  # wanted fraction of the true ten nearest
+    seed: int = 0,
+    queries: np.ndarray | None = None,  # (q, d) unit; None: disturbed rows of the gallery
+) -> dict:  # {'effort': ..., 'recall': ...}
     "The least search effort (cells visited, or `hnsw` breadth) that reaches `recall` on a sample."
     in_cells = hasattr(index, "nlist")
     if not (in_cells or hasattr(index, "hnsw")) or not len(features):
-        return dict(effort=None, recall=1.)
+        return dict(effort=None, recall=1.0)
     if queries is None:
         queries = near_rows(features, seed)
     truth = ExactEngine(features).search(queries, 10)[1]
@@ -222,37 +249,46 @@ def calibrate(index:Any, # FAISS index
         reached = overlap(found, truth)
         if reached >= recall or effort >= limit:
             return dict(effort=effort, recall=round(reached, 4))
-        effort = min(limit, max(effort + 1, int(effort*1.5)))
+        effort = min(limit, max(effort + 1, int(effort * 1.5)))
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-031
 class FaissEngine:
     "Approximate search with FAISS; scores are recomputed from the stored features."
+
     name = "faiss"
 
-    def __init__(self,
-                 path:str|Path, # index file
-                 features:np.ndarray, # (n, d) the stored features
-                 effort:int|None=None, # cells or breadth, from the calibration
-                 small:int=40_000, # selections up to this size are searched exactly
-                 refine:int=2, # candidates per hit when rows are quantised
-                 n_bytes:int|None=None, # size the file should have
-                 **_):
+    def __init__(
+        self,
+        path: str | Path,  # index file
+        features: np.ndarray,  # (n, d) the stored features
+        effort: int | None = None,  # cells or breadth, from the calibration
+        small: int = 40_000,  # selections up to this size are searched exactly
+        refine: int = 2,  # candidates per hit when rows are quantised
+        n_bytes: int | None = None,  # size the file should have
+        **_,
+    ):
         self.features, self.effort, self.small = features, effort, small
         self.exact = ExactEngine(features)
         self.index = open_faiss(path, n_bytes)
         if self.index.ntotal != len(features):
             n = self.index.ntotal
-            raise TiprError(f"{path}: {n} rows where the gallery has {len(features)}; run `tipr index` again")
-        quantised = "SQ" in type(self.index).__name__ or "ScalarQuantizer" in type(self.index).__name__
+            raise TiprError(
+                f"{path}: {n} rows where the gallery has {len(features)}; run `tipr index` again"
+            )
+        quantised = (
+            "SQ" in type(self.index).__name__ or "ScalarQuantizer" in type(self.index).__name__
+        )
         self.refine = refine if quantised else 1
         self.params = search_params(self.index, effort)
 
-    def search(self,
-               queries:np.ndarray, # (q, d) unit float32
-               k:int, allowed:Selection|None=None
-              ) -> tuple[np.ndarray, np.ndarray]: # (q, k) scores, (q, k) rows
+    def search(
+        self,
+        queries: np.ndarray,  # (q, d) unit float32
+        k: int,
+        allowed: Selection | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:  # (q, k) scores, (q, k) rows
         "The `k` nearest allowed rows for each query."
-        if k*self.refine >= len(self.features):
+        if k * self.refine >= len(self.features):
             return self.exact.search(queries, k, allowed)
         params = self.params
         if allowed is not None:
@@ -260,7 +296,7 @@ class FaissEngine:
                 return self.exact.search(queries, k, allowed)
             params = search_params(self.index, self._harder(len(allowed.rows)), allowed.mask)
         queries = np.ascontiguousarray(queries, np.float32)
-        rows = self.index.search(queries, k*self.refine, params=params)[1]
+        rows = self.index.search(queries, k * self.refine, params=params)[1]
         scores = np.einsum("qd,qkd->qk", queries, self.features[rows], dtype=np.float32)
         return sort_hits(scores, rows, k)
 
@@ -269,26 +305,32 @@ class FaissEngine:
         if self.effort is None:
             return None
         limit = getattr(self.index, "nlist", 4096)
-        return min(limit, math.ceil(self.effort*len(self.features)/n_allowed))
+        return min(limit, math.ceil(self.effort * len(self.features) / n_allowed))
 
     def close(self) -> None:
         "The index is memory-mapped and freed with this object."
 
 # %% ../../nbs/08_search/07_engines.ipynb #cell-033
-def open_faiss(path:str|Path, n_bytes:int|None=None # size the file should have
-              ) -> Any: # FAISS index
+def open_faiss(
+    path: str | Path,
+    n_bytes: int | None = None,  # size the file should have
+) -> Any:  # FAISS index
     "An index file, or one line about what is wrong with it."
     faiss = need("faiss", "search", "this engine")
     if not Path(path).is_file():
         raise TiprError(f"{path}: the index file is missing; run `tipr index` again")
     size = os.path.getsize(path)
     if n_bytes is not None and size != n_bytes:
-        raise TiprError(f"{path}: {size} bytes instead of {n_bytes} (cut short?); run `tipr index` again")
+        raise TiprError(
+            f"{path}: {size} bytes instead of {n_bytes} (cut short?); run `tipr index` again"
+        )
     try:
         index = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP)
     except RuntimeError as e:
         reason = str(e).splitlines()[0][-80:]
-        raise TiprError(f"{path}: not a readable FAISS index ({reason}); run `tipr index` again") from None
-    if hasattr(index, "invlists"):   # a mapped file would start threads at every query to read ahead
+        raise TiprError(
+            f"{path}: not a readable FAISS index ({reason}); run `tipr index` again"
+        ) from None
+    if hasattr(index, "invlists"):  # a mapped file would start threads at every query to read ahead
         faiss.downcast_InvertedLists(index.invlists).prefetch_nthread = 0
     return index

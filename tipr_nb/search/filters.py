@@ -26,18 +26,23 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Test:
     "One comparison of a column with a value."
+
     column: str
-    op: str            # == != < <= > >= in null startswith endswith contains, and their opposites
+    op: str  # == != < <= > >= in null startswith endswith contains, and their opposites
     value: Any = None
+
 
 @dataclass(frozen=True)
 class Every:
     "All of these hold."
+
     parts: tuple
+
 
 @dataclass(frozen=True)
 class Some:
     "At least one of these holds."
+
     parts: tuple
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-010
@@ -46,7 +51,8 @@ OPPOSITES = {"==": "!=", "<": ">=", ">": "<=", "in": "not in", "null": "not null
 OPPOSITES |= {name: f"not {name}" for name in TEXT_TESTS}
 OPPOSITES |= {v: k for k, v in OPPOSITES.items()}
 
-def opposite(node:Test|Every|Some) -> Test|Every|Some:
+
+def opposite(node: Test | Every | Some) -> Test | Every | Some:
     "The negation."
     if isinstance(node, Test):
         return Test(node.column, OPPOSITES[node.op], node.value)
@@ -54,25 +60,43 @@ def opposite(node:Test|Every|Some) -> Test|Every|Some:
     return other(tuple(opposite(p) for p in node.parts))
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-013
-COMPARISONS = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.In: "in",
-               ast.NotIn: "not in", ast.Is: "is", ast.IsNot: "is not"}
+COMPARISONS = {
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.In: "in",
+    ast.NotIn: "not in",
+    ast.Is: "is",
+    ast.IsNot: "is not",
+}
 MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
 EXAMPLE = "write for example camera == 'c2' and x0 > 10"
 
+
 class ValueReader:
     "Plain values of a syntax tree; anything else is refused with its place."
-    def __init__(self, text:str):
+
+    def __init__(self, text: str):
         self.text = text
 
-    def fail(self, node:ast.AST, why:str) -> NoReturn:
+    def fail(self, node: ast.AST, why: str) -> NoReturn:
         at = getattr(node, "col_offset", 0)
         raise TiprError(f"filter {self.text!r}: {why} (at character {at + 1}); {EXAMPLE}")
 
-    def value(self, node:ast.AST) -> Any:
+    def value(self, node: ast.AST) -> Any:
         "A constant, a negative number, or a tuple of such."
-        if isinstance(node, ast.Constant) and isinstance(node.value, (type(None), str, int, float, bool)):
+        if isinstance(node, ast.Constant) and isinstance(
+            node.value, (type(None), str, int, float, bool)
+        ):
             return node.value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        if (
+            isinstance(node, ast.UnaryOp)
+            and isinstance(node.op, ast.USub)
+            and isinstance(node.operand, ast.Constant)
+        ):
             number = node.operand.value
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 return -number
@@ -83,14 +107,17 @@ class ValueReader:
 # %% ../../nbs/08_search/06_filters.ipynb #cell-015
 class ComparisonReader(ValueReader):
     "One comparison, a chain of them, or a call such as column.startswith('a')."
-    def comparison(self, node:ast.Compare) -> Test|Every:
+
+    def comparison(self, node: ast.Compare) -> Test | Every:
         "A chain such as 10 < x0 < 90 is the two comparisons joined."
         sides = [node.left, *node.comparators]
         parts = []
         for left, op, right in zip(sides, node.ops, sides[1:]):
             name = COMPARISONS[type(op)]
             if isinstance(left, ast.Name) == isinstance(right, ast.Name):
-                self.fail(left, "compare a column with a value (and join comparisons with `and` or `or`)")
+                self.fail(
+                    left, "compare a column with a value (and join comparisons with `and` or `or`)"
+                )
             if isinstance(left, ast.Name):
                 parts.append(self.test(left, name, self.value(right)))
             elif isinstance(right, ast.Name) and name in MIRRORED:
@@ -99,7 +126,7 @@ class ComparisonReader(ValueReader):
                 self.fail(node, f"the column must stand left of `{name}`")
         return parts[0] if len(parts) == 1 else Every(tuple(parts))
 
-    def test(self, column:ast.Name, op:str, value:Any) -> Test:
+    def test(self, column: ast.Name, op: str, value: Any) -> Test:
         "One comparison; None means missing, `in` wants a list."
         if value is None:
             if op not in ("is", "is not", "==", "!="):
@@ -114,7 +141,7 @@ class ComparisonReader(ValueReader):
             self.fail(column, "a list holds plain values only")
         return Test(column.id, op, value)
 
-    def method(self, node:ast.Call) -> Test:
+    def method(self, node: ast.Call) -> Test:
         "column.startswith('a')"
         call = node.func
         one_value = len(node.args) == 1 and not node.keywords
@@ -126,7 +153,8 @@ class ComparisonReader(ValueReader):
 # %% ../../nbs/08_search/06_filters.ipynb #cell-017
 class FilterReader(ComparisonReader):
     "Turns a syntax tree into `Test`, `Every` and `Some`."
-    def read(self, node:ast.AST) -> Test|Every|Some:
+
+    def read(self, node: ast.AST) -> Test | Every | Some:
         if isinstance(node, ast.BoolOp):
             joined = Every if isinstance(node.op, ast.And) else Some
             return joined(tuple(self.read(v) for v in node.values))
@@ -144,10 +172,11 @@ class FilterReader(ComparisonReader):
         self.fail(node, f"{type(node).__name__} is not part of the filter language")
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-020
-MAX_FILTER = 2000   # characters
-MAX_DEPTH = 40      # brackets inside each other
+MAX_FILTER = 2000  # characters
+MAX_DEPTH = 40  # brackets inside each other
 
-def nesting(text:str) -> Iterator[int]:
+
+def nesting(text: str) -> Iterator[int]:
     "Depth at each bracket or prefix operator; a cheap upper bound."
     depth = 0
     for c in text:
@@ -155,12 +184,15 @@ def nesting(text:str) -> Iterator[int]:
         yield depth
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-022
-def parse_filter(text:str # such as `camera == 'c2' and x0 > 10`
-                ) -> Test|Every|Some:
+def parse_filter(
+    text: str,  # such as `camera == 'c2' and x0 > 10`
+) -> Test | Every | Some:
     "Parse a filter; anything outside the small language is a one-line `TiprError`. Nothing is evaluated."
     if len(text) > MAX_FILTER:
-        raise TiprError(f"filter: {len(text)} characters are too many (at most {MAX_FILTER}); "
-                        "use `in [...]` or a metadata column")
+        raise TiprError(
+            f"filter: {len(text)} characters are too many (at most {MAX_FILTER}); "
+            "use `in [...]` or a metadata column"
+        )
     too_deep = f"filter: nested too deeply; at most {MAX_DEPTH} brackets inside each other"
     if max(nesting(text), default=0) > MAX_DEPTH:
         raise TiprError(too_deep)
@@ -171,14 +203,16 @@ def parse_filter(text:str # such as `camera == 'c2' and x0 > 10`
     except TiprError:
         raise
     except SyntaxError as e:
-        raise TiprError(f"filter {shown!r}: {e.msg} at character {e.offset or 1}; {EXAMPLE}") from None
+        raise TiprError(
+            f"filter {shown!r}: {e.msg} at character {e.offset or 1}; {EXAMPLE}"
+        ) from None
     except RecursionError:
         raise TiprError(too_deep) from None
     except (ValueError, MemoryError):
         raise TiprError(f"filter {shown!r}: cannot be parsed; {EXAMPLE}") from None
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-026
-def column_kind(t:"pa.DataType") -> str:
+def column_kind(t: "pa.DataType") -> str:
     "int, float, bool, time or text."
     types = need("pyarrow", "search", "metadata").types
     if types.is_boolean(t):
@@ -190,30 +224,38 @@ def column_kind(t:"pa.DataType") -> str:
     return "time" if types.is_timestamp(t) else "text"
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-028
-PLAIN_TYPES = {"int32": np.int32, "int64": np.int64, "double": np.float64, "timestamp[us]": np.int64}
+PLAIN_TYPES = {
+    "int32": np.int32,
+    "int64": np.int64,
+    "double": np.float64,
+    "timestamp[us]": np.int64,
+}
 
-def plain_array(array:"pa.Array") -> np.ndarray:
+
+def plain_array(array: "pa.Array") -> np.ndarray:
     "The numbers of an Arrow array without a copy, whatever stands where a value is missing."
     numbers = np.frombuffer(array.buffers()[1] or b"", PLAIN_TYPES[str(array.type)])
-    return numbers[array.offset:array.offset + len(array)]
+    return numbers[array.offset : array.offset + len(array)]
 
-def bit_array(array:"pa.Array", buffer:int) -> np.ndarray:
+
+def bit_array(array: "pa.Array", buffer: int) -> np.ndarray:
     "A bitmap of an Arrow array (0: which values are known, 1: truth values) as bool."
     packed = np.frombuffer(array.buffers()[buffer] or b"", np.uint8)
     bits = np.unpackbits(packed, bitorder="little")
-    return bits[array.offset:array.offset + len(array)].astype(bool)
+    return bits[array.offset : array.offset + len(array)].astype(bool)
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-030
 @dataclass
 class Column:
     "One metadata column, ready for comparisons."
-    kind: str                       # int, float, bool, time (microseconds since 1970) or text
-    values: np.ndarray              # (n,) values; for text, codes into `words`
-    valid: np.ndarray|None = None   # (n,) False where missing; None: all known
-    words: list[str]|None = None    # distinct texts
+
+    kind: str  # int, float, bool, time (microseconds since 1970) or text
+    values: np.ndarray  # (n,) values; for text, codes into `words`
+    valid: np.ndarray | None = None  # (n,) False where missing; None: all known
+    words: list[str] | None = None  # distinct texts
 
     @classmethod
-    def of(cls, column:"pa.ChunkedArray") -> "Column":
+    def of(cls, column: "pa.ChunkedArray") -> "Column":
         "From an Arrow column of one of the five types, plain or dictionary-coded."
         pa = need("pyarrow", "search", "metadata")
         kind = column_kind(column.type)
@@ -229,7 +271,7 @@ class Column:
             values = np.where(valid, values, np.zeros((), values.dtype))
         return cls(kind, values, valid, words)
 
-    def value(self, row:int) -> Any:
+    def value(self, row: int) -> Any:
         "One value as Python's own; None where it is missing."
         if self.valid is not None and not self.valid[row]:
             return None
@@ -237,10 +279,16 @@ class Column:
         return value if self.words is None else self.words[value]
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-033
-KIND_EXAMPLES = {"int": "whole numbers, such as 7", "float": "numbers, such as 0.5", "bool": "True or False",
-                 "text": "text, such as 'c2' (in quotes)", "time": "times, such as '2024-05-01 10:00'"}
+KIND_EXAMPLES = {
+    "int": "whole numbers, such as 7",
+    "float": "numbers, such as 0.5",
+    "bool": "True or False",
+    "text": "text, such as 'c2' (in quotes)",
+    "time": "times, such as '2024-05-01 10:00'",
+}
 
-def typed_value(column:str, kind:str, value:Any) -> Any:
+
+def typed_value(column: str, kind: str, value: Any) -> Any:
     "`value` as the column's type (times as microseconds since 1970), or a `TiprError`."
     if kind == "text" and isinstance(value, str):
         return value
@@ -248,15 +296,21 @@ def typed_value(column:str, kind:str, value:Any) -> Any:
         return value
     if kind in ("int", "float") and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) < 2**63 and not (isinstance(value, float) and math.isfinite(value)):
-            raise TiprError("filter: a number of more than 64 bits is too large for column " + column)
+            raise TiprError(
+                "filter: a number of more than 64 bits is too large for column " + column
+            )
         return value
     if kind == "time" and isinstance(value, str):
         return microseconds(column, value)
-    raise TiprError(f"filter: column {column} holds {KIND_EXAMPLES[kind]}; {repr(value)[:60]} is none")
+    raise TiprError(
+        f"filter: column {column} holds {KIND_EXAMPLES[kind]}; {repr(value)[:60]} is none"
+    )
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-034
-def microseconds(column:str, value:str # ISO 8601, with or without a zone
-                ) -> int:
+def microseconds(
+    column: str,
+    value: str,  # ISO 8601, with or without a zone
+) -> int:
     "A time as microseconds since 1970, UTC where a zone is given."
     try:
         time = datetime.fromisoformat(value)
@@ -265,14 +319,23 @@ def microseconds(column:str, value:str # ISO 8601, with or without a zone
     except (ValueError, OverflowError):
         shown = f"write them as '2024-05-01 10:00', not {value[:60]!r}"
         raise TiprError(f"filter: column {column} holds times; {shown}") from None
-    return int((time - datetime(1970, 1, 1)).total_seconds()*1_000_000 + .5)
+    return int((time - datetime(1970, 1, 1)).total_seconds() * 1_000_000 + 0.5)
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-037
-OPERATORS:dict[str, Callable] = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
-                                 ">": operator.gt, ">=": operator.ge, "startswith": str.startswith,
-                                 "endswith": str.endswith, "contains": operator.contains}
+OPERATORS: dict[str, Callable] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "startswith": str.startswith,
+    "endswith": str.endswith,
+    "contains": operator.contains,
+}
 
-def word_test(word:str, op:str, value:Any) -> bool:
+
+def word_test(word: str, op: str, value: Any) -> bool:
     "One comparison of one text."
     if op in ("in", "not in"):
         return (word in value) == (op == "in")
@@ -281,7 +344,7 @@ def word_test(word:str, op:str, value:Any) -> bool:
     return OPERATORS[op](word, value)
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-039
-def test_mask(column:Column, test:Test) -> np.ndarray: # (n,) bool
+def test_mask(column: Column, test: Test) -> np.ndarray:  # (n,) bool
     "Rows where one comparison holds; never where the value is missing."
     valid = column.valid if column.valid is not None else np.ones(len(column.values), bool)
     if test.op == "null":
@@ -289,7 +352,9 @@ def test_mask(column:Column, test:Test) -> np.ndarray: # (n,) bool
     if test.op == "not null":
         return valid.copy()
     if column.words is not None:
-        hits = np.fromiter((word_test(w, test.op, test.value) for w in column.words), bool, len(column.words))
+        hits = np.fromiter(
+            (word_test(w, test.op, test.value) for w in column.words), bool, len(column.words)
+        )
         found = hits[column.values] if len(hits) else np.zeros(len(column.values), bool)
     elif test.op in ("in", "not in"):
         found = np.isin(column.values, list(test.value), invert=test.op == "not in")
@@ -298,11 +363,12 @@ def test_mask(column:Column, test:Test) -> np.ndarray: # (n,) bool
     return found if column.valid is None else found & column.valid
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-041
-def checked_tree(node:Test|Every|Some,
-                 kind_of:Callable[[str], str], # kind of a known column
-                 names:Collection[str], # columns that there are
-                 where:str # the filter, for messages
-                ) -> Test|Every|Some:
+def checked_tree(
+    node: Test | Every | Some,
+    kind_of: Callable[[str], str],  # kind of a known column
+    names: Collection[str],  # columns that there are
+    where: str,  # the filter, for messages
+) -> Test | Every | Some:
     "The same tree with known columns and values of their types."
     if not isinstance(node, Test):
         parts = tuple(checked_tree(p, kind_of, names, where) for p in node.parts)
@@ -320,22 +386,30 @@ def checked_tree(node:Test|Every|Some,
     if kind == "bool" and node.op not in ("==", "!="):
         raise TiprError(f"filter: {node.column} is True or False; compare it with ==")
     if isinstance(node.value, tuple):
-        return Test(node.column, node.op, tuple(typed_value(node.column, kind, v) for v in node.value))
+        return Test(
+            node.column, node.op, tuple(typed_value(node.column, kind, v) for v in node.value)
+        )
     return Test(node.column, node.op, typed_value(node.column, kind, node.value))
 
 # %% ../../nbs/08_search/06_filters.ipynb #cell-043
 class Columns(Collection[str], Protocol):
     "A table by column: its names, and a column when asked for."
-    def __getitem__(self, name:str, /) -> Column: ...
+
+    def __getitem__(self, name: str, /) -> Column: ...
+
 
 class Selection:
     "The rows of a table that a filter allows, as a mask, as row numbers, and as a tree for other engines."
-    def __init__(self,
-                 where:str, # the filter
-                 columns:Columns # the table, column by column
-                ):
+
+    def __init__(
+        self,
+        where: str,  # the filter
+        columns: Columns,  # the table, column by column
+    ):
         self.where, self.columns = where, columns
-        self.tree = checked_tree(parse_filter(where), lambda name: columns[name].kind, columns, where)
+        self.tree = checked_tree(
+            parse_filter(where), lambda name: columns[name].kind, columns, where
+        )
 
     @cached_property
     def mask(self) -> np.ndarray:

@@ -23,75 +23,99 @@ from .filters import Selection
 from .engines import ExactEngine, FaissEngine, overlap
 from .milvus import MilvusEngine
 from .towers import TextTower, as_numpy, clean_text, model_fingerprint
-from .storage import (ITEM_TYPES, KEY, Snapshot, check_sums, film_folder, indexing_lock, person_key, read_manifest, read_skipped, shown_name,
-    tower_folder, write_manifest)
+from tipr_nb.search.storage import (ITEM_TYPES, KEY, Snapshot, check_sums, film_folder,
+    indexing_lock, person_key, read_manifest, read_skipped, shown_name, tower_folder,
+    write_manifest)
 from .indexing import IndexReport, build_engine, detector_name, index_photos
 from .queries import check_reranker, mix_query, reranked, sentence_notes
 from .reports import Hit, Hits, read_picture
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-006
-DEFAULT_MODEL = "synth-pedes"   # weights shipped with the package, for galleries that name no others
+DEFAULT_MODEL = "synth-pedes"  # weights shipped with the package, for galleries that name no others
 
-def load_model(model:Any # a loaded model, or a folder, alias or hub id
-              , loader:Callable[[str], Any]|None=None # name -> model; None: `PersonCLIP.from_pretrained`
-              ) -> tuple[Any, str|None]: # (model, where it came from)
+
+def load_model(
+    model: Any,  # a loaded model, or a folder, alias or hub id
+    loader: Callable[[str], Any] | None = None,  # name -> model; None: `PersonCLIP.from_pretrained`
+) -> tuple[Any, str | None]:  # (model, where it came from)
     "A model ready to encode; imports PyTorch only when a name is given."
-    if not isinstance(model, (str, Path)): return model, getattr(model, "source", None)
+    if not isinstance(model, (str, Path)):
+        return model, getattr(model, "source", None)
     if loader is not None:
         found = loader(str(model))
         return found, getattr(found, "source", None) or str(model)
     from tipr_nb.models import PersonCLIP
-    encoder:Any = PersonCLIP.from_pretrained(model)
-    encoder.source = os.path.abspath(model) if os.path.isdir(model) else str(model)   # a gallery notes it down
+
+    encoder: Any = PersonCLIP.from_pretrained(model)
+    encoder.source = (
+        os.path.abspath(model) if os.path.isdir(model) else str(model)
+    )  # a gallery notes it down
     return encoder, encoder.source
 
-def model_for(folder:str|Path|None=None # a gallery, or where one will be
-             , model:Any=None, rebuild:bool=False) -> Any:
+
+def model_for(
+    folder: str | Path | None = None,  # a gallery, or where one will be
+    model: Any = None,
+    rebuild: bool = False,
+) -> Any:
     "The model to index with: the one that is named, else the gallery's own, else the shipped one."
-    if model is not None: return model
-    if folder is None or rebuild: return DEFAULT_MODEL
-    with contextlib.suppress(TiprError): return read_manifest(folder).get("model") or DEFAULT_MODEL
+    if model is not None:
+        return model
+    if folder is None or rebuild:
+        return DEFAULT_MODEL
+    with contextlib.suppress(TiprError):
+        return read_manifest(folder).get("model") or DEFAULT_MODEL
     return DEFAULT_MODEL
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-008
 class QueryEncoder:
     "Encodes questions for one gallery: by its text tower, or by its model where that is loaded or needed."
-    def __init__(self, folder:Path # the gallery
-                , manifest:Mapping
-                , model:Any=None # a loaded model, or where to load it from; None: the gallery knows
-                , loader:Callable[[str], Any]|None=None # name -> model; None: `load_model`
-                ):
+
+    def __init__(
+        self,
+        folder: Path,  # the gallery
+        manifest: Mapping,
+        model: Any = None,  # a loaded model, or where to load it from; None: the gallery knows
+        loader: Callable[[str], Any] | None = None,  # name -> model; None: `load_model`
+    ):
         named = isinstance(model, (str, Path))
         self.folder = folder
         self.manifest = manifest
         self.loader = loader
         self.source = str(model) if named else None
         self.loaded = None if named or model is None else self._checked(model)
-        self._tower:TextTower|None = None
+        self._tower: TextTower | None = None
         self._lock = threading.Lock()
 
-    def fits(self, manifest:Mapping) -> bool:
+    def fits(self, manifest: Mapping) -> bool:
         "Whether it encodes for this snapshot, too."
         return manifest["fingerprint"] == self.manifest["fingerprint"]
 
     def _checked(self, model):
-        if model_fingerprint(getattr(model, "model", model)) == self.manifest["fingerprint"]: return model
-        raise TiprError(f"{self.folder}: made by another model ({self.manifest.get('model') or self.manifest.get('arch')}), whose features "
-                        "cannot be compared with this one's; search with that model, or index again")
+        if model_fingerprint(getattr(model, "model", model)) == self.manifest["fingerprint"]:
+            return model
+        raise TiprError(
+            f"{self.folder}: made by another model ({self.manifest.get('model') or self.manifest.get('arch')}), whose features "
+            "cannot be compared with this one's; search with that model, or index again"
+        )
 
     @property
     def model(self) -> Any:
         "The model that made the gallery; loaded when first needed."
         with self._lock:
-            if self.loaded is None: self.loaded = self._checked(load_model(self._source(), self.loader)[0])
+            if self.loaded is None:
+                self.loaded = self._checked(load_model(self._source(), self.loader)[0])
             return self.loaded
 
     def _source(self):
         source = self.source or self.manifest.get("model")
-        if not source: raise TiprError(f"{self.folder}: does not say where its model is; pass model= (--model) to encode a picture")
+        if not source:
+            raise TiprError(
+                f"{self.folder}: does not say where its model is; pass model= (--model) to encode a picture"
+            )
         return source
 
-    def encode_text(self, texts:Sequence[str]) -> np.ndarray: # (m, d) unit
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:  # (m, d) unit
         "Features of sentences."
         tower = tower_folder(self.folder, self.manifest)
         if self.loaded is None and tower is not None:
@@ -99,62 +123,82 @@ class QueryEncoder:
             return self._tower.encode_text(texts)
         return as_numpy(self.model.encode_text(list(texts)))
 
-    def encode_image(self, pictures:Sequence[Any] # PIL pictures
-                    ) -> np.ndarray: # (m, d) unit
+    def encode_image(
+        self,
+        pictures: Sequence[Any],  # PIL pictures
+    ) -> np.ndarray:  # (m, d) unit
         "Features of pictures, by the model."
         return as_numpy(self.model.encode_image(list(pictures)))
 
-    def cut(self, texts:Sequence[str]) -> list[int]:
+    def cut(self, texts: Sequence[str]) -> list[int]:
         "How many tokens of each sentence the text tower leaves out; nothing is known where the model encodes."
         tokens = getattr(self._tower, "tokens", None)
-        if tokens is None or not hasattr(tokens, "lib"): return []
-        lengths = [len(tokens.lib.encode(clean_text(t), add_special_tokens=False).ids) for t in texts]
+        if tokens is None or not hasattr(tokens, "lib"):
+            return []
+        lengths = [
+            len(tokens.lib.encode(clean_text(t), add_special_tokens=False).ids) for t in texts
+        ]
         return [max(0, n + 2 - tokens.context_length) for n in lengths]
 
-    def imagined(self) -> list|None:
+    def imagined(self) -> list | None:
         "Pictures with which the model enriched the last sentences, if it is one that does."
         return list(getattr(self.loaded, "imagined", None) or []) or None
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-011
-SHIPPED_NOTE = ("the shipped weights were trained on rendered people: on one surveillance film they found colours of clothes "
-                "(mean AP 93.5 over four sentences), nothing else was tested; for photographs, index with other weights: --model, see `tipr models`")
+SHIPPED_NOTE = (
+    "the shipped weights were trained on rendered people: on one surveillance film they found colours of clothes "
+    "(mean AP 93.5 over four sentences), nothing else was tested; for photographs, index with other weights: --model, see `tipr models`"
+)
 
-def weights_note(manifest:Mapping) -> str|None:
+
+def weights_note(manifest: Mapping) -> str | None:
     "What must be known of a gallery's weights; None where they are the user's own choice."
     return SHIPPED_NOTE if manifest.get("model") in ("synth-pedes", "clip-synth-pedes") else None
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-014
 class EngineSet:
     "The engines of one snapshot, opened when first asked for, and the filters asked lately."
-    def __init__(self, files:Snapshot):
+
+    def __init__(self, files: Snapshot):
         self.files = files
-        self._open:dict[str, Any] = {"exact": ExactEngine(files.features)}
-        self._selections:dict[str, Selection] = {}
+        self._open: dict[str, Any] = {"exact": ExactEngine(files.features)}
+        self._selections: dict[str, Selection] = {}
 
     @property
     def names(self) -> list[str]:
         "Engines that can be asked; `exact` always can."
         return ["exact", *(e for e in self.files.manifest["engines"] if e != "exact")]
 
-    def get(self, name:str|None=None # None: the gallery's default
-           ) -> Any:
+    def get(
+        self,
+        name: str | None = None,  # None: the gallery's default
+    ) -> Any:
         "An engine."
         name = name or self.files.manifest["engine"]
-        if name not in self._open: self._open[name] = self._opened(name)
+        if name not in self._open:
+            self._open[name] = self._opened(name)
         return self._open[name]
 
     def _opened(self, name):
         if name not in self.names:
-            raise TiprError(f"engine {name!r}: this gallery has {', '.join(self.names)}; build it with gallery.add_engine or `tipr index --engine`")
+            raise TiprError(
+                f"engine {name!r}: this gallery has {', '.join(self.names)}; build it with gallery.add_engine or `tipr index --engine`"
+            )
         built = self.files.manifest["engines"][name]["built"]
-        if name != "milvus": return FaissEngine(self.files.folder/f"index-{name}.faiss", self.files.features, **built)
-        own = os.fspath(self.files.folder/"milvus.db")
+        if name != "milvus":
+            return FaissEngine(
+                self.files.folder / f"index-{name}.faiss", self.files.features, **built
+            )
+        own = os.fspath(self.files.folder / "milvus.db")
         return MilvusEngine(self.files.features, **built | dict(uri=built["uri"] or own))
 
-    def where(self, text:str|None # a filter such as `camera == 'c2'`
-             ) -> Selection|None:
+    def where(
+        self,
+        text: str | None,  # a filter such as `camera == 'c2'`
+    ) -> Selection | None:
         "The rows that a filter allows; kept for the next question with the same filter."
-        if not text or not text.strip(): return None
+        if not text or not text.strip():
+            return None
         if text not in self._selections:
             kept = dict(list(self._selections.items())[-15:])
             self._selections = kept | {text: Selection(text, self.files.items)}
@@ -162,33 +206,37 @@ class EngineSet:
 
     def close(self):
         "Let go of engines that hold files or connections."
-        for engine in self._open.values(): engine.close()
+        for engine in self._open.values():
+            engine.close()
         self._open = {"exact": ExactEngine(self.files.features)}
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-016
 @dataclass
 class View:
     "One snapshot, ready to be asked."
+
     files: Snapshot
     encoder: QueryEncoder
     engines: EngineSet
-    root: str|None = None   # where the photos are now, if they moved
+    root: str | None = None  # where the photos are now, if they moved
 
-    def __len__(self): return len(self.files.features)
+    def __len__(self):
+        return len(self.files.features)
 
     @cached_property
-    def same(self) -> np.ndarray: # (n,) the first row with the same content
+    def same(self) -> np.ndarray:  # (n,) the first row with the same content
         "Which rows are copies."
         column = self.files.items["same_as"]
         own = np.arange(len(self))
         return own if column.valid is None else np.where(column.valid, column.values, own)
 
-    def copies(self, row:int) -> list[int]:
+    def copies(self, row: int) -> list[int]:
         "All rows with this one's content."
-        if not self.files.manifest["duplicates"]: return [row]
+        if not self.files.manifest["duplicates"]:
+            return [row]
         return np.flatnonzero(self.same == self.same[row]).tolist()
 
-    def hits(self, rows:Iterable[int], scores:Iterable[float]|None=None) -> list[Hit]:
+    def hits(self, rows: Iterable[int], scores: Iterable[float] | None = None) -> list[Hit]:
         "Rows of the gallery as hits."
         rows = [int(r) for r in rows]
         known = np.full(len(rows), np.nan) if scores is None else np.asarray(scores)
@@ -198,182 +246,281 @@ class View:
     def _hit(self, rank, row, score, item):
         twins = self.files.items.take([r for r in self.copies(row) if r != row])
         box = None if item["x0"] is None else (item["x0"], item["y0"], item["x1"], item["y1"])
-        columns = {k: v for k, v in item.items() if k not in ITEM_TYPES or (k == "taken" and v is not None)}
-        return Hit(self._path(item), score, rank, row, box, columns, [self._path(t) for t in twins], item["path"], person_key(item))
+        columns = {
+            k: v for k, v in item.items() if k not in ITEM_TYPES or (k == "taken" and v is not None)
+        }
+        return Hit(
+            self._path(item),
+            score,
+            rank,
+            row,
+            box,
+            columns,
+            [self._path(t) for t in twins],
+            item["path"],
+            person_key(item),
+        )
 
     def _path(self, item):
         file = os.fsdecode(item["file"])
-        return Path(file) if self.root is None else Path(self.root)/os.path.relpath(file, root_of(file, item["path"]))
+        return (
+            Path(file)
+            if self.root is None
+            else Path(self.root) / os.path.relpath(file, root_of(file, item["path"]))
+        )
 
-    def rows_of(self, key:str # of a hit
-               ) -> list[int]:
+    def rows_of(
+        self,
+        key: str,  # of a hit
+    ) -> list[int]:
         "The rows of a key: one, or several copies; none where that picture is no longer there."
         items = self.files.items
-        if key.startswith("p"): likely = np.flatnonzero(items.table(["sha256"])["sha256"].is_null().to_numpy())
+        if key.startswith("p"):
+            likely = np.flatnonzero(items.table(["sha256"])["sha256"].is_null().to_numpy())
         else:
-            starts = need("pyarrow.compute", "search", "a gallery").starts_with(items.table(["sha256"])["sha256"], key[:24])
-            likely = np.flatnonzero(starts.to_numpy(zero_copy_only=False) == True)   # noqa: E712, null is not True
+            starts = need("pyarrow.compute", "search", "a gallery").starts_with(
+                items.table(["sha256"])["sha256"], key[:24]
+            )
+            likely = np.flatnonzero(starts.to_numpy(zero_copy_only=False) == True)  # noqa: E712, null is not True
         return [int(r) for r, item in zip(likely, items.take(likely)) if person_key(item) == key]
 
-    def row_of(self, key:str, near:int=-1 # a row that is preferred among copies
-              ) -> int:
+    def row_of(
+        self,
+        key: str,
+        near: int = -1,  # a row that is preferred among copies
+    ) -> int:
         "The row of a key; a `TiprError` where that person is no longer there."
         rows = self.rows_of(key) if KEY.fullmatch(key) else []
-        if not rows: raise TiprError("this person is no longer there: the gallery has changed; ask again")
+        if not rows:
+            raise TiprError("this person is no longer there: the gallery has changed; ask again")
         return near if near in rows else rows[0]
 
-    def groups(self, column:str # such as `track`
-              ) -> np.ndarray: # (n,) a number for each row's group; rows without a value are alone
+    def groups(
+        self,
+        column: str,  # such as `track`
+    ) -> np.ndarray:  # (n,) a number for each row's group; rows without a value are alone
         "Which rows belong together."
         if column not in self.files.items.own:
             own = ", ".join(self.files.items.own) or "none of its own"
             raise TiprError(f"group={column!r}: no such column; this gallery has {own}")
         values = self.files.items[column]
         codes = np.unique(values.values, return_inverse=True)[1].astype(np.int64)
-        if values.valid is not None: codes[~values.valid] = codes.max(initial=0) + 1 + np.arange((~values.valid).sum())
+        if values.valid is not None:
+            codes[~values.valid] = codes.max(initial=0) + 1 + np.arange((~values.valid).sum())
         return codes
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-017
-def root_of(file:str, name:str # of the file below its root, as text
-           ) -> Path:
+def root_of(
+    file: str,
+    name: str,  # of the file below its root, as text
+) -> Path:
     "The root folder, from the exact name and the number of parts below it."
     return Path(file).parents[len(Path(name).parts) - 1]
 
-def file_stamp(folder:Path) -> tuple|None:
+
+def file_stamp(folder: Path) -> tuple | None:
     "What changes when somebody names a new snapshot."
-    try: s = os.stat(folder/"gallery.json")
-    except FileNotFoundError: return None
+    try:
+        s = os.stat(folder / "gallery.json")
+    except FileNotFoundError:
+        return None
     return s.st_mtime_ns, s.st_size, s.st_ino
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-020
-GIVEN = "<given in Python>"       # a table or function that cannot be read again from a path or a name
-CUTTING = ("boxes", "detector")   # options that decide what is cut out of a photo
+GIVEN = "<given in Python>"  # a table or function that cannot be read again from a path or a name
+CUTTING = ("boxes", "detector")  # options that decide what is cut out of a photo
+
 
 @dataclass
 class Making:
     "What an indexing was told about some sources."
+
     sources: list[str]
-    options: dict = field(default_factory=dict)   # boxes, detector, metadata, pattern, ...: paths, names or values
+    options: dict = field(
+        default_factory=dict
+    )  # boxes, detector, metadata, pattern, ...: paths, names or values
 
     @classmethod
-    def of(cls, images:Any, **options) -> "Making":
+    def of(cls, images: Any, **options) -> "Making":
         "From the arguments of a build; what is None is left out."
         several = images if isinstance(images, (list, tuple)) else [images]
-        sources = [os.path.abspath(s) if isinstance(s, (str, os.PathLike)) else GIVEN for s in several]
+        sources = [
+            os.path.abspath(s) if isinstance(s, (str, os.PathLike)) else GIVEN for s in several
+        ]
         return cls(sources, {k: _noted(k, v) for k, v in options.items() if v is not None})
 
     @property
     def cut(self) -> str:
         "How people are cut out, in words."
-        if "boxes" in self.options: return "by boxes"
-        if "detector" in self.options: return f"by the detector {_detector_words(self.options['detector'])}"
+        if "boxes" in self.options:
+            return "by boxes"
+        if "detector" in self.options:
+            return f"by the detector {_detector_words(self.options['detector'])}"
         return "not at all: one person per picture"
 
-    def to_dict(self) -> dict: return dict(sources=self.sources, options=self.options)
+    def to_dict(self) -> dict:
+        return dict(sources=self.sources, options=self.options)
 
-def _detector_words(noted): return noted if isinstance(noted, str) else ", ".join(str(v) for v in noted.values())
+
+def _detector_words(noted):
+    return noted if isinstance(noted, str) else ", ".join(str(v) for v in noted.values())
+
 
 def _noted(name, value):
     "An option as the manifest keeps it."
-    if name == "detector" and not isinstance(value, str): return getattr(value, "settings", None) or detector_name(value)
-    if isinstance(value, (str, os.PathLike)) and name in ("boxes", "metadata"): return os.path.abspath(value)
+    if name == "detector" and not isinstance(value, str):
+        return getattr(value, "settings", None) or detector_name(value)
+    if isinstance(value, (str, os.PathLike)) and name in ("boxes", "metadata"):
+        return os.path.abspath(value)
     return value if isinstance(value, (str, int, float, bool, list, dict)) else GIVEN
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-022
-def remembered(folder:str|Path|None) -> list[Making]:
+def remembered(folder: str | Path | None) -> list[Making]:
     "How a gallery was made: one entry per set of sources."
-    if folder is None: return []
+    if folder is None:
+        return []
     with contextlib.suppress(TiprError):
         made = read_manifest(folder).get("made")
         entries = made if isinstance(made, list) else []
-        return [Making(list(e["sources"]), dict(e["options"])) for e in entries if isinstance(e, dict) and {"sources", "options"} <= set(e)]
+        return [
+            Making(list(e["sources"]), dict(e["options"]))
+            for e in entries
+            if isinstance(e, dict) and {"sources", "options"} <= set(e)
+        ]
     return []
 
-def agreed(new:Making, earlier:Sequence[Making], folder:Any # for the message
-          , add:bool=False # the sources come beside others
-          , recut:bool=False # cut as this run says
-          ) -> Making:
+
+def agreed(
+    new: Making,
+    earlier: Sequence[Making],
+    folder: Any,  # for the message
+    add: bool = False,  # the sources come beside others
+    recut: bool = False,  # cut as this run says
+) -> Making:
     "The options of this run and those of the last one together; a `TiprError` where they would cut differently."
     same = [m for m in earlier if m.sources == new.sources]
-    if not same and not add and len(earlier) == 1: same = list(earlier)   # the folder may have moved
-    if not same: return new
+    if not same and not add and len(earlier) == 1:
+        same = list(earlier)  # the folder may have moved
+    if not same:
+        return new
     before = same[-1]
     kept = {k: v for k, v in before.options.items() if k not in CUTTING}
-    if recut: return Making(new.sources, kept | new.options)
+    if recut:
+        return Making(new.sources, kept | new.options)
     cuts = [k for k in CUTTING if k in new.options]
     merged = Making(new.sources, before.options | new.options)
     if cuts and Making(new.sources, new.options).cut != before.cut:
-        raise TiprError(f"{folder}: its people were cut out {before.cut}, and now it is to be {new.cut}; leave --{cuts[0]} out to go on as before, "
-                        "or add --recut (recut=True) to cut everybody anew")
+        raise TiprError(
+            f"{folder}: its people were cut out {before.cut}, and now it is to be {new.cut}; leave --{cuts[0]} out to go on as before, "
+            "or add --recut (recut=True) to cut everybody anew"
+        )
     return merged
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-024
-def usable_options(making:Making, given:Mapping, folder:Any) -> tuple[dict, list[str]]: # options for `find_photos` and `index_photos`; warnings
+def usable_options(
+    making: Making, given: Mapping, folder: Any
+) -> tuple[dict, list[str]]:  # options for `find_photos` and `index_photos`; warnings
     "Remembered options made real again: tables that are still there, detectors found by name."
     out = {k: v for k, v in given.items() if v is not None}
     warnings = []
     for name, value in making.options.items():
-        if name in out: continue
-        if name == "detector": out[name] = _detector_again(value, folder)
+        if name in out:
+            continue
+        if name == "detector":
+            out[name] = _detector_again(value, folder)
         elif value == GIVEN or (name in ("boxes", "metadata") and not os.path.exists(value)):
-            if name == "boxes": raise TiprError(f"{folder}: the boxes that its people were cut out by are gone ({value}); give --boxes again, or --recut to do without")
-            warnings.append(f"{name} of the last run is gone ({value}); the columns stay as they were, new photos have none")
-        else: out[name] = value
+            if name == "boxes":
+                raise TiprError(
+                    f"{folder}: the boxes that its people were cut out by are gone ({value}); give --boxes again, or --recut to do without"
+                )
+            warnings.append(
+                f"{name} of the last run is gone ({value}); the columns stay as they were, new photos have none"
+            )
+        else:
+            out[name] = value
     return out, warnings
+
 
 def _detector_again(noted, folder):
     "A detector by what the gallery kept of it."
-    if isinstance(noted, dict): return find_detector(**noted)
-    try: return find_detector(noted)
+    if isinstance(noted, dict):
+        return find_detector(**noted)
+    try:
+        return find_detector(noted)
     except TiprError as e:
-        raise TiprError(f"{folder}: its people were found by the detector {noted}; give that detector again, or recut=True (--recut) ({e})") from None
+        raise TiprError(
+            f"{folder}: its people were found by the detector {noted}; give that detector again, or recut=True (--recut) ({e})"
+        ) from None
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-027
 class Gallery:
     "People in photos, ready to be searched."
-    _temporary: Any = None   # the folder of a gallery that was built without one; it goes with the object
 
-    def __init__(self, folder:str|Path # what `tipr index` or `Gallery.build` made
-                , model:Any=None # a loaded model, one that wraps it, or where to load it from; None: the gallery knows
-                , root:str|Path|None=None # where the photos are now, if they moved
-                , loader:Callable[[str], Any]|None=None # name -> model, where only its name is known; None: `PersonCLIP.from_pretrained`
-                ):
+    _temporary: Any = (
+        None  # the folder of a gallery that was built without one; it goes with the object
+    )
+
+    def __init__(
+        self,
+        folder: str | Path,  # what `tipr index` or `Gallery.build` made
+        model: Any = None,  # a loaded model, one that wraps it, or where to load it from; None: the gallery knows
+        root: str | Path | None = None,  # where the photos are now, if they moved
+        loader: Callable[[str], Any]
+        | None = None,  # name -> model, where only its name is known; None: `PersonCLIP.from_pretrained`
+    ):
         self.loader = loader
         self.folder = Path(folder)
         self.root = None if root is None else os.path.abspath(root)
-        self.report:IndexReport|None = None   # of the indexing that made this object
+        self.report: IndexReport | None = None  # of the indexing that made this object
         self._lock = threading.RLock()
         self._given = model
         self._load()
         if root is not None and len(self.manifest["roots"]) > 1:
-            raise TiprError(f"root: the photos of this gallery come from {len(self.manifest['roots'])} folders, so one new root is not enough; index again")
+            raise TiprError(
+                f"root: the photos of this gallery come from {len(self.manifest['roots'])} folders, so one new root is not enough; index again"
+            )
 
     def _load(self):
         "Open the newest snapshot; the encoder stays where the model is the same."
         while True:
             stamp = file_stamp(self.folder)
-            try: files = Snapshot.open(self.folder)
+            try:
+                files = Snapshot.open(self.folder)
             except TiprError:
-                if file_stamp(self.folder) == stamp: raise
-                continue     # somebody finished indexing just now
+                if file_stamp(self.folder) == stamp:
+                    raise
+                continue  # somebody finished indexing just now
             break
         known = getattr(self, "view", None)
-        encoder = known.encoder if known and known.encoder.fits(files.manifest) else self._new_encoder(files.manifest, known)
+        encoder = (
+            known.encoder
+            if known and known.encoder.fits(files.manifest)
+            else self._new_encoder(files.manifest, known)
+        )
         encoder.manifest = files.manifest
         self.view = View(files, encoder, EngineSet(files), self.root)
         self._stamp = stamp
 
     def _new_encoder(self, manifest, known):
         "For the first snapshot the model that was given; after a rebuild with another model, the one that the gallery names."
-        if known is None: return QueryEncoder(self.folder, manifest, self._given, self.loader)
-        if self._given is not None and not isinstance(self._given, (str, Path)) and not manifest.get("model") and not manifest.get("text_tower"):
-            raise TiprError(f"{self.folder}: was made anew with another model; open it again with that model")
+        if known is None:
+            return QueryEncoder(self.folder, manifest, self._given, self.loader)
+        if (
+            self._given is not None
+            and not isinstance(self._given, (str, Path))
+            and not manifest.get("model")
+            and not manifest.get("text_tower")
+        ):
+            raise TiprError(
+                f"{self.folder}: was made anew with another model; open it again with that model"
+            )
         return QueryEncoder(self.folder, manifest, None, self.loader)
 
     def refresh(self) -> bool:
         "Open the newest snapshot if somebody indexed meanwhile; True if so."
         with self._lock:
-            if file_stamp(self.folder) == self._stamp: return False
+            if file_stamp(self.folder) == self._stamp:
+                return False
             self._load()
             return True
 
@@ -383,12 +530,12 @@ class Gallery:
         return self.view.files.manifest
 
     @property
-    def features(self) -> np.ndarray: # (n, d), memory-mapped
+    def features(self) -> np.ndarray:  # (n, d), memory-mapped
         "Features of all people."
         return self.view.files.features
 
     @property
-    def items(self) -> Any: # `Items`
+    def items(self) -> Any:  # `Items`
         "The table of people."
         return self.view.files.items
 
@@ -407,37 +554,42 @@ class Gallery:
         "Files that could not be used, with the reason."
         return [(r["path"], r["reason"]) for r in read_skipped(self.view.files.folder)]
 
-    def __len__(self): return len(self.view)
+    def __len__(self):
+        return len(self.view)
 
     def __repr__(self):
         m = self.manifest
         own = ", ".join(self.items.own) or "none of yours"
-        return (f"Gallery: {len(self):,} people, {m['dim']} x {m['dtype']}, model {m.get('model') or m.get('arch')}, "
-                f"engine {m['engine']}, columns {own}")
+        return (
+            f"Gallery: {len(self):,} people, {m['dim']} x {m['dtype']}, model {m.get('model') or m.get('arch')}, "
+            f"engine {m['engine']}, columns {own}"
+        )
 
-    def engine(self, name:str|None=None) -> Any:
+    def engine(self, name: str | None = None) -> Any:
         "An engine, opened when first asked for; None: the default."
         return self.view.engines.get(name)
 
-    def where(self, text:str|None) -> Selection|None:
+    def where(self, text: str | None) -> Selection | None:
         "The rows that a filter such as `camera == 'c2'` allows."
         return self.view.engines.where(text)
 
-    def hits(self, rows:Iterable[int], scores:Iterable[float]|None=None) -> list[Hit]:
+    def hits(self, rows: Iterable[int], scores: Iterable[float] | None = None) -> list[Hit]:
         "Rows of the gallery as hits."
         return self.view.hits(rows, scores)
 
-    def find(self, key:str # of a hit
-            ) -> Hit:
+    def find(
+        self,
+        key: str,  # of a hit
+    ) -> Hit:
         "A person by their key; a `TiprError` where they are no longer there."
         self.refresh()
         return self.view.hits([self.view.row_of(key)])[0]
 
-    def encode_text(self, texts:Sequence[str]) -> np.ndarray: # (m, d) unit
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:  # (m, d) unit
         "Features of sentences."
         return self.view.encoder.encode_text(texts)
 
-    def encode_image(self, pictures:Sequence[Any]) -> np.ndarray: # (m, d) unit
+    def encode_image(self, pictures: Sequence[Any]) -> np.ndarray:  # (m, d) unit
         "Features of pictures."
         return self.view.encoder.encode_image(pictures)
 
@@ -449,124 +601,201 @@ class Gallery:
         "Compare features and table with their checksums, however large; a difference is a `TiprError`."
         check_sums(self.view.files.folder, self.manifest)
 
-    def search(self, text:str|Sequence[str]|None=None # a sentence, or several about the same person
-              , k:int=10 # hits wanted
-              , *, image:Any=None # a PIL picture, a path, a hit, a hit's key, a row of the gallery; or a list of them
-              , without:str|Sequence[str]|None=None # what should not be there: "a hat"
-              , where:str|None=None # a filter on columns
-              , image_weight:float=.5, without_weight:float=.25
-              , rerank:str|None=None # neighbours or expand
-              , engine:str|None=None # None: the gallery's default
-              , unique:bool=True # show pictures with the same bytes once
-              , group:str|None=None # a column such as `track`: one hit per value, best first
-              ) -> Hits:
+    def search(
+        self,
+        text: str | Sequence[str] | None = None,  # a sentence, or several about the same person
+        k: int = 10,  # hits wanted
+        *,
+        image: Any = None,  # a PIL picture, a path, a hit, a hit's key, a row of the gallery; or a list of them
+        without: str | Sequence[str] | None = None,  # what should not be there: "a hat"
+        where: str | None = None,  # a filter on columns
+        image_weight: float = 0.5,
+        without_weight: float = 0.25,
+        rerank: str | None = None,  # neighbours or expand
+        engine: str | None = None,  # None: the gallery's default
+        unique: bool = True,  # show pictures with the same bytes once
+        group: str | None = None,  # a column such as `track`: one hit per value, best first
+    ) -> Hits:
         "The people who fit best, as `Hits`."
-        question = Query(_sentences(text, "text"), count_wanted(k), image, _sentences(without, "without"), where, image_weight, without_weight,
-                            rerank, engine, unique, group)
+        question = Query(
+            _sentences(text, "text"),
+            count_wanted(k),
+            image,
+            _sentences(without, "without"),
+            where,
+            image_weight,
+            without_weight,
+            rerank,
+            engine,
+            unique,
+            group,
+        )
         while True:
             self.refresh()
             view, stamp = self.view, self._stamp
-            try: return answer(view, question)
+            try:
+                return answer(view, question)
             except (TiprError, OSError):
-                if file_stamp(self.folder) == stamp: raise    # else its files went while we were reading them
+                if file_stamp(self.folder) == stamp:
+                    raise  # else its files went while we were reading them
 
-    def search_many(self, texts:Sequence[str] # sentences about different people
-                   , k:int=10, **kwargs # as for `search`
-                   ) -> list[Hits]:
+    def search_many(
+        self,
+        texts: Sequence[str],  # sentences about different people
+        k: int = 10,
+        **kwargs,  # as for `search`
+    ) -> list[Hits]:
         "One `Hits` per sentence; all sentences are encoded together."
         self.refresh()
         features = self.encode_text(_sentences(list(texts), "texts"))
-        questions = [Query([t], count_wanted(k), None, _sentences(kwargs.get("without"), "without"),
-                              **{n: v for n, v in kwargs.items() if n != "without"}) for t in texts]
+        questions = [
+            Query(
+                [t],
+                count_wanted(k),
+                None,
+                _sentences(kwargs.get("without"), "without"),
+                **{n: v for n, v in kwargs.items() if n != "without"},
+            )
+            for t in texts
+        ]
         return [answer(self.view, q, f[None]) for q, f in zip(questions, features)]
 
-    def add_engine(self, name:str # flat, ivf, hnsw or milvus
-                  , default:bool=True # search with it from now on
-                  , **options # quantise, nlist, recall; uri, index
-                  ) -> dict:
+    def add_engine(
+        self,
+        name: str,  # flat, ivf, hnsw or milvus
+        default: bool = True,  # search with it from now on
+        **options,  # quantise, nlist, recall; uri, index
+    ) -> dict:
         "Build an engine for the rows that are there; returns what was built."
         with indexing_lock(self.folder):
             self.refresh()
             built = build_engine(name, options, self.view.files.folder, self.manifest)
             engines = self.manifest["engines"] | {name: built}
-            write_manifest(self.folder, self.manifest | dict(engines=engines, engine=name if default else self.manifest["engine"]))
+            write_manifest(
+                self.folder,
+                self.manifest
+                | dict(engines=engines, engine=name if default else self.manifest["engine"]),
+            )
         self.refresh()
         return built.get("built", {})
 
     @classmethod
-    def open(cls, folder:str|Path, model:Any=None, root:str|Path|None=None) -> "Gallery":
+    def open(
+        cls, folder: str | Path, model: Any = None, root: str | Path | None = None
+    ) -> "Gallery":
         "Open a gallery; the same as `Gallery(folder)`."
         return cls(folder, model, root)
 
     load = open
 
     @classmethod
-    def build(cls, images:Any # folder, glob, CSV, picture, or a list of them
-             , model:Any=None # a loaded model, or where to load it from; None: the gallery's own, in a new one `DEFAULT_MODEL`
-             , folder:str|Path|None=None # where the gallery goes; None: a temporary folder, until `save`
-             , *, boxes:Any=None # table of boxes (CSV, JSON, COCO)
-             , metadata:Any=None # table of facts by file name
-             , pattern:str|None=None # regular expression on names; named groups become columns
-             , detector:Any=None # picture -> [(x0, y0, x1, y1), ...]
-             , exclude:Sequence[str]|None=None # patterns of names to leave out, beside those that are always left out
-             , box_format:str|None=None # what a column called bbox holds: xyxy, xywh or cxcywh
-             , every:float|str|None=None # seconds between moments of films; None: films are left out
-             , start:Any=None # when a film starts whose name does not say it
-             , camera:str|None=None # of the films; None: from their names
-             , track:bool|None=None # follow people through films; None: yes
-             , engine:str|None=None # exact, flat, ivf, hnsw, milvus; None: as the gallery has it, exact in a new one
-             , engine_options:Mapping|None=None # quantise, nlist, recall, uri, index, ...
-             , add:bool=False # keep people of photos that `images` does not mention
-             , loader:Callable[[str], Any]|None=None # name -> model; None: `PersonCLIP.from_pretrained`
-             , recut:bool=False # cut people out as this call says, not as the gallery remembers
-             , **kwargs # dtype, batch_size, workers, max_pixels, rebuild, wait
-             ) -> "Gallery":
+    def build(
+        cls,
+        images: Any,  # folder, glob, CSV, picture, or a list of them
+        model: Any = None,  # a loaded model, or where to load it from; None: the gallery's own, in a new one `DEFAULT_MODEL`
+        folder: str
+        | Path
+        | None = None,  # where the gallery goes; None: a temporary folder, until `save`
+        *,
+        boxes: Any = None,  # table of boxes (CSV, JSON, COCO)
+        metadata: Any = None,  # table of facts by file name
+        pattern: str | None = None,  # regular expression on names; named groups become columns
+        detector: Any = None,  # picture -> [(x0, y0, x1, y1), ...]
+        exclude: Sequence[str]
+        | None = None,  # patterns of names to leave out, beside those that are always left out
+        box_format: str | None = None,  # what a column called bbox holds: xyxy, xywh or cxcywh
+        every: float
+        | str
+        | None = None,  # seconds between moments of films; None: films are left out
+        start: Any = None,  # when a film starts whose name does not say it
+        camera: str | None = None,  # of the films; None: from their names
+        track: bool | None = None,  # follow people through films; None: yes
+        engine: str
+        | None = None,  # exact, flat, ivf, hnsw, milvus; None: as the gallery has it, exact in a new one
+        engine_options: Mapping | None = None,  # quantise, nlist, recall, uri, index, ...
+        add: bool = False,  # keep people of photos that `images` does not mention
+        loader: Callable[[str], Any]
+        | None = None,  # name -> model; None: `PersonCLIP.from_pretrained`
+        recut: bool = False,  # cut people out as this call says, not as the gallery remembers
+        **kwargs,  # dtype, batch_size, workers, max_pixels, rebuild, wait
+    ) -> "Gallery":
         "Index photos and open the gallery; on an existing one, only what changed is encoded, and options left out are those of the last time."
         rebuild = kwargs.get("rebuild", False)
-        if isinstance(detector, str): detector = find_detector(detector)
-        given = dict(boxes=boxes, metadata=metadata, pattern=pattern, detector=detector, exclude=None if exclude is None else list(exclude),
-                     box_format=box_format, every=every, start=start, camera=camera, track=track)
+        if isinstance(detector, str):
+            detector = find_detector(detector)
+        given = dict(
+            boxes=boxes,
+            metadata=metadata,
+            pattern=pattern,
+            detector=detector,
+            exclude=None if exclude is None else list(exclude),
+            box_format=box_format,
+            every=every,
+            start=start,
+            camera=camera,
+            track=track,
+        )
         earlier = [] if rebuild else remembered(folder)
         making = agreed(Making.of(images, **given), earlier, folder, add, recut)
         options, warnings = usable_options(making, given, folder)
-        if "exclude" in options: options["exclude"] = [*EXCLUDED, *options["exclude"]]
-        if folder is not None and "every" in options: options["keep"] = film_folder(Path(folder))
+        if "exclude" in options:
+            options["exclude"] = [*EXCLUDED, *options["exclude"]]
+        if folder is not None and "every" in options:
+            options["keep"] = film_folder(Path(folder))
         photos = find_media(images, **options)
         encoder, source = load_model(model_for(folder, model, rebuild), loader)
-        temporary:Any = tempfile.TemporaryDirectory(prefix="tipr-gallery-") if folder is None else None
+        temporary: Any = (
+            tempfile.TemporaryDirectory(prefix="tipr-gallery-") if folder is None else None
+        )
         place = Path(temporary.name if folder is None else folder)
         others = [m for m in earlier if add and m.sources != making.sources]
-        report = index_photos(place, photos, encoder, source=source, detector=options.get("detector"), keep=add,
-                              engines=None if engine is None else {engine: dict(engine_options or {})},
-                              made=[m.to_dict() for m in (*others, making)], **kwargs)
+        report = index_photos(
+            place,
+            photos,
+            encoder,
+            source=source,
+            detector=options.get("detector"),
+            keep=add,
+            engines=None if engine is None else {engine: dict(engine_options or {})},
+            made=[m.to_dict() for m in (*others, making)],
+            **kwargs,
+        )
         report.warnings += warnings
         of_weights = weights_note(read_manifest(place))
-        if of_weights: report.notes.append(of_weights)
+        if of_weights:
+            report.notes.append(of_weights)
         gallery = cls(place, encoder, loader=loader)
         gallery.report = report
         gallery._temporary = temporary
         return gallery
 
-    def add(self, images:Any, **kwargs) -> "Gallery":
+    def add(self, images: Any, **kwargs) -> "Gallery":
         "Index more photos into this gallery and keep the others; arguments as for `build`."
         model = kwargs.pop("model", None) or self.model
         self.report = Gallery.build(images, model, self.folder, add=True, **kwargs).report
         self.refresh()
         return self
 
-    def save(self, folder:str|Path) -> Path:
+    def save(self, folder: str | Path) -> Path:
         "Copy the gallery to a new folder."
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise TiprError(f"{folder}: is there already; choose a new folder")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise TiprError(f"{folder}: is there already; choose a new folder")
         with self._lock, atomic_path(folder, folder=True, private=True) as new:
             parts = [self.view.files.folder, tower_folder(self.folder, self.manifest)]
             for part in parts:
-                if part is not None and part.is_dir(): shutil.copytree(part, new/part.name)
+                if part is not None and part.is_dir():
+                    shutil.copytree(part, new / part.name)
             write_manifest(new, self.manifest)
         return folder
 
-    def recall(self, texts:Sequence[str] # your own sentences
-              , k:int=10, engine:str|None=None, where:str|None=None) -> float:
+    def recall(
+        self,
+        texts: Sequence[str],  # your own sentences
+        k: int = 10,
+        engine: str | None = None,
+        where: str | None = None,
+    ) -> float:
         "Fraction of the true `k` nearest that an approximate engine finds for these sentences."
         queries = self.encode_text(list(texts))
         allowed = self.where(where)
@@ -577,55 +806,69 @@ class Gallery:
 @dataclass
 class Query:
     "What is asked of a gallery; fields as the arguments of `Gallery.search`."
+
     texts: list[str]
     k: int = 10
     image: Any = None
     absent: list[str] = field(default_factory=list)
-    where: str|None = None
-    image_weight: float = .5       # 0 to 1
-    without_weight: float = .25    # 0 to 1
-    rerank: str|None = None
-    engine: str|None = None
+    where: str | None = None
+    image_weight: float = 0.5  # 0 to 1
+    without_weight: float = 0.25  # 0 to 1
+    rerank: str | None = None
+    engine: str | None = None
     unique: bool = True
-    group: str|None = None
+    group: str | None = None
 
     def __post_init__(self):
-        for name in ("image_weight", "without_weight"): _check_weight(name, getattr(self, name))
+        for name in ("image_weight", "without_weight"):
+            _check_weight(name, getattr(self, name))
         check_reranker(self.rerank)
 
     @property
     def images(self) -> list:
         "Example pictures, however they were given."
-        if self.image is None: return []
+        if self.image is None:
+            return []
         return list(self.image) if isinstance(self.image, (list, tuple)) else [self.image]
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-030
-def count_wanted(k:Any) -> int:
+def count_wanted(k: Any) -> int:
     "How many people are wanted, checked."
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise TiprError(f"k={k!r}: ask for one person or more")
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise TiprError(f"k={k!r}: ask for one person or more")
     return int(k)
+
 
 def _sentences(text, what):
     "One sentence or several as a list, checked."
-    if text is None: return []
+    if text is None:
+        return []
     texts = list(text) if isinstance(text, (list, tuple)) else [text]
     for t in texts:
-        if not isinstance(t, str) or not t.strip(): raise TiprError(f"{what}: an empty sentence; describe the person in words")
+        if not isinstance(t, str) or not t.strip():
+            raise TiprError(f"{what}: an empty sentence; describe the person in words")
     return texts
 
+
 def _check_weight(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= value <= 1:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, np.floating))
+        or not 0 <= value <= 1
+    ):
         raise TiprError(f"{name}={value!r}: a weight between 0 and 1")
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-032
 @dataclass
 class Examples:
     "Example pictures of a question."
-    features: np.ndarray|None    # (n, d) unit
-    names: list[str]
-    rows: set[int]               # rows that are examples themselves, with their copies
 
-def example_pictures(view:View, images:Sequence[Any]) -> Examples:
+    features: np.ndarray | None  # (n, d) unit
+    names: list[str]
+    rows: set[int]  # rows that are examples themselves, with their copies
+
+
+def example_pictures(view: View, images: Sequence[Any]) -> Examples:
     "Features of example pictures; those that are in the gallery need no model."
     features, names, skip = [], [], set()
     for image in images:
@@ -640,59 +883,96 @@ def example_pictures(view:View, images:Sequence[Any]) -> Examples:
             skip |= set(view.copies(row))
     return Examples(np.stack(features) if features else None, names, skip)
 
+
 def _example_row(view, image):
     "The row that an example stands for: a hit or a key in today's gallery, or a row by its number."
-    if isinstance(image, Hit): return view.row_of(image.key, image.row) if image.key else image.row
-    if isinstance(image, str) and KEY.fullmatch(image): return view.row_of(image)
-    if not isinstance(image, (int, np.integer)): return None
-    if not 0 <= image < len(view): raise TiprError(f"row {image}: this gallery has rows 0 to {len(view) - 1}")
+    if isinstance(image, Hit):
+        return view.row_of(image.key, image.row) if image.key else image.row
+    if isinstance(image, str) and KEY.fullmatch(image):
+        return view.row_of(image)
+    if not isinstance(image, (int, np.integer)):
+        return None
+    if not 0 <= image < len(view):
+        raise TiprError(f"row {image}: this gallery has rows 0 to {len(view) - 1}")
     return int(image)
 
-def read_example(path:Any # a file of the user's
-                ) -> Any: # a PIL picture
+
+def read_example(
+    path: Any,  # a file of the user's
+) -> Any:  # a PIL picture
     "Any picture on the disk; an error names the file."
-    try: return read_picture(path)
+    try:
+        return read_picture(path)
     except TiprError as e:
         name = shown_name(str(path))
-        raise TiprError(str(e).partition("; was it moved")[0] if str(e).startswith(name) else f"{name}: {e}") from None
+        raise TiprError(
+            str(e).partition("; was it moved")[0] if str(e).startswith(name) else f"{name}: {e}"
+        ) from None
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-033
-def answer(view:View, question:Query
-          , text:np.ndarray|None=None # (m, d) features of its sentences, where they are known
-          ) -> Hits:
+def answer(
+    view: View,
+    question: Query,
+    text: np.ndarray | None = None,  # (m, d) features of its sentences, where they are known
+) -> Hits:
     "Encode a question, find the nearest people, and say how long it took."
     started = time.perf_counter()
     engine = view.engines.get(question.engine)
     allowed = view.engines.where(question.where)
     filtered = time.perf_counter()
-    if text is None and question.texts: text = view.encoder.encode_text(question.texts)
+    if text is None and question.texts:
+        text = view.encoder.encode_text(question.texts)
     imagined = view.encoder.imagined() if question.texts else None
     examples = example_pictures(view, question.images)
     absent = view.encoder.encode_text(question.absent) if question.absent else None
-    query = mix_query(text, examples.features, absent, question.image_weight, question.without_weight)
+    query = mix_query(
+        text, examples.features, absent, question.image_weight, question.without_weight
+    )
     encoded = time.perf_counter()
     found = Nearest(view, query, question, allowed, examples.rows)
     rows, scores = found.search(engine)
     hits = view.hits(rows, scores)
     if question.group:
-        for hit in hits: hit.frames = found.size_of(hit.row)
-    asked = dict(text=question.texts or None, image=", ".join(examples.names) or None, without=question.absent or None,
-                 where=question.where or None, k=question.k, rerank=question.rerank, engine=question.engine or view.files.manifest["engine"])
-    if question.group: asked["group"] = question.group
-    seconds = dict(encode=round(encoded - filtered, 4), search=round(time.perf_counter() - encoded + filtered - started, 4))
-    notes = [] if len(hits) == question.k else [f"only {len(hits)} people {'pass the filter' if question.where else 'are there'}"]
+        for hit in hits:
+            hit.frames = found.size_of(hit.row)
+    asked = dict(
+        text=question.texts or None,
+        image=", ".join(examples.names) or None,
+        without=question.absent or None,
+        where=question.where or None,
+        k=question.k,
+        rerank=question.rerank,
+        engine=question.engine or view.files.manifest["engine"],
+    )
+    if question.group:
+        asked["group"] = question.group
+    seconds = dict(
+        encode=round(encoded - filtered, 4),
+        search=round(time.perf_counter() - encoded + filtered - started, 4),
+    )
+    notes = (
+        []
+        if len(hits) == question.k
+        else [f"only {len(hits)} people {'pass the filter' if question.where else 'are there'}"]
+    )
     notes += sentence_notes(question.texts, view.encoder.cut(question.texts))
     of_weights = weights_note(view.files.manifest)
-    if of_weights: notes.append(of_weights)
+    if of_weights:
+        notes.append(of_weights)
     return Hits(hits, asked, seconds, notes, imagined, query)
 
 # %% ../../nbs/08_search/15_gallery.ipynb #cell-035
 class Nearest:
     "The rows nearest to a query: ranked again if wanted, copies and groups folded, examples left out."
-    def __init__(self, view:View, query:np.ndarray # (d,) unit
-                , question:Query, allowed:Selection|None
-                , skip:set[int] # rows that are part of the question
-                ):
+
+    def __init__(
+        self,
+        view: View,
+        query: np.ndarray,  # (d,) unit
+        question: Query,
+        allowed: Selection | None,
+        skip: set[int],  # rows that are part of the question
+    ):
         self.view = view
         self.query = query
         self.question = question
@@ -701,18 +981,25 @@ class Nearest:
         self.most = len(view) if allowed is None else len(allowed.rows)
         self.groups = view.groups(question.group) if question.group else None
 
-    def search(self, engine:Any) -> tuple[np.ndarray, np.ndarray]: # rows and scores, at most `k`
+    def search(self, engine: Any) -> tuple[np.ndarray, np.ndarray]:  # rows and scores, at most `k`
         "Ask, fold, and ask for more until there are enough."
         wanted = self.question.k + len(self.skip)
         fetch = max(wanted, 100) if self.question.rerank else wanted
         while True:
-            scores, rows = (x[0] for x in engine.search(self.query[None], min(fetch, max(self.most, 1)), self.allowed))
+            scores, rows = (
+                x[0]
+                for x in engine.search(
+                    self.query[None], min(fetch, max(self.most, 1)), self.allowed
+                )
+            )
             rows, scores = self._folded(*self._ranked(rows[rows >= 0], scores[rows >= 0]))
-            if len(rows) >= self.question.k or fetch >= self.most: return rows[:self.question.k], scores[:self.question.k]
+            if len(rows) >= self.question.k or fetch >= self.most:
+                return rows[: self.question.k], scores[: self.question.k]
             fetch *= 2
 
     def _ranked(self, rows, scores):
-        if not self.question.rerank or not len(rows): return rows, scores
+        if not self.question.rerank or not len(rows):
+            return rows, scores
         features = self.view.files.features
         rows = reranked(self.question.rerank, self.query, rows, features)
         return rows, np.asarray(features[rows], np.float32) @ self.query
@@ -721,17 +1008,20 @@ class Nearest:
         "The first row of each content and of each group, without the examples."
         keep = ~np.isin(rows, self.skip)
         rows, scores = rows[keep], scores[keep]
-        if self.question.unique and self.view.files.manifest["duplicates"]: rows, scores = first_of(self.view.same[rows], rows, scores)
-        if self.groups is not None: rows, scores = first_of(self.groups[rows], rows, scores)
+        if self.question.unique and self.view.files.manifest["duplicates"]:
+            rows, scores = first_of(self.view.same[rows], rows, scores)
+        if self.groups is not None:
+            rows, scores = first_of(self.groups[rows], rows, scores)
         return rows, scores
 
-    def size_of(self, row:int) -> int:
+    def size_of(self, row: int) -> int:
         "How many allowed rows are in this row's group."
-        assert self.groups is not None   # only a question with groups asks
+        assert self.groups is not None  # only a question with groups asks
         same = self.groups == self.groups[row]
         return int(same.sum() if self.allowed is None else same[self.allowed.rows].sum())
 
-def first_of(codes:np.ndarray, *arrays:np.ndarray) -> list[np.ndarray]:
+
+def first_of(codes: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
     "The entries of arrays where a code occurs for the first time."
     first = np.sort(np.unique(codes, return_index=True)[1])
     return [a[first] for a in arrays]

@@ -25,22 +25,27 @@ from .filters import column_kind
 from .engines import FAISS_KINDS, build_faiss
 from .milvus import Milvus, build_milvus, milvus_errors
 from .towers import as_numpy, export_text_tower, model_fingerprint
-from .storage import (FORMAT, HIDDEN, ITEM_TYPES, NO_PERSON, RESERVED, STATE, Damaged, Items, Journal, Snapshot,
-    file_sums, indexing_lock, item_schema, journal_schema, load_features, next_generation, read_manifest, shown_name, sweep,
-    sync_folder, tower_folder, write_manifest, write_skipped)
+from .storage import (FORMAT, HIDDEN, ITEM_TYPES, NO_PERSON, RESERVED, STATE,
+    Damaged, Items, Journal, Snapshot, file_sums, indexing_lock, item_schema, journal_schema,
+    load_features, next_generation, read_manifest, shown_name, sweep, sync_folder, tower_folder,
+    write_manifest, write_skipped)
 
-if TYPE_CHECKING: import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-006
-def detector_name(detector:Callable|None) -> str|None:
+def detector_name(detector: Callable | None) -> str | None:
     "What a gallery remembers a detector by: its `name`, else the callable's own."
-    if detector is None: return None
+    if detector is None:
+        return None
     own = getattr(detector, "name", None) or getattr(detector, "__qualname__", None)
     return str(own or type(detector).__qualname__)
 
-def wanted(photo:Photo # before it is opened
-          , detector:str|None # the detector's name
-          ) -> str:
+
+def wanted(
+    photo: Photo,  # before it is opened
+    detector: str | None,  # the detector's name
+) -> str:
     "What is cut out of a photo, as a text: a change means the photo must be opened again."
     if photo.boxes is not None:
         boxes = [",".join(map(str, box)) for box in photo.boxes]
@@ -48,130 +53,192 @@ def wanted(photo:Photo # before it is opened
     return f"detector {detector}" if detector else "whole"
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-009
-def state_keys(rows:Any # Arrow table or batch with the columns of `STATE`
-              ) -> "pa.Array": # binary
+def state_keys(
+    rows: Any,  # Arrow table or batch with the columns of `STATE`
+) -> "pa.Array":  # binary
     "One key per row: the same for the same state of the same file."
     pa = need("pyarrow", "search", "a gallery")
     pc = need("pyarrow.compute", "search", "a gallery")
-    parts = [rows[name].cast(pa.string()).cast(pa.binary()) if name in ("size", "mtime") else rows[name].cast(pa.binary()) for name in STATE]
+    parts = [
+        rows[name].cast(pa.string()).cast(pa.binary())
+        if name in ("size", "mtime")
+        else rows[name].cast(pa.binary())
+        for name in STATE
+    ]
     keys = pc.binary_join_element_wise(*parts, b"\0", null_handling="replace", null_replacement=b"")
     return keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-011
 class PhotoStates:
     "The photos of one run in order, and which of them a row written earlier belongs to."
-    def __init__(self, photos:Photos
-                , detector:str|None=None # the detector's name
-                ):
+
+    def __init__(
+        self,
+        photos: Photos,
+        detector: str | None = None,  # the detector's name
+    ):
         pa = need("pyarrow", "search", "a gallery")
         self.photos = _in_order(list(photos))
-        columns:dict[str, Any] = dict(file=pa.array((os.fsencode(p.path) for p in self.photos), pa.binary()))
-        columns |= dict(size=pa.array((p.size for p in self.photos), pa.int64()), mtime=pa.array((p.mtime for p in self.photos), pa.int64()))
+        columns: dict[str, Any] = dict(
+            file=pa.array((os.fsencode(p.path) for p in self.photos), pa.binary())
+        )
+        columns |= dict(
+            size=pa.array((p.size for p in self.photos), pa.int64()),
+            mtime=pa.array((p.mtime for p in self.photos), pa.int64()),
+        )
         columns |= dict(request=pa.array((wanted(p, detector) for p in self.photos), pa.string()))
         self.table = pa.table(columns)
         self.keys = state_keys(self.table)
 
-    def __len__(self): return len(self.photos)
+    def __len__(self):
+        return len(self.photos)
 
-    def places(self, rows:Any # Arrow table with the columns of `STATE`
-              ) -> np.ndarray: # (n,) int32, index into `photos`; -1: another file, or another state of it
+    def places(
+        self,
+        rows: Any,  # Arrow table with the columns of `STATE`
+    ) -> np.ndarray:  # (n,) int32, index into `photos`; -1: another file, or another state of it
         "The photo of each row."
         pc = need("pyarrow.compute", "search", "a gallery")
         found = pc.index_in(state_keys(rows), value_set=self.keys)
         return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int32)
 
-    def unknown(self, files:Any # Arrow binary column of names
-               ) -> np.ndarray: # (n,) bool
+    def unknown(
+        self,
+        files: Any,  # Arrow binary column of names
+    ) -> np.ndarray:  # (n,) bool
         "Which of these files are not among the photos at all."
         pc = need("pyarrow.compute", "search", "a gallery")
         found = pc.is_in(files, value_set=self.table["file"].combine_chunks())
         return ~found.to_numpy(zero_copy_only=False).astype(bool)
 
+
 def _in_order(photos):
     "Sorted by the bytes of root and name; a list that is in order already stays as it is."
     keys = [(os.fsencode(p.root), os.fsencode(p.name)) for p in photos]
-    if all(a <= b for a, b in zip(keys, keys[1:])): return photos
+    if all(a <= b for a, b in zip(keys, keys[1:])):
+        return photos
     return [photos[i] for i in sorted(range(len(photos)), key=keys.__getitem__)]
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-014
 @dataclass
 class IndexReport:
     "What an indexing did."
-    new:int=0        # photos never seen before
-    changed:int=0    # photos whose file or boxes changed
-    unchanged:int=0  # photos taken over
-    removed:int=0    # photos of the last snapshot that are gone
-    resumed:int=0    # photos taken from an interrupted run
-    moved:int=0      # photos recognised by their content under another name or time
-    encoded:int=0    # people that went through the model
-    people:int=0     # rows of the gallery
-    photos:int=0     # files they are in
-    duplicates:int=0 # rows whose picture is the same, byte for byte, as another row's
-    skipped:list[tuple[str, str]] = field(default_factory=list)  # (path, why)
-    warnings:list[str] = field(default_factory=list)
-    notes:list[str] = field(default_factory=list)      # about the weights
-    seconds:float=0.
+
+    new: int = 0  # photos never seen before
+    changed: int = 0  # photos whose file or boxes changed
+    unchanged: int = 0  # photos taken over
+    removed: int = 0  # photos of the last snapshot that are gone
+    resumed: int = 0  # photos taken from an interrupted run
+    moved: int = 0  # photos recognised by their content under another name or time
+    encoded: int = 0  # people that went through the model
+    people: int = 0  # rows of the gallery
+    photos: int = 0  # files they are in
+    duplicates: int = 0  # rows whose picture is the same, byte for byte, as another row's
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (path, why)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # about the weights
+    seconds: float = 0.0
 
     def lines(self) -> list[str]:
         "The report as sentences for a terminal."
-        speed = f" ({self.encoded/self.seconds:.0f} a second)" if self.encoded and self.seconds > .5 else ""
-        out = [f"{self.people} people from {self.photos} photos: {self.new} new, {self.changed} changed, {self.unchanged} as before, "
-               f"{self.removed} gone; {self.encoded} encoded in {self.seconds:.1f} s{speed}"]
-        if self.moved: out.append(f"{self.moved} photos were recognised by their content and not encoded again")
-        if self.resumed: out.append(f"{self.resumed} photos were taken over from an interrupted run")
-        if self.duplicates: out.append(f"{self.duplicates} people are copies of others, byte for byte")
-        if self.skipped: out.append(f"{len(self.skipped)} skipped, such as {self.skipped[0][0]}: {self.skipped[0][1]}")
+        speed = (
+            f" ({self.encoded / self.seconds:.0f} a second)"
+            if self.encoded and self.seconds > 0.5
+            else ""
+        )
+        out = [
+            f"{self.people} people from {self.photos} photos: {self.new} new, {self.changed} changed, {self.unchanged} as before, "
+            f"{self.removed} gone; {self.encoded} encoded in {self.seconds:.1f} s{speed}"
+        ]
+        if self.moved:
+            out.append(
+                f"{self.moved} photos were recognised by their content and not encoded again"
+            )
+        if self.resumed:
+            out.append(f"{self.resumed} photos were taken over from an interrupted run")
+        if self.duplicates:
+            out.append(f"{self.duplicates} people are copies of others, byte for byte")
+        if self.skipped:
+            out.append(
+                f"{len(self.skipped)} skipped, such as {self.skipped[0][0]}: {self.skipped[0][1]}"
+            )
         return out + [f"warning: {w}" for w in self.warnings] + [f"note: {n}" for n in self.notes]
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-017
 class Encodes(Protocol):
     "What a model offers to a gallery."
-    image_size:tuple[int, int]   # (height, width)
 
-    def encode_image(self, pictures:Any) -> Any: # (b, d)
+    image_size: tuple[int, int]  # (height, width)
+
+    def encode_image(self, pictures: Any) -> Any:  # (b, d)
         "Features of PIL pictures."
 
-    def encode_text(self, texts:Any) -> Any: # (b, d)
+    def encode_text(self, texts: Any) -> Any:  # (b, d)
         "Features of sentences."
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-018
 class BatchEncoder:
     "Collects people into batches, sends them through the model and writes the journal."
-    def __init__(self, model:Encodes, journal:Journal, batch_size:int=64
-                , dtype:str="float32"
-                , every:float=5. # seconds between journal entries, at least
-                ):
+
+    def __init__(
+        self,
+        model: Encodes,
+        journal: Journal,
+        batch_size: int = 64,
+        dtype: str = "float32",
+        every: float = 5.0,  # seconds between journal entries, at least
+    ):
         self.model = model
         self.journal = journal
         self.batch_size = batch_size
         self.dtype = dtype
         self.every = every
         self.encoded = 0
-        self.seen:set[tuple] = set()      # (sha256, box) that has a feature
+        self.seen: set[tuple] = set()  # (sha256, box) that has a feature
         self._start_entry()
 
     def _start_entry(self):
-        self.rows:list[dict] = []
-        self.features:list[np.ndarray] = []
-        self.pictures:list = []
-        self.n = 0                        # features of this entry
+        self.rows: list[dict] = []
+        self.features: list[np.ndarray] = []
+        self.pictures: list = []
+        self.n = 0  # features of this entry
         self.last = time.monotonic()
 
-    def add(self, opened:Opened, request:str):
+    def add(self, opened: Opened, request: str):
         "Rows for one photo: its people, and its problems."
         photo = opened.photo
-        base = dict(file=os.fsencode(photo.path), root=shown_name(photo.root), path=shown_name(photo.name), size=photo.size,
-                    mtime=photo.mtime, sha256=opened.sha256, request=request, taken=opened.taken)
+        base = dict(
+            file=os.fsencode(photo.path),
+            root=shown_name(photo.root),
+            path=shown_name(photo.name),
+            size=photo.size,
+            mtime=photo.mtime,
+            sha256=opened.sha256,
+            request=request,
+            taken=opened.taken,
+        )
         self.rows += [base | dict(feature=-1, at=-1, reason=why) for why in opened.problems]
-        for person in opened.people: self._add_person(base, person)
-        while len(self.pictures) >= self.batch_size: self._encode()
-        if not self.pictures and time.monotonic() - self.last >= self.every: self.flush()
+        for person in opened.people:
+            self._add_person(base, person)
+        while len(self.pictures) >= self.batch_size:
+            self._encode()
+        if not self.pictures and time.monotonic() - self.last >= self.every:
+            self.flush()
 
     def _add_person(self, base, person):
         key = (base["sha256"], person.box)
-        x0, y0, x1, y1 = person.box or (None,)*4
-        row = base | dict(at=person.at, x0=x0, y0=y0, x1=x1, y1=y1, width=person.width, height=person.height, feature=-1,
-                          confidence=getattr(person, "confidence", None))
+        x0, y0, x1, y1 = person.box or (None,) * 4
+        row = base | dict(
+            at=person.at,
+            x0=x0,
+            y0=y0,
+            x1=x1,
+            y1=y1,
+            width=person.width,
+            height=person.height,
+            feature=-1,
+            confidence=getattr(person, "confidence", None),
+        )
         if key not in self.seen:
             self.seen.add(key)
             row["feature"] = self.n
@@ -180,71 +247,100 @@ class BatchEncoder:
         self.rows.append(row)
 
     def _encode(self):
-        batch = self.pictures[:self.batch_size]
-        self.pictures = self.pictures[self.batch_size:]
+        batch = self.pictures[: self.batch_size]
+        self.pictures = self.pictures[self.batch_size :]
         x = as_numpy(self.model.encode_image(batch))
         norms = np.linalg.norm(x, axis=1, keepdims=True)
         if len(x) != len(batch) or not np.isfinite(norms).all() or (norms == 0).any():
-            raise TiprError(f"the model gave no usable features for {self.rows[-1]['path']} or a picture before it (not finite, or none); check the model")
-        self.features.append((x/norms).astype(self.dtype))
+            raise TiprError(
+                f"the model gave no usable features for {self.rows[-1]['path']} or a picture before it (not finite, or none); check the model"
+            )
+        self.features.append((x / norms).astype(self.dtype))
         self.encoded += len(batch)
 
     def flush(self):
         "Everything so far becomes an entry."
-        while self.pictures: self._encode()
+        while self.pictures:
+            self._encode()
         if self.rows:
-            features = np.concatenate(self.features) if self.features else np.zeros((0, 1), self.dtype)
+            features = (
+                np.concatenate(self.features) if self.features else np.zeros((0, 1), self.dtype)
+            )
             self.journal.write(self.rows, features)
         self._start_entry()
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-021
-def hashed(photo:Photo) -> tuple[Photo, str|None]: # with size and time as they were then; SHA-256, or None where it cannot be read
+def hashed(
+    photo: Photo,
+) -> tuple[
+    Photo, str | None
+]:  # with size and time as they were then; SHA-256, or None where it cannot be read
     "A photo's content hash, read once."
     try:
         with open(photo.path, "rb") as f:
             s = os.fstat(f.fileno())
-            return photo._replace(size=s.st_size, mtime=s.st_mtime_ns), hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError: return photo, None
+            return photo._replace(size=s.st_size, mtime=s.st_mtime_ns), hashlib.file_digest(
+                f, "sha256"
+            ).hexdigest()
+    except OSError:
+        return photo, None
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-023
 class KnownContent:
     "The rows of the last snapshot by content and request."
-    def __init__(self, rows:"pa.Table" # of `journal_schema`: people, and photos without any
-                ):
+
+    def __init__(
+        self,
+        rows: "pa.Table",  # of `journal_schema`: people, and photos without any
+    ):
         self.rows = rows
         self.sizes = np.unique(rows["size"].drop_null().to_numpy())
 
-    def likely(self, photos:Sequence[Photo]) -> list[Photo]:
+    def likely(self, photos: Sequence[Photo]) -> list[Photo]:
         "Those whose length occurs among the rows."
         found = np.isin([p.size for p in photos], self.sizes)
         return [p for p, there in zip(photos, found) if there]
 
-    def take(self, photos:Sequence[tuple[Photo, str|None]] # with their hashes
-            , detector:str|None=None
-            ) -> tuple[list[dict], set[str]]: # journal rows; the paths that they are of
+    def take(
+        self,
+        photos: Sequence[tuple[Photo, str | None]],  # with their hashes
+        detector: str | None = None,
+    ) -> tuple[list[dict], set[str]]:  # journal rows; the paths that they are of
         "Rows for those whose content is known."
         pa = need("pyarrow", "search", "a gallery")
         pc = need("pyarrow.compute", "search", "a gallery")
         hashes = pa.array(sorted({sha for _, sha in photos if sha}), pa.string())
-        known:dict[tuple, list[dict]] = {}
+        known: dict[tuple, list[dict]] = {}
         for row in self.rows.filter(pc.is_in(self.rows["sha256"], value_set=hashes)).to_pylist():
             group = known.setdefault((row["sha256"], row["request"]), [])
-            if not group or group[0]["file"] == row["file"]: group.append(row)
+            if not group or group[0]["file"] == row["file"]:
+                group.append(row)
         out, paths = [], set()
         for photo, sha in photos:
             found = known.get((sha, wanted(photo, detector)), [])
-            if found: paths.add(photo.path)
+            if found:
+                paths.add(photo.path)
             out += [row | self._moved_to(photo) for row in found]
         return out, paths
 
     @staticmethod
     def _moved_to(photo):
-        return dict(file=os.fsencode(photo.path), root=shown_name(photo.root), path=shown_name(photo.name),
-                    size=photo.size, mtime=photo.mtime, feature=-1)
+        return dict(
+            file=os.fsencode(photo.path),
+            root=shown_name(photo.root),
+            path=shown_name(photo.name),
+            size=photo.size,
+            mtime=photo.mtime,
+            feature=-1,
+        )
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-026
-def gathered(old:Snapshot|None, entries:Sequence["pa.Table"]=() # of the journal
-            ) -> "pa.Table": # of `journal_schema`, and `place`: 0 the last snapshot, then the journal's entries
+def gathered(
+    old: Snapshot | None,
+    entries: Sequence["pa.Table"] = (),  # of the journal
+) -> (
+    "pa.Table"
+):  # of `journal_schema`, and `place`: 0 the last snapshot, then the journal's entries
     "Every row that a new snapshot may take."
     pa = need("pyarrow", "search", "a gallery")
     tables = []
@@ -252,8 +348,14 @@ def gathered(old:Snapshot|None, entries:Sequence["pa.Table"]=() # of the journal
         tables += [(_items_of(old), 0), (lasting_problems(old), 0)]
     tables += [(table, i + 1) for i, table in enumerate(entries)]
     names = journal_schema().names
-    placed = [t.select(names).cast(journal_schema()).append_column("place", pa.array(np.full(len(t), place))) for t, place in tables]
+    placed = [
+        t.select(names)
+        .cast(journal_schema())
+        .append_column("place", pa.array(np.full(len(t), place)))
+        for t, place in tables
+    ]
     return pa.concat_tables(placed) if placed else _no_rows()
+
 
 def _items_of(old):
     "The people of a snapshot as journal rows; their features lie in the same order."
@@ -261,41 +363,57 @@ def _items_of(old):
     confident = ["confidence"] if "confidence" in old.items.own else []
     items = old.items.table([*ITEM_TYPES, *confident])
     n = len(items)
-    if not confident: items = items.append_column("confidence", pa.nulls(n, pa.float64()))
-    return items.append_column("feature", pa.array(np.arange(n))).append_column("reason", pa.nulls(n, pa.string()))
+    if not confident:
+        items = items.append_column("confidence", pa.nulls(n, pa.float64()))
+    return items.append_column("feature", pa.array(np.arange(n))).append_column(
+        "reason", pa.nulls(n, pa.string())
+    )
+
 
 def _no_rows():
     pa = need("pyarrow", "search", "a gallery")
     return journal_schema().append(pa.field("place", pa.int64())).empty_table()
 
-def lasting_problems(old:Snapshot) -> "pa.Table": # of `journal_schema`
+
+def lasting_problems(old: Snapshot) -> "pa.Table":  # of `journal_schema`
     "Photos without people and boxes outside of a photo, as they were; files that could not be read are tried again."
     pa = need("pyarrow", "search", "a gallery")
     pc = need("pyarrow.compute", "search", "a gallery")
-    if not old.skipped: return journal_schema().empty_table()
-    table = pa.Table.from_pylist([row | dict(feature=-1, at=-1) for row in old.skipped], journal_schema())
+    if not old.skipped:
+        return journal_schema().empty_table()
+    table = pa.Table.from_pylist(
+        [row | dict(feature=-1, at=-1) for row in old.skipped], journal_schema()
+    )
     used = pc.is_in(state_keys(table), value_set=state_keys(old.items.table(STATE)))
     return table.filter(pc.or_(used, pc.equal(table["reason"], NO_PERSON)))
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-029
-def content_codes(rows:"pa.Table") -> np.ndarray: # (n,) int64, equal for equal content
+def content_codes(rows: "pa.Table") -> np.ndarray:  # (n,) int64, equal for equal content
     "A number for each row's content; rows without a hash are all different."
     pa = need("pyarrow", "search", "a gallery")
     pc = need("pyarrow.compute", "search", "a gallery")
     parts = [rows["sha256"], *(rows[c].cast(pa.string()) for c in ("x0", "y0", "x1", "y1"))]
     keys = pc.binary_join_element_wise(*parts, " ", null_handling="replace", null_replacement="")
-    codes = pa.chunked_array(keys).combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    codes = (
+        pa.chunked_array(keys)
+        .combine_chunks()
+        .dictionary_encode()
+        .indices.to_numpy(zero_copy_only=False)
+        .astype(np.int64)
+    )
     alone = rows["sha256"].is_null().to_numpy(zero_copy_only=False)
     codes[alone] = codes.max(initial=0) + 1 + np.arange(alone.sum())
     return codes
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-031
-def resolve_copies(rows:"pa.Table" # from `gathered`
-                  ) -> "pa.Table":
+def resolve_copies(
+    rows: "pa.Table",  # from `gathered`
+) -> "pa.Table":
     "Rows that were not encoded take feature, size and time from a row with the same content."
     pa = need("pyarrow", "search", "a gallery")
     has = rows["feature"].to_numpy() >= 0
-    if has.all(): return rows
+    if has.all():
+        return rows
     codes = content_codes(rows)
     giver = np.full(codes.max(initial=0) + 1, -1)
     giver[codes[has]] = np.flatnonzero(has)
@@ -306,7 +424,8 @@ def resolve_copies(rows:"pa.Table" # from `gathered`
         rows = rows.set_column(rows.column_names.index(name), name, column)
     return rows
 
-def same_as(rows:"pa.Table") -> "pa.Array": # (n,) int64, null for the first row of its content
+
+def same_as(rows: "pa.Table") -> "pa.Array":  # (n,) int64, null for the first row of its content
     "The first row with the same content."
     pa = need("pyarrow", "search", "a gallery")
     codes = content_codes(rows)
@@ -318,21 +437,31 @@ def same_as(rows:"pa.Table") -> "pa.Array": # (n,) int64, null for the first row
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-034
 class Choice:
     "Which of the gathered rows make the new snapshot, in order."
-    def __init__(self, rows:"pa.Table", states:PhotoStates
-                , keep:bool=False # also rows of the last snapshot whose files are not among the photos
-                , gone:Iterable[bytes]=() # files that were found and cannot be used: their rows do not stay
-                ):
+
+    def __init__(
+        self,
+        rows: "pa.Table",
+        states: PhotoStates,
+        keep: bool = False,  # also rows of the last snapshot whose files are not among the photos
+        gone: Iterable[
+            bytes
+        ] = (),  # files that were found and cannot be used: their rows do not stay
+    ):
         place = rows["place"].to_numpy()
         photo = states.places(rows)
         newest = np.full(len(states) + 1, -1)
         np.maximum.at(newest, photo, place)
         taken = (photo >= 0) & (place == newest[photo])
         problem = rows["reason"].is_valid().to_numpy(zero_copy_only=False)
-        stays = self._stays(rows, states, place, gone) & ~problem if keep else np.zeros(len(place), bool)
+        stays = (
+            self._stays(rows, states, place, gone) & ~problem
+            if keep
+            else np.zeros(len(place), bool)
+        )
         order = np.lexsort((rows["at"].to_numpy(), _ranks(rows, states, photo, stays)))
         people = order[((taken & ~problem) | stays)[order]]
-        self.order = people                    # (m,) rows that are people
-        self.photo = photo[people]             # (m,) their photo, -1 for rows that stay
+        self.order = people  # (m,) rows that are people
+        self.photo = photo[people]  # (m,) their photo, -1 for rows that stay
         self.problems = order[(taken & problem)[order]]
 
     @staticmethod
@@ -340,7 +469,9 @@ class Choice:
         "Rows of the last snapshot that this run says nothing about."
         pa = need("pyarrow", "search", "a gallery")
         pc = need("pyarrow.compute", "search", "a gallery")
-        lost = pc.is_in(rows["file"], value_set=pa.array(list(gone), pa.binary())).to_numpy(zero_copy_only=False)
+        lost = pc.is_in(rows["file"], value_set=pa.array(list(gone), pa.binary())).to_numpy(
+            zero_copy_only=False
+        )
         return (place == 0) & states.unknown(rows["file"]) & ~lost
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-035
@@ -348,62 +479,107 @@ def _ranks(rows, states, photo, stays):
     "A sort key per row: the photo's position, or for rows that stay the position of their name among all names."
     pa = need("pyarrow", "search", "a gallery")
     pc = need("pyarrow.compute", "search", "a gallery")
-    if not stays.any(): return photo
+    if not stays.any():
+        return photo
     at = np.flatnonzero(stays)
-    kept = rows.select(["root", "path"]).take(pa.array(at)).cast(pa.schema([("root", pa.binary()), ("path", pa.binary())]))
-    names = pa.table(dict(root=pa.array([os.fsencode(p.root) for p in states.photos], pa.binary()),
-                          path=pa.array([os.fsencode(p.name) for p in states.photos], pa.binary())))
-    both = pa.concat_tables([names, kept]).append_column("tie", pa.array(np.arange(len(names) + len(kept))))
-    order = pc.sort_indices(both, [("root", "ascending"), ("path", "ascending"), ("tie", "ascending")]).to_numpy()
+    kept = (
+        rows.select(["root", "path"])
+        .take(pa.array(at))
+        .cast(pa.schema([("root", pa.binary()), ("path", pa.binary())]))
+    )
+    names = pa.table(
+        dict(
+            root=pa.array([os.fsencode(p.root) for p in states.photos], pa.binary()),
+            path=pa.array([os.fsencode(p.name) for p in states.photos], pa.binary()),
+        )
+    )
+    both = pa.concat_tables([names, kept]).append_column(
+        "tie", pa.array(np.arange(len(names) + len(kept)))
+    )
+    order = pc.sort_indices(
+        both, [("root", "ascending"), ("path", "ascending"), ("tie", "ascending")]
+    ).to_numpy()
     position = np.empty(len(order), np.int64)
     position[order] = np.arange(len(order))
     ranks = np.full(len(photo), -1, np.int64)
     ranks[photo >= 0] = position[photo[photo >= 0]]
-    ranks[at] = position[len(names):]
+    ranks[at] = position[len(names) :]
     return ranks
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-038
-def open_npy(path:Path, dtype:str, shape:tuple[int, int]):
+def open_npy(path: Path, dtype: str, shape: tuple[int, int]):
     "A file that starts with the header of an array; the caller writes its rows."
     f = open(path, "wb")
-    header = dict(descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape)
+    header = dict(
+        descr=np.lib.format.dtype_to_descr(np.dtype(dtype)), fortran_order=False, shape=shape
+    )
     np.lib.format.write_array_header_1_0(f, header)
     return f
 
-def write_features(path:Path, rows:"pa.Table" # with `place` and `feature`
-                  , old:Snapshot|None, journal:Journal, dtype:str, dim:int, block:int=1 << 15):
+
+def write_features(
+    path: Path,
+    rows: "pa.Table",  # with `place` and `feature`
+    old: Snapshot | None,
+    journal: Journal,
+    dtype: str,
+    dim: int,
+    block: int = 1 << 15,
+):
     "Write every row's feature, in order."
     place = rows["place"].to_numpy()
     feature = rows["feature"].to_numpy()
     with open_npy(path, dtype, (len(place), dim)) as f:
         for i in range(0, len(place), block):
-            here = place[i:i + block]
+            here = place[i : i + block]
             out = np.zeros((len(here), dim), dtype)
             for source in np.unique(here):
                 at = np.flatnonzero(here == source)
-                features = old.features if source == 0 and old is not None else journal.features(source - 1)
+                features = (
+                    old.features
+                    if source == 0 and old is not None
+                    else journal.features(source - 1)
+                )
                 out[at] = features[feature[i + at]]
             f.write(out.tobytes())
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-041
-def user_columns(choice:Choice, rows:"pa.Table", states:PhotoStates, photos:Photos, old:Snapshot|None) -> "pa.Table":
+def user_columns(
+    choice: Choice, rows: "pa.Table", states: PhotoStates, photos: Photos, old: Snapshot | None
+) -> "pa.Table":
     "The user's columns for every chosen row."
     pa = need("pyarrow", "search", "a gallery")
-    meta = _table_rows(choice, [(p.meta,) if p.meta >= 0 else () for p in states.photos], np.zeros(len(choice.order), np.int64))
-    listed = _table_rows(choice, [p.rows for p in states.photos], rows["at"].to_numpy()[choice.order])
+    meta = _table_rows(
+        choice,
+        [(p.meta,) if p.meta >= 0 else () for p in states.photos],
+        np.zeros(len(choice.order), np.int64),
+    )
+    listed = _table_rows(
+        choice, [p.rows for p in states.photos], rows["at"].to_numpy()[choice.order]
+    )
     out = {}
     for table, at in ((photos.metadata, meta), (photos.listing, listed)):
-        if table is None: continue
+        if table is None:
+            continue
         taken = pa.array(at, mask=at < 0)
         out |= {name: table[name].take(taken) for name in table.column_names}
-    if old is not None and (not out or (meta < 0).any()): out |= _earlier_columns(choice, rows, meta, listed, old, out)
-    out |= {"confidence": _merged("confidence", out.get("confidence"), rows["confidence"].take(pa.array(choice.order)))}
+    if old is not None and (not out or (meta < 0).any()):
+        out |= _earlier_columns(choice, rows, meta, listed, old, out)
+    out |= {
+        "confidence": _merged(
+            "confidence", out.get("confidence"), rows["confidence"].take(pa.array(choice.order))
+        )
+    }
     kept = {n: c for n, c in out.items() if c.null_count < len(c) or not len(c)}
     return pa.table({n if _is_time(n, c) else column_name(n, RESERVED): c for n, c in kept.items()})
 
+
 def _is_time(name, column):
     "Whether a column of the user's says when a picture was taken: it then stands for the header's time."
-    return name == "taken" and need("pyarrow", "search", "a gallery").types.is_timestamp(column.type)
+    return name == "taken" and need("pyarrow", "search", "a gallery").types.is_timestamp(
+        column.type
+    )
+
 
 def _table_rows(choice, tuples, at):
     "Row of a user's table for each chosen row: the `at`-th of its photo's, or the last; -1 for none."
@@ -421,98 +597,127 @@ def _earlier_columns(choice, rows, meta, listed, old, now):
     silent = (rows["place"].to_numpy()[choice.order] == 0) & (meta < 0) & (listed < 0)
     before = np.where(silent, rows["feature"].to_numpy()[choice.order], -1)
     at = pa.array(before, mask=before < 0)
-    names = [n for n in old.items.own if n != "confidence"]     # comes with the rows
+    names = [n for n in old.items.own if n != "confidence"]  # comes with the rows
     table = old.items.table(names)
     return {name: _merged(name, now.get(name), table[name].take(at)) for name in names}
 
+
 def _merged(name, now, before):
     "This run's values, else those of the last snapshot."
-    if now is None or now.null_count == len(now): return before
-    if before.null_count == len(before): return now
+    if now is None or now.null_count == len(now):
+        return before
+    if before.null_count == len(before):
+        return now
     if now.type != before.type:
-        raise TiprError(f"column {name}: {now.type} now, {before.type} in the gallery; give both the same kind of values")
+        raise TiprError(
+            f"column {name}: {now.type} now, {before.type} in the gallery; give both the same kind of values"
+        )
     return need("pyarrow.compute", "search", "a gallery").coalesce(now, before)
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-045
-def build_engine(name:str # exact, flat, ivf, hnsw or milvus
-                , options:Mapping # what the user chose
-                , files:Path # the snapshot
-                , manifest:Mapping
-                ) -> dict: # the options, with what was found while building under 'built'
+def build_engine(
+    name: str,  # exact, flat, ivf, hnsw or milvus
+    options: Mapping,  # what the user chose
+    files: Path,  # the snapshot
+    manifest: Mapping,
+) -> dict:  # the options, with what was found while building under 'built'
     "Build one engine for a snapshot."
     options = {k: v for k, v in options.items() if k != "built"}
-    if name == "exact": return options
+    if name == "exact":
+        return options
     x = load_features(files, manifest)
     if name in FAISS_KINDS:
-        with atomic_path(files/f"index-{name}.faiss") as p: return options | dict(built=build_faiss(x, p, name, **options))
-    if name != "milvus": raise TiprError(f"engine {name!r}: choose exact, {', '.join(FAISS_KINDS)} or milvus")
+        with atomic_path(files / f"index-{name}.faiss") as p:
+            return options | dict(built=build_faiss(x, p, name, **options))
+    if name != "milvus":
+        raise TiprError(f"engine {name!r}: choose exact, {', '.join(FAISS_KINDS)} or milvus")
     items = Items(files)
-    uri = options.get("uri") or os.fspath(files/"milvus.db")
+    uri = options.get("uri") or os.fspath(files / "milvus.db")
     more = {k: v for k, v in options.items() if k != "uri"}
     collection = f"tipr_{manifest['id']}_{manifest['generation']}"
     built = build_milvus(x, {c: items[c] for c in items.names}, uri, collection, **more)
     return options | dict(built=built | ({} if options.get("uri") else dict(uri=None)))
 
-def drop_engines(manifest:Mapping # of a snapshot that is no longer active
-                ):
+
+def drop_engines(
+    manifest: Mapping,  # of a snapshot that is no longer active
+):
     "Remove what a snapshot left on a server."
     built = manifest["engines"].get("milvus", {}).get("built", {})
-    if not built.get("uri"): return
+    if not built.get("uri"):
+        return
     with contextlib.suppress(TiprError), milvus_errors(built["uri"]):
         Milvus.at(built["uri"]).drop_collection(built["collection"])
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-048
-class _NoTower(Exception): "This model's text tower cannot be exported."
+class _NoTower(Exception):
+    "This model's text tower cannot be exported."
 
-def tower_is_whole(folder:Path|None, fingerprint:str) -> bool:
+
+def tower_is_whole(folder: Path | None, fingerprint: str) -> bool:
     "Whether a text tower is there, complete, and of this model."
-    if folder is None: return False
+    if folder is None:
+        return False
     try:
-        facts = read_json(folder/"text.json")
-        size = (folder/"text.onnx").stat().st_size
-        return facts["fingerprint"] == fingerprint and size == facts["n_bytes"] and (folder/"tokenizer.json").is_file()
-    except (TiprError, OSError, KeyError, TypeError): return False
+        facts = read_json(folder / "text.json")
+        size = (folder / "text.onnx").stat().st_size
+        return (
+            facts["fingerprint"] == fingerprint
+            and size == facts["n_bytes"]
+            and (folder / "tokenizer.json").is_file()
+        )
+    except (TiprError, OSError, KeyError, TypeError):
+        return False
 
-def keep_text_tower(model:Encodes, folder:Path # the gallery
-                   , fingerprint:str
-                   ) -> str|None: # the name of its folder; None: this model's cannot be exported
+
+def keep_text_tower(
+    model: Encodes,
+    folder: Path,  # the gallery
+    fingerprint: str,
+) -> str | None:  # the name of its folder; None: this model's cannot be exported
     "The model's text tower beside the snapshots, written if it is not there."
     name = f"text-{hashlib.sha256(fingerprint.encode()).hexdigest()[:12]}"
-    if tower_is_whole(folder/name, fingerprint): return name
+    if tower_is_whole(folder / name, fingerprint):
+        return name
     try:
-        with atomic_path(folder/name, folder=True) as new:
-            if export_text_tower(model, new, fingerprint) is None: raise _NoTower
+        with atomic_path(folder / name, folder=True) as new:
+            if export_text_tower(model, new, fingerprint) is None:
+                raise _NoTower
             sync_folder(new)
-    except _NoTower: return None
+    except _NoTower:
+        return None
     return name
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-051
 @dataclass
 class IndexSettings:
     "How a gallery is brought up to date; what is None is as the gallery has it."
-    source:str|None=None             # where the model came from, so that a later process can load it
-    detector:Callable|None=None      # picture -> boxes, for photos without boxes
-    engines:Mapping[str, dict]|None=None   # engine -> options
-    default:str|None=None            # engine that a search uses
-    keep:bool=False                  # keep rows of photos that are not in `photos`
-    rebuild:bool=False               # start anew, whatever model made the gallery
-    dtype:str|None=None              # float32 or float16; float32 in a new gallery
-    batch_size:int=64
-    workers:int|None=None            # threads that read pictures; None: up to four
-    max_pixels:int=MAX_PIXELS
-    checkpoint:float=5.              # seconds between journal entries, at least
-    text_tower:bool=True             # export the text tower into the gallery
-    made:list[dict]|None=None        # how the people were cut out, see `Gallery.build`
+
+    source: str | None = None  # where the model came from, so that a later process can load it
+    detector: Callable | None = None  # picture -> boxes, for photos without boxes
+    engines: Mapping[str, dict] | None = None  # engine -> options
+    default: str | None = None  # engine that a search uses
+    keep: bool = False  # keep rows of photos that are not in `photos`
+    rebuild: bool = False  # start anew, whatever model made the gallery
+    dtype: str | None = None  # float32 or float16; float32 in a new gallery
+    batch_size: int = 64
+    workers: int | None = None  # threads that read pictures; None: up to four
+    max_pixels: int = MAX_PIXELS
+    checkpoint: float = 5.0  # seconds between journal entries, at least
+    text_tower: bool = True  # export the text tower into the gallery
+    made: list[dict] | None = None  # how the people were cut out, see `Gallery.build`
 
     def __post_init__(self):
         if self.dtype not in (None, "float32", "float16"):
             raise TiprError(f"dtype {self.dtype!r}: features are kept as float32 or float16")
-        if self.batch_size < 1: raise TiprError(f"batch_size={self.batch_size}: encode one picture at a time or more")
+        if self.batch_size < 1:
+            raise TiprError(f"batch_size={self.batch_size}: encode one picture at a time or more")
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-053
 class Indexer:
     "One indexing of a gallery; `run` does it, the lock being held."
-    def __init__(self, folder:Path, photos:Photos, model:Encodes, settings:IndexSettings):
+
+    def __init__(self, folder: Path, photos: Photos, model: Encodes, settings: IndexSettings):
         self.folder = folder
         self.photos = photos
         self.model = model
@@ -539,31 +744,47 @@ class Indexer:
     def journal_key(self) -> dict:
         "What must not have changed for a journal to go on."
         base = self.old.manifest["generation"] if self.old else None
-        return dict(fingerprint=self.fingerprint, dtype=self.dtype, image_size=list(self.model.image_size), format=FORMAT, base=base)
+        return dict(
+            fingerprint=self.fingerprint,
+            dtype=self.dtype,
+            image_size=list(self.model.image_size),
+            format=FORMAT,
+            base=base,
+        )
 
-    def earlier_manifest(self) -> dict|None:
+    def earlier_manifest(self) -> dict | None:
         "The manifest of whatever gallery is there, if it can be read."
-        with contextlib.suppress(TiprError): return read_manifest(self.folder)
+        with contextlib.suppress(TiprError):
+            return read_manifest(self.folder)
         return None
 
-    def last_snapshot(self) -> Snapshot|None:
+    def last_snapshot(self) -> Snapshot | None:
         "The active snapshot, if its rows can be taken over."
-        if self.settings.rebuild or not (self.folder/"gallery.json").exists(): return None
-        try: manifest = read_manifest(self.folder)
-        except Damaged as e: return self._made_anew(e)
+        if self.settings.rebuild or not (self.folder / "gallery.json").exists():
+            return None
+        try:
+            manifest = read_manifest(self.folder)
+        except Damaged as e:
+            return self._made_anew(e)
         self._check_model(manifest)
-        try: return Snapshot.open(self.folder, check=None)
-        except Damaged as e: return self._made_anew(e)
+        try:
+            return Snapshot.open(self.folder, check=None)
+        except Damaged as e:
+            return self._made_anew(e)
 
     def _made_anew(self, error):
         self.report.warnings.append(f"the gallery was damaged and is made anew ({error})")
 
     def _check_model(self, manifest):
         if manifest["fingerprint"] != self.fingerprint:
-            raise TiprError(f"{self.folder}: made by another model ({manifest.get('model') or manifest.get('arch')}); "
-                            "index with that model, into another folder, or with rebuild=True (--rebuild)")
+            raise TiprError(
+                f"{self.folder}: made by another model ({manifest.get('model') or manifest.get('arch')}); "
+                "index with that model, into another folder, or with rebuild=True (--rebuild)"
+            )
         if self.settings.dtype not in (None, manifest["dtype"]):
-            raise TiprError(f"{self.folder}: its features are kept as {manifest['dtype']}; leave dtype out, or index with rebuild=True (--rebuild)")
+            raise TiprError(
+                f"{self.folder}: its features are kept as {manifest['dtype']}; leave dtype out, or index with rebuild=True (--rebuild)"
+            )
 
     @cached_property
     def old_rows(self) -> "pa.Table":
@@ -586,15 +807,20 @@ class Indexer:
         self.report.resumed = int((resumed & ~known).sum())
         return [self.states.photos[i] for i in np.flatnonzero(~known & ~resumed)]
 
-    def adopt(self, todo:list[Photo]) -> list[Photo]:
+    def adopt(self, todo: list[Photo]) -> list[Photo]:
         "Take over rows of photos whose content is known; the others are left."
-        if self.old is None or not todo: return todo
+        if self.old is None or not todo:
+            return todo
         content = KnownContent(self.old_rows)
-        with ThreadPoolExecutor(self.workers) as pool: likely = list(pool.map(hashed, content.likely(todo)))
+        with ThreadPoolExecutor(self.workers) as pool:
+            likely = list(pool.map(hashed, content.likely(todo)))
         rows, paths = content.take(likely, self.detector)
-        if not rows: return todo
+        if not rows:
+            return todo
         pa = need("pyarrow", "search", "a gallery")
-        table = pa.Table.from_pylist([{k: v for k, v in r.items() if k != "place"} for r in rows], journal_schema())
+        table = pa.Table.from_pylist(
+            [{k: v for k, v in r.items() if k != "place"} for r in rows], journal_schema()
+        )
         self.journal.write(table, np.zeros((0, 1), self.dtype))
         self.report.moved = len(paths)
         self._renew({p.path: p for p, _ in likely if p.path in paths})
@@ -606,16 +832,25 @@ class Indexer:
         self.photos.items = items
         self.states = PhotoStates(self.photos, self.detector)
 
-    def encode(self, todo:list[Photo]):
+    def encode(self, todo: list[Photo]):
         "Open and encode photos."
-        encoder = BatchEncoder(self.model, self.journal, self.settings.batch_size, self.dtype, self.settings.checkpoint)
-        encoder.seen = self._encoded_before(films=any(getattr(p, "seconds", None) is not None for p in todo))
-        options:dict[str, Any] = dict(max_pixels=self.settings.max_pixels, detector=self.settings.detector)
-        if self.settings.detector is None: options |= dict(workers=self.workers, ahead=max(16, 2*self.settings.batch_size))
-        else: options |= dict(workers=1, ahead=16)     # a detector of the user's is called by one thread
+        encoder = BatchEncoder(
+            self.model, self.journal, self.settings.batch_size, self.dtype, self.settings.checkpoint
+        )
+        encoder.seen = self._encoded_before(
+            films=any(getattr(p, "seconds", None) is not None for p in todo)
+        )
+        options: dict[str, Any] = dict(
+            max_pixels=self.settings.max_pixels, detector=self.settings.detector
+        )
+        if self.settings.detector is None:
+            options |= dict(workers=self.workers, ahead=max(16, 2 * self.settings.batch_size))
+        else:
+            options |= dict(workers=1, ahead=16)  # a detector of the user's is called by one thread
         opened = open_ahead(todo, self.model.image_size, **options)
         with contextlib.closing(opened):
-            for photo in progress(opened, "encoding", total=len(todo)): encoder.add(photo, wanted(photo.photo, self.detector))
+            for photo in progress(opened, "encoding", total=len(todo)):
+                encoder.add(photo, wanted(photo.photo, self.detector))
         encoder.flush()
         self.report.encoded = encoder.encoded
 
@@ -626,42 +861,52 @@ class Indexer:
             columns = [table[c].to_pylist() for c in ("sha256", "x0", "y0", "x1", "y1", "feature")]
             for sha, x0, y0, x1, y1, feature in zip(*columns):
                 box = None if x0 is None else (x0, y0, x1, y1)
-                if feature >= 0: seen.add((sha, box))
+                if feature >= 0:
+                    seen.add((sha, box))
         return seen
 
     def activate(self):
         "Write the next snapshot with its engines, and name it in the manifest."
         name = next_generation(self.folder)
-        with atomic_path(self.folder/name, folder=True, private=True) as new:
+        with atomic_path(self.folder / name, folder=True, private=True) as new:
             manifest = self.write(new) | dict(generation=name)
             sync_folder(new)
-        manifest |= self.engines(self.folder/name, manifest)
+        manifest |= self.engines(self.folder / name, manifest)
         manifest["text_tower"] = self.text_tower()
         write_manifest(self.folder, manifest)
         sync_folder(self.folder)
-        if self.before is not None: drop_engines(self.before)
+        if self.before is not None:
+            drop_engines(self.before)
         sweep(self.folder)
 
-    def write(self, new:Path # the snapshot's folder
-             ) -> dict: # the manifest's part about it
+    def write(
+        self,
+        new: Path,  # the snapshot's folder
+    ) -> dict:  # the manifest's part about it
         "Features, table and skipped files of the next snapshot."
         rows = gathered(self.old, self.journal.tables)
         gone = [os.fsencode(p) for p, _ in self.photos.problems]
         choice = Choice(rows, self.states, self.settings.keep, gone)
         skipped = self.skipped(rows, choice)
-        if not len(choice.order): raise TiprError(self._nothing(skipped))
+        if not len(choice.order):
+            raise TiprError(self._nothing(skipped))
         items = self.items(rows, choice)
-        need("pyarrow.parquet", "search", "a gallery").write_table(items.select(self._stored(items)), new/"items.parquet",
-                                                                    row_group_size=4096, compression="zstd")
-        write_features(new/"features.npy", items, self.old, self.journal, self.dtype, self.dim)
-        write_skipped(new/"skipped.parquet", skipped)
+        need("pyarrow.parquet", "search", "a gallery").write_table(
+            items.select(self._stored(items)),
+            new / "items.parquet",
+            row_group_size=4096,
+            compression="zstd",
+        )
+        write_features(new / "features.npy", items, self.old, self.journal, self.dtype, self.dim)
+        write_skipped(new / "skipped.parquet", skipped)
         self.describe(items, skipped, rows["place"].to_numpy()[choice.order] > 0)
         return self.facts(items.select(self._stored(items))) | dict(sha256=file_sums(new))
 
     @staticmethod
-    def _stored(items): return [n for n in items.column_names if n not in ("feature", "place", "reason")]
+    def _stored(items):
+        return [n for n in items.column_names if n not in ("feature", "place", "reason")]
 
-    def items(self, rows:"pa.Table", choice:Choice) -> "pa.Table":
+    def items(self, rows: "pa.Table", choice: Choice) -> "pa.Table":
         "The chosen rows with `same_as` and the user's columns; `feature` and `place` still there."
         pa = need("pyarrow", "search", "a gallery")
         items = resolve_copies(rows).take(pa.array(choice.order))
@@ -672,10 +917,11 @@ class Indexer:
             place = items.column_names.index("taken")
             items = items.set_column(place, "taken", _merged("taken", own["taken"], items["taken"]))
             own = own.drop_columns(["taken"])
-        for name in own.column_names: items = items.append_column(name, own[name])
+        for name in own.column_names:
+            items = items.append_column(name, own[name])
         return items
 
-    def skipped(self, rows:"pa.Table", choice:Choice) -> list[dict]:
+    def skipped(self, rows: "pa.Table", choice: Choice) -> list[dict]:
         "Files that could not be used: those that were not opened, and those that were."
         pa = need("pyarrow", "search", "a gallery")
         unread = [dict(file=os.fsencode(p), reason=why) for p, why in self.photos.problems]
@@ -683,22 +929,29 @@ class Indexer:
         return unread + rows.select(names).take(pa.array(choice.problems)).to_pylist()
 
     def _nothing(self, skipped):
-        first = f"{os.fsdecode(skipped[0]['file'])}: {skipped[0]['reason']}" if skipped else "no photos"
+        first = (
+            f"{os.fsdecode(skipped[0]['file'])}: {skipped[0]['reason']}" if skipped else "no photos"
+        )
         n = len(self.photos) + len(self.photos.problems)
         return f"none of {n} pictures could be used (first: {shown_name(first)}); the gallery stays as it was"
 
     @property
     def dim(self) -> int:
         "Numbers in a feature."
-        if self.old is not None: return self.old.manifest["dim"]
+        if self.old is not None:
+            return self.old.manifest["dim"]
         for i in range(self.journal.n):
             features = self.journal.features(i)
-            if len(features): return features.shape[1]
+            if len(features):
+                return features.shape[1]
         return int(getattr(self.model, "dim", 0) or 1)
 
-    def describe(self, items:"pa.Table", skipped:list[dict]
-                , opened:np.ndarray # (n,) bool, rows of photos that are new or changed
-                ):
+    def describe(
+        self,
+        items: "pa.Table",
+        skipped: list[dict],
+        opened: np.ndarray,  # (n,) bool, rows of photos that are new or changed
+    ):
         "Fill the report."
         pc = need("pyarrow.compute", "search", "a gallery")
         report = self.report
@@ -711,47 +964,69 @@ class Indexer:
         report.people = items.num_rows
         report.duplicates = items.num_rows - items["same_as"].null_count
         report.skipped = [(shown_name(os.fsdecode(s["file"])), s["reason"]) for s in skipped]
-        if self.settings.keep: report.removed = 0
+        if self.settings.keep:
+            report.removed = 0
         self._warn_of_scenes(items)
-        if self.old and report.removed > len(self.old.items)/2:
-            report.warnings.append(f"{report.removed} photos of the last run are gone; if a disk was not mounted, mount it and index again")
+        if self.old and report.removed > len(self.old.items) / 2:
+            report.warnings.append(
+                f"{report.removed} photos of the last run are gone; if a disk was not mounted, mount it and index again"
+            )
 
     def _warn_of_scenes(self, items):
         columns = [items[c].to_pylist() for c in ("x0", "width", "height", "path")]
         whole = [(w, h, path) for x0, w, h, path in zip(*columns) if x0 is None and w]
         scenes = [path for w, h, path in whole if looks_like_scene(w, h)]
         warning = scene_warning(len(scenes), len(whole), scenes[0] if scenes else "")
-        if warning: self.report.warnings.append(warning)
+        if warning:
+            self.report.warnings.append(warning)
 
-    def facts(self, items:"pa.Table") -> dict:
+    def facts(self, items: "pa.Table") -> dict:
         "The manifest of the next snapshot, all but its name, engines and text tower."
         old = self.old.manifest if self.old else {}
         columns = {n: column_kind(items[n].type) for n in items.column_names if n not in HIDDEN}
-        return dict(format=FORMAT, id=old.get("id") or uuid.uuid4().hex[:12], fingerprint=self.fingerprint,
-                    model=self.settings.source or old.get("model"), arch=getattr(self.model, "arch", type(self.model).__name__),
-                    image_size=list(self.model.image_size), dim=self.dim, dtype=self.dtype, count=items.num_rows,
-                    skipped=len(self.report.skipped), duplicates=self.report.duplicates,
-                    roots=items["root"].unique().to_pylist(), columns=columns, detector=self.detector,
-                    made=old.get("made") if self.settings.made is None else self.settings.made,
-                    updated=time.strftime("%Y-%m-%dT%H:%M:%S"))
+        return dict(
+            format=FORMAT,
+            id=old.get("id") or uuid.uuid4().hex[:12],
+            fingerprint=self.fingerprint,
+            model=self.settings.source or old.get("model"),
+            arch=getattr(self.model, "arch", type(self.model).__name__),
+            image_size=list(self.model.image_size),
+            dim=self.dim,
+            dtype=self.dtype,
+            count=items.num_rows,
+            skipped=len(self.report.skipped),
+            duplicates=self.report.duplicates,
+            roots=items["root"].unique().to_pylist(),
+            columns=columns,
+            detector=self.detector,
+            made=old.get("made") if self.settings.made is None else self.settings.made,
+            updated=time.strftime("%Y-%m-%dT%H:%M:%S"),
+        )
 
-    def engines(self, files:Path, manifest:dict) -> dict: # the manifest's `engines` and `engine`
+    def engines(self, files: Path, manifest: dict) -> dict:  # the manifest's `engines` and `engine`
         "Build the engines that were asked for, or those that the gallery had."
         asked = self.settings.engines
-        old:Mapping[str, Any] = self.old.manifest if self.old else dict(engines={}, engine="exact")
+        old: Mapping[str, Any] = self.old.manifest if self.old else dict(engines={}, engine="exact")
         wanted = dict(old["engines"] if asked is None else asked)
         default = old["engine"] if asked is None else next(iter(wanted), "exact")
-        built = {name: build_engine(name, options, files, manifest) for name, options in wanted.items()}
+        built = {
+            name: build_engine(name, options, files, manifest) for name, options in wanted.items()
+        }
         return dict(engines=built, engine=self.settings.default or default)
 
-    def text_tower(self) -> str|None:
+    def text_tower(self) -> str | None:
         "The folder of the text tower; without the exporter's libraries a search loads the model instead."
-        if not self.settings.text_tower: return None
+        if not self.settings.text_tower:
+            return None
         there = tower_folder(self.folder, self.before) if self.before else None
-        if tower_is_whole(there, self.fingerprint): return there.name if there else None
-        try: return keep_text_tower(self.model, self.folder, self.fingerprint)
+        if tower_is_whole(there, self.fingerprint):
+            return there.name if there else None
+        try:
+            return keep_text_tower(self.model, self.folder, self.fingerprint)
         except TiprError as e:
-            self.report.warnings.append(f"no text tower in the gallery, so every search loads the model: {e}")
+            self.report.warnings.append(
+                f"no text tower in the gallery, so every search loads the model: {e}"
+            )
             return None
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-054
@@ -759,70 +1034,106 @@ def _mask(values):
     return need("pyarrow", "search", "a gallery").array(values)
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-056
-def index_photos(folder:str|Path # the gallery
-                , photos:Photos # from `find_photos`
-                , model:Encodes # `PersonCLIP`, or anything with its contract
-                , *, wait:float=0. # seconds to wait for another indexer
-                , **settings # of `IndexSettings`
-                ) -> IndexReport:
+def index_photos(
+    folder: str | Path,  # the gallery
+    photos: Photos,  # from `find_photos`
+    model: Encodes,  # `PersonCLIP`, or anything with its contract
+    *,
+    wait: float = 0.0,  # seconds to wait for another indexer
+    **settings,  # of `IndexSettings`
+) -> IndexReport:
     "Bring a gallery up to date with its photos; safe to interrupt, safe to repeat."
     start = time.monotonic()
     folder = Path(folder)
     indexer = Indexer(folder, photos, model, IndexSettings(**settings))
-    with indexing_lock(folder, wait), os_errors(folder): report = indexer.run()
+    with indexing_lock(folder, wait), os_errors(folder):
+        report = indexer.run()
     report.seconds = time.monotonic() - start
     return report
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-067
-def import_features(folder:str|Path # the new gallery
-                   , features:np.ndarray # (n, d) unit rows, may be memory-mapped
-                   , paths:Iterable[str] # (n) photo of each row, below `root`
-                   , fingerprint:str # of the model that made them, see `model_fingerprint`
-                   , *, root:str="/" # folder of the photos
-                   , columns:Mapping[str, Any]|None=None # name -> (n) values
-                   , model:str|None=None # where the model can be loaded from
-                   , image_size:tuple[int, int]=(384, 128), dtype:str="float32"
-                   , engines:Mapping[str, dict]|None=None
-                   ) -> dict: # manifest
+def import_features(
+    folder: str | Path,  # the new gallery
+    features: np.ndarray,  # (n, d) unit rows, may be memory-mapped
+    paths: Iterable[str],  # (n) photo of each row, below `root`
+    fingerprint: str,  # of the model that made them, see `model_fingerprint`
+    *,
+    root: str = "/",  # folder of the photos
+    columns: Mapping[str, Any] | None = None,  # name -> (n) values
+    model: str | None = None,  # where the model can be loaded from
+    image_size: tuple[int, int] = (384, 128),
+    dtype: str = "float32",
+    engines: Mapping[str, dict] | None = None,
+) -> dict:  # manifest
     "A gallery of features that were computed elsewhere; written in bounded memory."
     folder = Path(folder)
     table = _imported_table(list(paths), len(features), os.path.abspath(root), columns)
     kinds = {c: column_kind(table[c].type) for c in table.column_names if c not in HIDDEN}
-    manifest = dict(format=FORMAT, id=uuid.uuid4().hex[:12], generation="g000001", fingerprint=fingerprint, model=model,
-                    arch=model or "imported", image_size=list(image_size), dim=features.shape[1], dtype=dtype, count=len(features),
-                    skipped=0, duplicates=0, roots=[shown_name(os.path.abspath(root))], columns=kinds, detector=None, made=None,
-                    updated=time.strftime("%Y-%m-%dT%H:%M:%S"), text_tower=None)
+    manifest = dict(
+        format=FORMAT,
+        id=uuid.uuid4().hex[:12],
+        generation="g000001",
+        fingerprint=fingerprint,
+        model=model,
+        arch=model or "imported",
+        image_size=list(image_size),
+        dim=features.shape[1],
+        dtype=dtype,
+        count=len(features),
+        skipped=0,
+        duplicates=0,
+        roots=[shown_name(os.path.abspath(root))],
+        columns=kinds,
+        detector=None,
+        made=None,
+        updated=time.strftime("%Y-%m-%dT%H:%M:%S"),
+        text_tower=None,
+    )
     with indexing_lock(folder), os_errors(folder):
-        if (folder/"gallery.json").exists(): raise TiprError(f"{folder}: holds a gallery already; choose a new folder")
+        if (folder / "gallery.json").exists():
+            raise TiprError(f"{folder}: holds a gallery already; choose a new folder")
         sweep(folder)
-        with atomic_path(folder/"g000001", folder=True, private=True) as new:
-            need("pyarrow.parquet", "search", "a gallery").write_table(table, new/"items.parquet", row_group_size=4096, compression="zstd")
-            copy_features(new/"features.npy", features, dtype)
+        with atomic_path(folder / "g000001", folder=True, private=True) as new:
+            need("pyarrow.parquet", "search", "a gallery").write_table(
+                table, new / "items.parquet", row_group_size=4096, compression="zstd"
+            )
+            copy_features(new / "features.npy", features, dtype)
             manifest["sha256"] = file_sums(new)
-        manifest["engines"] = {e: build_engine(e, o, folder/"g000001", manifest) for e, o in (engines or {}).items()}
+        manifest["engines"] = {
+            e: build_engine(e, o, folder / "g000001", manifest) for e, o in (engines or {}).items()
+        }
         manifest["engine"] = next(iter(engines or {}), "exact")
         write_manifest(folder, manifest)
     return manifest
 
+
 def _imported_table(names, n, root, columns):
     "The table of imported features; what is not known of a file is null."
     pa = need("pyarrow", "search", "a gallery")
-    if len(names) != n: raise TiprError(f"{n} features and {len(names)} paths; give one path per row")
+    if len(names) != n:
+        raise TiprError(f"{n} features and {len(names)} paths; give one path per row")
     roots = pa.array([shown_name(root)]).take(pa.array(np.zeros(n, np.int64)))
-    known = dict(file=pa.array([os.fsencode(os.path.join(root, p)) for p in names], pa.binary()), root=roots,
-                 path=pa.array([shown_name(p) for p in names], pa.string()))
+    known = dict(
+        file=pa.array([os.fsencode(os.path.join(root, p)) for p in names], pa.binary()),
+        root=roots,
+        path=pa.array([shown_name(p) for p in names], pa.string()),
+    )
     table = pa.table({f.name: known.get(f.name, pa.nulls(n, f.type)) for f in item_schema()})
     extra = tidy_table(pa.table(dict(columns or {})))
-    for name in extra.column_names: table = table.append_column(column_name(name, RESERVED), extra[name])
+    for name in extra.column_names:
+        table = table.append_column(column_name(name, RESERVED), extra[name])
     return table
 
-def copy_features(path:Path, features:np.ndarray, dtype:str, block:int=1 << 16):
+
+def copy_features(path: Path, features: np.ndarray, dtype: str, block: int = 1 << 16):
     "Write unit features block by block; a row of another length is an error that names it."
     with open_npy(path, dtype, features.shape) as f:
         for i in range(0, len(features), block):
-            x = np.asarray(features[i:i + block], np.float32)
+            x = np.asarray(features[i : i + block], np.float32)
             lengths = np.linalg.norm(x, axis=1)
             worst = int(np.abs(lengths - 1).argmax())
             if not np.allclose(lengths, 1, atol=1e-2):
-                raise TiprError(f"feature {i + worst}: length {lengths[worst]:.3f}; features must have length 1")
+                raise TiprError(
+                    f"feature {i + worst}: length {lengths[worst]:.3f}; features must have length 1"
+                )
             f.write(x.astype(dtype).tobytes())

@@ -20,31 +20,40 @@ from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 import numpy as np
 from ..core import TiprError, need
 from .engines import sort_hits
-from .filters import TEXT_TESTS, Column, Every, Selection, Some, Test, checked_tree, parse_filter
+from .filters import (TEXT_TESTS, Column, Every, Selection, Some, Test,
+    checked_tree, parse_filter)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-010
-def milvus_literal(value:str|int|float|bool) -> str:
+def milvus_literal(value: str | int | float | bool) -> str:
     "A literal that Milvus reads back unchanged."
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, float)):
         return repr(value)
-    for char, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+    for char, escaped in (
+        ("\\", "\\\\"),
+        ('"', '\\"'),
+        ("\n", "\\n"),
+        ("\r", "\\r"),
+        ("\t", "\\t"),
+    ):
         value = value.replace(char, escaped)
     return f'"{value}"'
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-012
 LIKE_PATTERNS = {"startswith": "{}%", "endswith": "%{}", "contains": "%{}%"}
 
-def like_pattern(op:str, text:str) -> str:
+
+def like_pattern(op: str, text: str) -> str:
     "A pattern of `like` in which the text stands for itself."
     for char in ("\\", "%", "_"):
         text = text.replace(char, "\\" + char)
     return LIKE_PATTERNS[op].format(text)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-014
-def tree_expression(node:Test|Every|Some # with values of the columns' types
-                   ) -> str:
+def tree_expression(
+    node: Test | Every | Some,  # with values of the columns' types
+) -> str:
     "A filter's tree as an expression of Milvus."
     if not isinstance(node, Test):
         joint = " and " if isinstance(node, Every) else " or "
@@ -66,41 +75,46 @@ def tree_expression(node:Test|Every|Some # with values of the columns' types
     return f"({name} is not null and {test})"
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-015
-def milvus_expression(selection:Selection) -> str:
+def milvus_expression(selection: Selection) -> str:
     "The selection's filter in the language of Milvus."
     return tree_expression(selection.tree)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-019
-def is_server(uri:str) -> bool:
+def is_server(uri: str) -> bool:
     "Whether it is an address and not a file of Milvus Lite."
     return "://" in uri
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-020
-def check_uri(uri:str # an address or a file
-             ) -> str:
+def check_uri(
+    uri: str,  # an address or a file
+) -> str:
     "The same, if it is one or the other without doubt."
     if not uri.strip():
-        raise TiprError("Milvus: the address is empty; give http://HOST:19530 or a file that ends in .db")
+        raise TiprError(
+            "Milvus: the address is empty; give http://HOST:19530 or a file that ends in .db"
+        )
     if not is_server(uri) and re.fullmatch(r"[\w.\-\[\]:]+:\d{1,5}/?", uri):
         raise TiprError(f"{uri}: an address needs its scheme; write http://{uri} or https://{uri}")
     return uri
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-021
-def public_uri(uri:str) -> str:
+def public_uri(uri: str) -> str:
     "The address without user and password, as it may stand in a file."
     return re.sub(r"(?<=://)[^/@]*@", "", uri)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-023
 class Milvus:
     "A connection, opened once per address and shared."
-    clients:dict[tuple[str, str], Any] = {}
+
+    clients: dict[tuple[str, str], Any] = {}
 
     @classmethod
-    def at(cls,
-           uri:str, # a file for Milvus Lite, or an address
-           token:str|None=None, # for a server
-           trusted:bool=False # the user gave this address: $TIPR_MILVUS_TOKEN may go there
-          ) -> Any: # pymilvus' client
+    def at(
+        cls,
+        uri: str,  # a file for Milvus Lite, or an address
+        token: str | None = None,  # for a server
+        trusted: bool = False,  # the user gave this address: $TIPR_MILVUS_TOKEN may go there
+    ) -> Any:  # pymilvus' client
         "Connect, or say in one line why not."
         check_uri(uri)
         token = cls.token_for(uri, token, trusted)
@@ -109,17 +123,21 @@ class Milvus:
         pymilvus = need("pymilvus", "milvus", "the Milvus engine")
         if not is_server(uri):
             need("milvus_lite", "milvus", "a Milvus file")
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)   # its errors are reported by us, in one line
+        logging.getLogger("pymilvus").setLevel(
+            logging.CRITICAL
+        )  # its errors are reported by us, in one line
         try:
             cls.clients[uri, token] = pymilvus.MilvusClient(uri, token=token, timeout=10)
-        except Exception as e:   # of pymilvus, grpc, and plain ones
+        except Exception as e:  # of pymilvus, grpc, and plain ones
             why = f"Milvus cannot be opened ({last_words(e)})"
-            remedy = f"is the address right, and no other process using the file?{cls.hint(uri, token)}"
+            remedy = (
+                f"is the address right, and no other process using the file?{cls.hint(uri, token)}"
+            )
             raise TiprError(f"{public_uri(uri)}: {why}; {remedy}") from None
         return cls.clients[uri, token]
 
     @staticmethod
-    def token_for(uri:str, token:str|None, trusted:bool) -> str:
+    def token_for(uri: str, token: str | None, trusted: bool) -> str:
         "The token that may be sent to an address."
         if token is not None:
             return token
@@ -129,7 +147,7 @@ class Milvus:
         return ""
 
     @staticmethod
-    def hint(uri:str, token:str) -> str:
+    def hint(uri: str, token: str) -> str:
         "What to do where a token was held back."
         if token or not os.environ.get("TIPR_MILVUS_TOKEN"):
             return ""
@@ -137,20 +155,21 @@ class Milvus:
         return f" (no token was sent, because the address comes from a file; {remedy})"
 
     @classmethod
-    def release(cls, uri:str) -> None:
+    def release(cls, uri: str) -> None:
         "Close a connection, so that another process may open the file."
         for key in [k for k in cls.clients if k[0] == uri]:
             cls.clients.pop(key).close()
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-024
-def last_words(e:BaseException) -> str:
+def last_words(e: BaseException) -> str:
     "The last line of an error's message."
     text = str(getattr(e, "message", "") or e)
     lines = text.splitlines() or [type(e).__name__]
     return lines[-1][:160]
 
+
 @contextlib.contextmanager
-def milvus_errors(uri:str) -> Iterator[None]:
+def milvus_errors(uri: str) -> Iterator[None]:
     "Milvus's exceptions as one line."
     try:
         yield
@@ -164,53 +183,76 @@ def milvus_errors(uri:str) -> Iterator[None]:
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-028
 class IndexKind(NamedTuple):
     "An index of Milvus with defaults for building and searching."
+
     milvus: str
     build: dict
     search: dict
 
-MILVUS_INDICES = {"flat": IndexKind("FLAT", {}, {}),
-                  "auto": IndexKind("AUTOINDEX", {}, {}),
-                  "hnsw": IndexKind("HNSW", dict(M=16, efConstruction=200), dict(ef=100)),
-                  "ivf": IndexKind("IVF_FLAT", dict(nlist=1024), dict(nprobe=32)),
-                  "ivf_rabitq": IndexKind("IVF_RABITQ", dict(nlist=1024, refine=True, refine_type="FP16"),
-                                          dict(nprobe=64, refine_k=4)),
-                  "diskann": IndexKind("DISKANN", {}, dict(search_list=100))}
-NUMBER_LIMITS = (0, 1_000_000)   # of any parameter
 
-def index_kind(name:str, # of the table above
-               build:Mapping|None=None, # parameters that differ from the defaults
-               search:Mapping|None=None
-              ) -> IndexKind:
+MILVUS_INDICES = {
+    "flat": IndexKind("FLAT", {}, {}),
+    "auto": IndexKind("AUTOINDEX", {}, {}),
+    "hnsw": IndexKind("HNSW", dict(M=16, efConstruction=200), dict(ef=100)),
+    "ivf": IndexKind("IVF_FLAT", dict(nlist=1024), dict(nprobe=32)),
+    "ivf_rabitq": IndexKind(
+        "IVF_RABITQ", dict(nlist=1024, refine=True, refine_type="FP16"), dict(nprobe=64, refine_k=4)
+    ),
+    "diskann": IndexKind("DISKANN", {}, dict(search_list=100)),
+}
+NUMBER_LIMITS = (0, 1_000_000)  # of any parameter
+
+
+def index_kind(
+    name: str,  # of the table above
+    build: Mapping | None = None,  # parameters that differ from the defaults
+    search: Mapping | None = None,
+) -> IndexKind:
     "An index by name, with parameters checked."
     if str(name).lower() not in MILVUS_INDICES:
         raise TiprError(f"index {name!r}: choose {', '.join(MILVUS_INDICES)}")
     kind = MILVUS_INDICES[str(name).lower()]
     for what, given in (("index parameter", build or {}), ("search parameter", search or {})):
         for key, value in given.items():
-            if not re.fullmatch(r"\w{1,40}", str(key)) or not isinstance(value, (bool, int, float, str)):
-                raise TiprError(f"{what} {str(key)[:40]!r}: a name and a number, such as nlist=1024")
+            if not re.fullmatch(r"\w{1,40}", str(key)) or not isinstance(
+                value, (bool, int, float, str)
+            ):
+                raise TiprError(
+                    f"{what} {str(key)[:40]!r}: a name and a number, such as nlist=1024"
+                )
             if isinstance(value, (bool, str)):
                 continue
             if not NUMBER_LIMITS[0] <= value <= NUMBER_LIMITS[1]:
-                raise TiprError(f"{what} {key}: a number from {NUMBER_LIMITS[0]} to {NUMBER_LIMITS[1]}")
+                raise TiprError(
+                    f"{what} {key}: a number from {NUMBER_LIMITS[0]} to {NUMBER_LIMITS[1]}"
+                )
     return IndexKind(kind.milvus, kind.build | dict(build or {}), kind.search | dict(search or {}))
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-032
-MILVUS_TYPES = {"int": "INT64", "float": "DOUBLE", "bool": "BOOL", "time": "INT64", "text": "VARCHAR"}
+MILVUS_TYPES = {
+    "int": "INT64",
+    "float": "DOUBLE",
+    "bool": "BOOL",
+    "time": "INT64",
+    "text": "VARCHAR",
+}
 KEY, FEATURE, STATE_FIELD = "tipr_key", "tipr_feature", "tipr_state"
-MAX_TEXT = 65_535   # bytes of a text field
-MAX_HITS = 16_384   # of one query, Milvus' own limit
+MAX_TEXT = 65_535  # bytes of a text field
+MAX_HITS = 16_384  # of one query, Milvus' own limit
 STORE_FORMAT = 1
+
 
 @dataclass
 class StoreFacts:
     "What a collection says about itself."
-    fingerprint: str                       # of the model
-    dim: int                               # of a feature
-    kinds: dict[str, str]                  # column -> int, float, bool, time or text
-    index: str = "auto"                    # name in `MILVUS_INDICES`
-    half: bool = False                     # vectors in half precision
-    more: dict = field(default_factory=dict)   # model, image size, ...: for the machine that searches
+
+    fingerprint: str  # of the model
+    dim: int  # of a feature
+    kinds: dict[str, str]  # column -> int, float, bool, time or text
+    index: str = "auto"  # name in `MILVUS_INDICES`
+    half: bool = False  # vectors in half precision
+    more: dict = field(
+        default_factory=dict
+    )  # model, image size, ...: for the machine that searches
     format: int = STORE_FORMAT
 
     def text(self) -> str:
@@ -218,30 +260,36 @@ class StoreFacts:
         return json.dumps(vars(self), sort_keys=True)
 
     @classmethod
-    def of(cls, text:str, where:str) -> "StoreFacts":
+    def of(cls, text: str, where: str) -> "StoreFacts":
         "From a collection's property."
         try:
             facts = cls(**json.loads(text))
         except (ValueError, TypeError):
-            raise TiprError(f"{where}: not a collection of this package; choose another name") from None
+            raise TiprError(
+                f"{where}: not a collection of this package; choose another name"
+            ) from None
         if facts.format != STORE_FORMAT:
-            raise TiprError(f"{where}: of format {facts.format}, this version reads {STORE_FORMAT}; update tipr_nb")
+            raise TiprError(
+                f"{where}: of format {facts.format}, this version reads {STORE_FORMAT}; update tipr_nb"
+            )
         return facts
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-034
 class StoreHit(NamedTuple):
     "One person that the server found."
+
     key: str
-    score: float        # the server's own inner product
-    columns: dict       # metadata
+    score: float  # the server's own inner product
+    columns: dict  # metadata
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-036
-def cut_text(text:str, limit:int=MAX_TEXT) -> str:
+def cut_text(text: str, limit: int = MAX_TEXT) -> str:
     "The beginning of a text that fits into `limit` bytes."
     data = text.encode("utf-8", "replace")
     return text if len(data) <= limit else data[:limit].decode("utf-8", "ignore")
 
-def row_state(values:Mapping[str, Any]) -> str:
+
+def row_state(values: Mapping[str, Any]) -> str:
     "A hash of a row's metadata."
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
@@ -249,14 +297,23 @@ def row_state(values:Mapping[str, Any]) -> str:
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-038
 class MilvusStore:
     "People of one model in a Milvus collection, by key."
-    def __init__(self,
-                 client:Any, # pymilvus' client
-                 uri:str, # for messages
-                 name:str, # the alias
-                 collection:str, # what stands behind it, or will
-                 facts:StoreFacts,
-                 search_params:Mapping|None=None):
-        self.client, self.uri, self.name, self.collection, self.facts = client, uri, name, collection, facts
+
+    def __init__(
+        self,
+        client: Any,  # pymilvus' client
+        uri: str,  # for messages
+        name: str,  # the alias
+        collection: str,  # what stands behind it, or will
+        facts: StoreFacts,
+        search_params: Mapping | None = None,
+    ):
+        self.client, self.uri, self.name, self.collection, self.facts = (
+            client,
+            uri,
+            name,
+            collection,
+            facts,
+        )
         self.index = index_kind(facts.index, None, search_params)
         self.vector_type = np.float16 if facts.half else np.float32
 
@@ -266,28 +323,35 @@ class MilvusStore:
             found = self.client.query(self.collection, filter="", output_fields=["count(*)"])
         return int(found[0]["count(*)"])
 
-    def states(self, where:str="" # in the language of Milvus
-              ) -> dict[str, str]:
+    def states(
+        self,
+        where: str = "",  # in the language of Milvus
+    ) -> dict[str, str]:
         "Key -> hash of its metadata, of all people, or of those that a filter allows."
         known = {}
         with milvus_errors(self.uri):
-            pages = self.client.query_iterator(self.collection, filter=where, batch_size=4000,
-                                               output_fields=[KEY, STATE_FIELD])
+            pages = self.client.query_iterator(
+                self.collection, filter=where, batch_size=4000, output_fields=[KEY, STATE_FIELD]
+            )
             while page := pages.next():
                 known.update((row[KEY], row[STATE_FIELD]) for row in page)
             pages.close()
         return known
 
-    def upsert(self,
-               keys:Sequence[str], # (n)
-               features:np.ndarray, # (n, d) unit rows
-               rows:Sequence[Mapping], # (n) metadata
-               batch:int=1000 # people per message
-              ) -> int:
+    def upsert(
+        self,
+        keys: Sequence[str],  # (n)
+        features: np.ndarray,  # (n, d) unit rows
+        rows: Sequence[Mapping],  # (n) metadata
+        batch: int = 1000,  # people per message
+    ) -> int:
         "Add people, or replace those of the same keys."
         for i in range(0, len(keys), batch):
-            vectors = np.asarray(features[i:i + batch], self.vector_type)
-            records = [self._record(k, v, r) for k, v, r in zip(keys[i:i + batch], vectors, rows[i:i + batch])]
+            vectors = np.asarray(features[i : i + batch], self.vector_type)
+            records = [
+                self._record(k, v, r)
+                for k, v, r in zip(keys[i : i + batch], vectors, rows[i : i + batch])
+            ]
             with milvus_errors(self.uri):
                 self.client.upsert(self.collection, records)
         return len(keys)
@@ -299,35 +363,44 @@ class MilvusStore:
             record[name] = cut_text(value) if isinstance(value, str) else value
         return record
 
-    def delete(self, keys:Sequence[str], batch:int=1000) -> int:
+    def delete(self, keys: Sequence[str], batch: int = 1000) -> int:
         "Remove people."
         for i in range(0, len(keys), batch):
             with milvus_errors(self.uri):
-                self.client.delete(self.collection, ids=list(keys[i:i + batch]))
+                self.client.delete(self.collection, ids=list(keys[i : i + batch]))
         return len(keys)
 
-    def expression(self, where:str|None # in our filter language
-                  ) -> str:
+    def expression(
+        self,
+        where: str | None,  # in our filter language
+    ) -> str:
         "A filter for the server, with columns and values checked."
         if not where:
             return ""
         kinds = self.facts.kinds
         return tree_expression(checked_tree(parse_filter(where), kinds.__getitem__, kinds, where))
 
-    def search(self,
-               queries:np.ndarray, # (q, d) unit float32
-               k:int,
-               where:str|None=None, # in our filter language
-               fields:Sequence[str]|None=None # columns to bring along; None: all
-              ) -> list[list[StoreHit]]:
+    def search(
+        self,
+        queries: np.ndarray,  # (q, d) unit float32
+        k: int,
+        where: str | None = None,  # in our filter language
+        fields: Sequence[str] | None = None,  # columns to bring along; None: all
+    ) -> list[list[StoreHit]]:
         "The `k` nearest people of each query, by the server's scores."
         names = list(self.facts.kinds if fields is None else fields)
         vectors = list(np.ascontiguousarray(queries, self.vector_type))
         limit = max(1, min(k, MAX_HITS))
         with milvus_errors(self.uri):
-            found = self.client.search(self.collection, data=vectors, anns_field=FEATURE,
-                                       limit=limit, filter=self.expression(where), output_fields=[KEY, *names],
-                                       search_params=dict(metric_type="IP", params=self._effort(limit)))
+            found = self.client.search(
+                self.collection,
+                data=vectors,
+                anns_field=FEATURE,
+                limit=limit,
+                filter=self.expression(where),
+                output_fields=[KEY, *names],
+                search_params=dict(metric_type="IP", params=self._effort(limit)),
+            )
         return [[self._hit(h, names) for h in hits[:k]] for hits in found]
 
     def _effort(self, limit):
@@ -339,7 +412,7 @@ class MilvusStore:
         entity = found["entity"]
         return StoreHit(entity[KEY], float(found["distance"]), {n: entity.get(n) for n in names})
 
-    def activate(self, drop_old:bool=True) -> None:
+    def activate(self, drop_old: bool = True) -> None:
         "From now on the name means this collection."
         with milvus_errors(self.uri):
             before = alias_target(self.client, self.name)
@@ -353,7 +426,7 @@ class MilvusStore:
                 self.client.drop_collection(before)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-039
-def alias_target(client:Any, name:str) -> str|None:
+def alias_target(client: Any, name: str) -> str | None:
     "The collection behind a name; None where there is no such name."
     try:
         return client.describe_alias(name)["collection_name"]
@@ -363,13 +436,14 @@ def alias_target(client:Any, name:str) -> str|None:
         raise
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-041
-def open_store(uri:str, # address or file
-               name:str="tipr", # under which the gallery is found
-               fingerprint:str|None=None, # of the model that asks; None: whichever the store is of
-               token:str|None=None,
-               trusted:bool=False, # the user gave this address
-               search_params:Mapping|None=None # such as {"ef": 200}
-              ) -> MilvusStore:
+def open_store(
+    uri: str,  # address or file
+    name: str = "tipr",  # under which the gallery is found
+    fingerprint: str | None = None,  # of the model that asks; None: whichever the store is of
+    token: str | None = None,
+    trusted: bool = False,  # the user gave this address
+    search_params: Mapping | None = None,  # such as {"ef": 200}
+) -> MilvusStore:
     "A store to search in."
     client = Milvus.at(uri, token, trusted)
     where = f"{public_uri(uri)}: {name}"
@@ -379,41 +453,51 @@ def open_store(uri:str, # address or file
             raise TiprError(f"{where}: no gallery of that name; build it with `tipr index`")
         facts = StoreFacts.of(collection_text(client, collection), where)
         if fingerprint is not None and facts.fingerprint != fingerprint:
-            raise TiprError(f"{where}: made by another model ({facts.more.get('model') or facts.fingerprint[:12]}); "
-                            "search with that model, or index again with --rebuild")
+            raise TiprError(
+                f"{where}: made by another model ({facts.more.get('model') or facts.fingerprint[:12]}); "
+                "search with that model, or index again with --rebuild"
+            )
         client.load_collection(collection)
     return MilvusStore(client, uri, name, collection, facts, search_params)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-042
 FACTS_PROPERTY = "tipr.facts"
 
-def collection_text(client:Any, collection:str) -> str:
+
+def collection_text(client: Any, collection: str) -> str:
     "What a collection says about itself: in a property (Milvus Lite keeps no description) or its description."
     about = client.describe_collection(collection)
     return (about.get("properties") or {}).get(FACTS_PROPERTY) or about.get("description") or ""
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-043
-def check_name(name:str) -> str:
+def check_name(name: str) -> str:
     "A name that Milvus takes."
     if not re.fullmatch(r"[A-Za-z_]\w{0,99}", name):
-        raise TiprError(f"Milvus name {name[:100]!r}: letters, digits and underscores, at most 100, no digit first")
+        raise TiprError(
+            f"Milvus name {name[:100]!r}: letters, digits and underscores, at most 100, no digit first"
+        )
     return name
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-044
-def create_store(uri:str, name:str,
-                 facts:StoreFacts, # model, dimension, columns, index
-                 token:str|None=None, trusted:bool=False,
-                 index_params:Mapping|None=None, # such as {"M": 32}
-                 rebuild:bool=False # a new collection, even if there is one of this model
-                ) -> MilvusStore:
+def create_store(
+    uri: str,
+    name: str,
+    facts: StoreFacts,  # model, dimension, columns, index
+    token: str | None = None,
+    trusted: bool = False,
+    index_params: Mapping | None = None,  # such as {"M": 32}
+    rebuild: bool = False,  # a new collection, even if there is one of this model
+) -> MilvusStore:
     "A store to write to: the active one, one that was left unfinished, or a new one; not active before `activate`."
     client = Milvus.at(uri, token, trusted)
-    facts.half = facts.half and is_server(uri)   # Milvus Lite has no half precision
+    facts.half = facts.half and is_server(uri)  # Milvus Lite has no half precision
     kind = index_kind(facts.index, index_params)
     with milvus_errors(uri):
         active = alias_target(client, check_name(name))
         start = f"{name}_{facts.fingerprint[:12]}_"
-        there = sorted(c for c in client.list_collections() if re.fullmatch(re.escape(start) + r"\d+", c))
+        there = sorted(
+            c for c in client.list_collections() if re.fullmatch(re.escape(start) + r"\d+", c)
+        )
         for collection in sorted(there, key=lambda c: c != active):
             same = collection_text(client, collection) == facts.text()
             if same and not (rebuild and collection == active):
@@ -421,26 +505,36 @@ def create_store(uri:str, name:str,
                 return MilvusStore(client, uri, name, collection, facts)
         number = max((int(c.rpartition("_")[2]) for c in there), default=0) + 1
         collection = f"{start}{number}"
-        client.create_collection(collection, schema=store_schema(client, facts),
-                                 index_params=store_index(client, kind), consistency_level="Strong",
-                                 properties={FACTS_PROPERTY: facts.text()})
+        client.create_collection(
+            collection,
+            schema=store_schema(client, facts),
+            index_params=store_index(client, kind),
+            consistency_level="Strong",
+            properties={FACTS_PROPERTY: facts.text()},
+        )
         client.load_collection(collection)
     return MilvusStore(client, uri, name, collection, facts)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-045
-def store_schema(client:Any, facts:StoreFacts) -> Any:
+def store_schema(client: Any, facts: StoreFacts) -> Any:
     "Key, feature, state and one typed field per column."
     from pymilvus import DataType
-    schema = client.create_schema(auto_id=False, enable_dynamic_field=False, description=facts.text())
+
+    schema = client.create_schema(
+        auto_id=False, enable_dynamic_field=False, description=facts.text()
+    )
     schema.add_field(KEY, DataType.VARCHAR, max_length=128, is_primary=True)
-    schema.add_field(FEATURE, DataType.FLOAT16_VECTOR if facts.half else DataType.FLOAT_VECTOR, dim=facts.dim)
+    schema.add_field(
+        FEATURE, DataType.FLOAT16_VECTOR if facts.half else DataType.FLOAT_VECTOR, dim=facts.dim
+    )
     schema.add_field(STATE_FIELD, DataType.VARCHAR, max_length=32)
     for name, kind in facts.kinds.items():
         more = dict(max_length=MAX_TEXT) if kind == "text" else {}
         schema.add_field(name, DataType[MILVUS_TYPES[kind]], nullable=True, **more)
     return schema
 
-def store_index(client:Any, kind:IndexKind) -> Any:
+
+def store_index(client: Any, kind: IndexKind) -> Any:
     "The index to build."
     params = client.prepare_index_params()
     params.add_index(FEATURE, index_type=kind.milvus, metric_type="IP", params=kind.build)
@@ -450,27 +544,34 @@ def store_index(client:Any, kind:IndexKind) -> Any:
 @dataclass
 class SyncReport:
     "What an update did."
+
     upserted: int = 0
     deleted: int = 0
     unchanged: int = 0
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-049
-def sync_store(store:MilvusStore,
-               keys:Sequence[str], # (n) of all people that should be there
-               features:np.ndarray, # (n, d), may be memory-mapped
-               columns:Mapping[str, Column], # (n) metadata
-               where:str|None=None, # the part that this writer is responsible for, in our filter language
-               batch:int=1000 # people per message
-              ) -> SyncReport:
+def sync_store(
+    store: MilvusStore,
+    keys: Sequence[str],  # (n) of all people that should be there
+    features: np.ndarray,  # (n, d), may be memory-mapped
+    columns: Mapping[str, Column],  # (n) metadata
+    where: str
+    | None = None,  # the part that this writer is responsible for, in our filter language
+    batch: int = 1000,  # people per message
+) -> SyncReport:
     "Send what changed, delete what is gone."
     if len(set(keys)) != len(keys):
         twice = Counter(keys).most_common(1)[0][0]
-        raise TiprError(f"Milvus: two people have the key {twice[:60]}; give each row a key of its own")
+        raise TiprError(
+            f"Milvus: two people have the key {twice[:60]}; give each row a key of its own"
+        )
     known = store.states(store.expression(where))
     report = SyncReport()
-    waiting:list[tuple[int, dict]] = []
+    waiting: list[tuple[int, dict]] = []
     for i, key in enumerate(keys):
-        row = {name: column.value(i) for name, column in columns.items() if name in store.facts.kinds}
+        row = {
+            name: column.value(i) for name, column in columns.items() if name in store.facts.kinds
+        }
         if known.pop(key, None) == row_state({n: row.get(n) for n in store.facts.kinds}):
             report.unchanged += 1
             continue
@@ -494,15 +595,20 @@ def _send(store, keys, features, waiting):
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-059
 class StoreEngine:
     "A store behind the interface of engines."
+
     name = "milvus"
 
-    def __init__(self, store:MilvusStore, keys:Sequence[str] # (n) of the gallery's rows
-                ):
+    def __init__(
+        self,
+        store: MilvusStore,
+        keys: Sequence[str],  # (n) of the gallery's rows
+    ):
         self.store = store
         self.rows = {key: i for i, key in enumerate(keys)}
 
-    def search(self, queries:np.ndarray, k:int, allowed:Selection|None=None
-              ) -> tuple[np.ndarray, np.ndarray]: # (q, k) scores, (q, k) rows
+    def search(
+        self, queries: np.ndarray, k: int, allowed: Selection | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:  # (q, k) scores, (q, k) rows
         "The `k` nearest allowed rows for each query."
         where = None if allowed is None else allowed.where
         found = self.store.search(queries, k, where, fields=())
@@ -510,8 +616,8 @@ class StoreEngine:
         rows = np.full((len(queries), width), -1, np.int64)
         scores = np.full((len(queries), width), -np.inf, np.float32)
         for i, hits in enumerate(found):
-            rows[i, :len(hits)] = [self.rows.get(h.key, -1) for h in hits]
-            scores[i, :len(hits)] = [h.score for h in hits]
+            rows[i, : len(hits)] = [self.rows.get(h.key, -1) for h in hits]
+            scores[i, : len(hits)] = [h.score for h in hits]
         return sort_hits(scores, rows, k)
 
     def close(self) -> None:
@@ -519,21 +625,23 @@ class StoreEngine:
         Milvus.release(self.store.uri)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-063
-def build_milvus(features:np.ndarray, # (n, d) unit rows
-                 columns:Mapping[str, Column], # metadata
-                 uri:str, # a file for Milvus Lite, or an address
-                 collection:str, # its name; replaced if there
-                 index:str="flat", # name in `MILVUS_INDICES`, or Milvus' own
-                 token:str|None=None,
-                 trusted:bool=False, # the user gave this address
-                 batch:int=2000, # rows per message
-                 **params # of the index: nlist, M, efConstruction
-                ) -> dict:
+def build_milvus(
+    features: np.ndarray,  # (n, d) unit rows
+    columns: Mapping[str, Column],  # metadata
+    uri: str,  # a file for Milvus Lite, or an address
+    collection: str,  # its name; replaced if there
+    index: str = "flat",  # name in `MILVUS_INDICES`, or Milvus' own
+    token: str | None = None,
+    trusted: bool = False,  # the user gave this address
+    batch: int = 2000,  # rows per message
+    **params,  # of the index: nlist, M, efConstruction
+) -> dict:
     "Fill a collection with the gallery's rows; returns how to search it."
     client = Milvus.at(uri, token, trusted)
     own = {kind.milvus.lower(): name for name, kind in MILVUS_INDICES.items()}
     kind = index_kind(own.get(index.lower(), index), params)
     from pymilvus import DataType
+
     with milvus_errors(uri):
         schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("row", DataType.INT64, is_primary=True)
@@ -545,9 +653,13 @@ def build_milvus(features:np.ndarray, # (n, d) unit rows
         how.add_index("feature", index_type=kind.milvus, metric_type="IP", params=kind.build)
         if client.has_collection(collection):
             client.drop_collection(collection)
-        client.create_collection(collection, schema=schema, index_params=how, consistency_level="Strong")
+        client.create_collection(
+            collection, schema=schema, index_params=how, consistency_level="Strong"
+        )
         for i in range(0, len(features), batch):
-            client.insert(collection, _numbered_rows(features, columns, i, min(len(features), i + batch)))
+            client.insert(
+                collection, _numbered_rows(features, columns, i, min(len(features), i + batch))
+            )
         client.load_collection(collection)
     return dict(kind="milvus", uri=public_uri(uri), collection=collection, index=kind.milvus)
 
@@ -564,31 +676,47 @@ def _numbered_rows(features, columns, start, stop):
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-065
 class MilvusEngine:
     "Search in a snapshot's collection; the filter is decided there."
+
     name = "milvus"
 
-    def __init__(self,
-                 features:np.ndarray, # (n, d) the stored features, for the scores
-                 uri:str, collection:str, token:str|None=None, trusted:bool=False, refine:int=1, **_):
+    def __init__(
+        self,
+        features: np.ndarray,  # (n, d) the stored features, for the scores
+        uri: str,
+        collection: str,
+        token: str | None = None,
+        trusted: bool = False,
+        refine: int = 1,
+        **_,
+    ):
         self.features, self.uri, self.collection = features, uri, collection
         self.refine = refine
         self.client = Milvus.at(uri, token, trusted)
         with milvus_errors(uri):
             if not self.client.has_collection(collection):
-                raise TiprError(f"{public_uri(uri)}: no collection {collection}; run `tipr index` again")
+                raise TiprError(
+                    f"{public_uri(uri)}: no collection {collection}; run `tipr index` again"
+                )
             self.client.load_collection(collection)
 
-    def search(self, queries:np.ndarray, k:int, allowed:Selection|None=None
-              ) -> tuple[np.ndarray, np.ndarray]: # (q, k) scores, (q, k) rows
+    def search(
+        self, queries: np.ndarray, k: int, allowed: Selection | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:  # (q, k) scores, (q, k) rows
         "The `k` nearest allowed rows for each query."
         queries = np.ascontiguousarray(queries, np.float32)
         where = "" if allowed is None else milvus_expression(allowed)
-        limit = max(1, min(k*self.refine, MAX_HITS))
+        limit = max(1, min(k * self.refine, MAX_HITS))
         with milvus_errors(self.uri):
-            found = self.client.search(self.collection, data=list(queries), limit=limit, filter=where,
-                                       search_params={"metric_type": "IP"})
+            found = self.client.search(
+                self.collection,
+                data=list(queries),
+                limit=limit,
+                filter=where,
+                search_params={"metric_type": "IP"},
+            )
         rows = np.full((len(queries), max(1, *(len(f) for f in found))), -1, np.int64)
         for i, hits in enumerate(found):
-            rows[i, :len(hits)] = [h["row"] for h in hits]
+            rows[i, : len(hits)] = [h["row"] for h in hits]
         scores = np.einsum("qd,qkd->qk", queries, self.features[rows], dtype=np.float32)
         return sort_hits(scores, rows, k)
 

@@ -25,19 +25,24 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-009
-Box = tuple[int, int, int, int]   # left, top, right, bottom in pixels
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-010
 class Photo(NamedTuple):
     "One picture file, or one moment of a film, and what is known of it before it is opened."
-    root: str                           # absolute folder
-    name: str                           # path below `root`
-    size: int = -1                      # bytes
-    mtime: int = -1                     # modification time, nanoseconds
-    boxes: tuple[Box, ...]|None = None  # people in it; None: the whole picture, or whatever a detector finds
-    rows: tuple[int, ...] = ()          # row of `Photos.listing` per box (or the one row of a whole picture)
-    meta: int = -1                      # row of `Photos.metadata`
-    seconds: float|None = None          # moment in a film; None: a picture
+
+    root: str  # absolute folder
+    name: str  # path below `root`
+    size: int = -1  # bytes
+    mtime: int = -1  # modification time, nanoseconds
+    boxes: tuple[Box, ...] | None = (
+        None  # people in it; None: the whole picture, or whatever a detector finds
+    )
+    rows: tuple[
+        int, ...
+    ] = ()  # row of `Photos.listing` per box (or the one row of a whole picture)
+    meta: int = -1  # row of `Photos.metadata`
+    seconds: float | None = None  # moment in a film; None: a picture
 
     @property
     def path(self) -> str:
@@ -55,11 +60,14 @@ class Photo(NamedTuple):
 @dataclass
 class Photos:
     "What was found: photos in a stable order, their tables, and the files that cannot be used."
-    items: list[Photo]                   # sorted by path
+
+    items: list[Photo]  # sorted by path
     problems: list[tuple[str, str]] = field(default_factory=list)  # (path, why)
-    listing: "pa.Table|None" = None      # columns that came with a table of photos or of boxes
-    metadata: "pa.Table|None" = None     # columns that came with `metadata`
-    notes: list[str] = field(default_factory=list)  # sentences about what was left out, and how tables were read
+    listing: "pa.Table|None" = None  # columns that came with a table of photos or of boxes
+    metadata: "pa.Table|None" = None  # columns that came with `metadata`
+    notes: list[str] = field(
+        default_factory=list
+    )  # sentences about what was left out, and how tables were read
 
     def __len__(self) -> int:
         return len(self.items)
@@ -71,16 +79,18 @@ class Photos:
 HEIF_SUFFIXES = frozenset((".heic", ".heif"))
 USUAL_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .avif .jp2 .j2k"
 SUFFIXES = HEIF_SUFFIXES | frozenset(USUAL_SUFFIXES.split())
-FILM_SUFFIXES = frozenset(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv".split())
+FILM_SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv".split()
+)
 UNREAD_SUFFIXES = frozenset(".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .psd .svg .jxl .eps".split())
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-017
-def suffix_of(name:str) -> str:
+def suffix_of(name: str) -> str:
     "The ending of a file name, in small letters."
     return os.path.splitext(name)[1].lower()
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-019
-def is_picture(name:str) -> bool:
+def is_picture(name: str) -> bool:
     "Whether a file name ends like a picture's."
     return suffix_of(name) in SUFFIXES
 
@@ -96,8 +106,9 @@ def reads_heif() -> bool:
     return True
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-023
-def unread_note(suffixes:Counter # ending -> files that are left out
-               ) -> list[str]:
+def unread_note(
+    suffixes: Counter,  # ending -> files that are left out
+) -> list[str]:
     "Sentences about pictures of kinds that cannot be read here."
     heif = sum(suffixes[s] for s in HEIF_SUFFIXES)
     others = {s: suffixes[s] for s in sorted(UNREAD_SUFFIXES) if suffixes[s]}
@@ -107,41 +118,50 @@ def unread_note(suffixes:Counter # ending -> files that are left out
         notes.append(f"{heif} HEIC pictures are left out, because {why}")
     if others:
         kinds = ", ".join(f"{n} {s}" for s, n in others.items())
-        notes.append(f"pictures of kinds that are not read: {kinds}; convert them to JPEG or PNG first")
+        notes.append(
+            f"pictures of kinds that are not read: {kinds}; convert them to JPEG or PNG first"
+        )
     return notes
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-027
 EXCLUDED = (".*", "@eaDir", "__MACOSX", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found")
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-028
-def is_excluded(name:str, # path below the folder, with its last part
-                exclude:Sequence[str]=EXCLUDED # patterns such as `*.tmp.jpg`, `old/*`
-               ) -> bool:
+def is_excluded(
+    name: str,  # path below the folder, with its last part
+    exclude: Sequence[str] = EXCLUDED,  # patterns such as `*.tmp.jpg`, `old/*`
+) -> bool:
     "Whether the last part of a path, or the whole path, fits one of the patterns."
     last = os.path.basename(name)
     path = name.replace(os.sep, "/")
-    return any(fnmatch.fnmatchcase(last, p) or fnmatch.fnmatchcase(path, p.rstrip("/")) for p in exclude)
+    return any(
+        fnmatch.fnmatchcase(last, p) or fnmatch.fnmatchcase(path, p.rstrip("/")) for p in exclude
+    )
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-030
 @dataclass
 class Walk:
     "What lies below a folder."
-    names: list[str] = field(default_factory=list)                 # files that were looked for, below the folder
+
+    names: list[str] = field(default_factory=list)  # files that were looked for, below the folder
     problems: list[tuple[str, str]] = field(default_factory=list)  # (path, why)
-    others: Counter = field(default_factory=Counter)               # ending -> files of other kinds
-    excluded: int = 0                                              # files and folders that a pattern left out
+    others: Counter = field(default_factory=Counter)  # ending -> files of other kinds
+    excluded: int = 0  # files and folders that a pattern left out
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-032
-def walk_folder(folder:str|Path, # where to look
-                exclude:Sequence[str]=EXCLUDED, # patterns of names to leave out
-                suffixes:frozenset[str]=SUFFIXES # endings to look for
-               ) -> Walk:
+def walk_folder(
+    folder: str | Path,  # where to look
+    exclude: Sequence[str] = EXCLUDED,  # patterns of names to leave out
+    suffixes: frozenset[str] = SUFFIXES,  # endings to look for
+) -> Walk:
     "Every picture file below `folder`, each real folder entered once."
     root = os.path.abspath(folder)
     walk = Walk()
-    seen:set[tuple[int, int]] = set()
-    def failed(e:OSError) -> None:
+    seen: set[tuple[int, int]] = set()
+
+    def failed(e: OSError) -> None:
         walk.problems.append((e.filename, os_reason(e)))
+
     for here, folders, files in os.walk(root, followlinks=True, onerror=failed):
         facts = os.stat(here)
         key = (facts.st_dev, facts.st_ino)
@@ -162,6 +182,7 @@ def _kept(names, below, exclude, walk):
     walk.excluded += len(names) - len(kept)
     return kept
 
+
 def _note_file(walk, name, suffixes):
     "A file is one that we look for, or counted by its ending."
     suffix = suffix_of(name)
@@ -172,18 +193,21 @@ def _note_file(walk, name, suffixes):
         walk.others[suffix] += 1
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-035
-OS_REASONS = {errno.ENOENT: "not there (a link to nothing?)",
-              errno.ELOOP: "a link that leads back to itself",
-              errno.EACCES: "no permission to read it",
-              errno.EISDIR: "a folder",
-              errno.ENAMETOOLONG: "its name is longer than the file system allows"}
+OS_REASONS = {
+    errno.ENOENT: "not there (a link to nothing?)",
+    errno.ELOOP: "a link that leads back to itself",
+    errno.EACCES: "no permission to read it",
+    errno.EISDIR: "a folder",
+    errno.ENAMETOOLONG: "its name is longer than the file system allows",
+}
 
-def os_reason(e:OSError) -> str:
+
+def os_reason(e: OSError) -> str:
     "A few words for an error of the file system."
     return OS_REASONS.get(e.errno or 0, e.strerror or type(e).__name__)
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-037
-def stat_photo(root:str, name:str) -> tuple[Photo|None, str]:
+def stat_photo(root: str, name: str) -> tuple[Photo | None, str]:
     "The photo with its size and time, or why it cannot be one."
     try:
         facts = os.stat(os.path.join(root, name))
@@ -202,12 +226,14 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
 
+
 class PhotoError(TiprError):
     "A picture that cannot be used, with the reason in a few words."
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-046
-def open_header(source:bytes|str|Path # the file's bytes, or the file
-               ) -> Image.Image:
+def open_header(
+    source: bytes | str | Path,  # the file's bytes, or the file
+) -> Image.Image:
     "A picture whose header was read and whose pixels were not; only formats of pictures are tried."
     heif = ("HEIF",) if reads_heif() else ()
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -216,39 +242,41 @@ def open_header(source:bytes|str|Path # the file's bytes, or the file
 # %% ../../nbs/08_search/01_photos.ipynb #cell-048
 class Decoded(NamedTuple):
     "A picture with what its header says."
-    picture: Image.Image     # RGB, upright
-    size: tuple[int, int]    # full (width, height), before any shrinking
-    taken: datetime|None     # when it was taken, if the header says so
+
+    picture: Image.Image  # RGB, upright
+    size: tuple[int, int]  # full (width, height), before any shrinking
+    taken: datetime | None  # when it was taken, if the header says so
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-050
-def decode_picture(data:bytes, # the file's bytes
-                   max_pixels:int=MAX_PIXELS, # refuse larger pictures
-                   shrink_to:tuple[int, int]|None=None # (width, height) that is all we need
-                  ) -> Decoded:
+def decode_picture(
+    data: bytes,  # the file's bytes
+    max_pixels: int = MAX_PIXELS,  # refuse larger pictures
+    shrink_to: tuple[int, int] | None = None,  # (width, height) that is all we need
+) -> Decoded:
     "Decode safely: size checked before decoding, EXIF orientation applied; raises `PhotoError`."
     try:
         return _decode(data, max_pixels, shrink_to)
     except PhotoError:
         raise
     except Image.DecompressionBombError:
-        raise PhotoError(f"more than {max_pixels/1e6:.0f} million pixels") from None
+        raise PhotoError(f"more than {max_pixels / 1e6:.0f} million pixels") from None
     except Image.UnidentifiedImageError:
         raise PhotoError("not a picture, or of an unknown kind") from None
     except MemoryError:
         raise PhotoError("not enough memory to decode it") from None
-    except Exception as e:   # Pillow's plugins raise all kinds
+    except Exception as e:  # Pillow's plugins raise all kinds
         raise PhotoError(f"cannot be decoded ({first_line(e)})") from None
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-051
 def _decode(data, max_pixels, shrink_to):
     picture = open_header(data)
     width, height = picture.size
-    if width*height > max_pixels:
-        raise PhotoError(f"{width} x {height} pixels, more than {max_pixels/1e6:.0f} million")
+    if width * height > max_pixels:
+        raise PhotoError(f"{width} x {height} pixels, more than {max_pixels / 1e6:.0f} million")
     if width < 4 or height < 4:
         raise PhotoError(f"only {width} x {height} pixels")
     if shrink_to and picture.format == "JPEG":
-        picture.draft("RGB", (2*max(shrink_to),)*2)
+        picture.draft("RGB", (2 * max(shrink_to),) * 2)
     exif = _exif(picture)
     taken = _taken(exif)
     size = (height, width) if _is_turned(exif) else (width, height)
@@ -257,7 +285,7 @@ def _decode(data, max_pixels, shrink_to):
     return Decoded(_rgb(picture), size, taken)
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-052
-def first_line(e:BaseException) -> str:
+def first_line(e: BaseException) -> str:
     "The first line of an error's text, or the error's name."
     lines = str(e).splitlines() or [""]
     return lines[0][:100] or type(e).__name__
@@ -272,15 +300,17 @@ def _exif(picture):
     except Exception:
         return {}
 
+
 def _is_turned(exif):
     "Whether the camera was held upright, so that width and height change places."
     return exif.get(0x0112, 1) in (5, 6, 7, 8)
+
 
 def _taken(exif):
     "When the picture was taken; None if its header does not say."
     if not exif:
         return None
-    for text in (exif.get_ifd(0x8769).get(0x9003), exif.get(0x0132)):   # DateTimeOriginal, DateTime
+    for text in (exif.get_ifd(0x8769).get(0x9003), exif.get(0x0132)):  # DateTimeOriginal, DateTime
         try:
             return datetime.strptime(str(text).strip("\0 ")[:19], "%Y:%m:%d %H:%M:%S")
         except ValueError:
@@ -288,26 +318,27 @@ def _taken(exif):
     return None
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-056
-def _rgb(picture:Image.Image) -> Image.Image:
+def _rgb(picture: Image.Image) -> Image.Image:
     "Any mode to RGB."
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         over = picture.convert("RGBA")
         white = Image.new("RGBA", over.size, "white")
         return Image.alpha_composite(white, over).convert("RGB")
     if picture.mode.startswith("I"):
-        picture = picture.convert("I").point(lambda v: v*(1/256)).convert("L")
+        picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
     return picture.convert("RGB")
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-057
-def open_picture(data:bytes, # the file's bytes
-                 max_pixels:int=MAX_PIXELS, # refuse larger pictures
-                 shrink_to:tuple[int, int]|None=None # (width, height) that is all we need
-                ) -> Image.Image: # RGB, upright
+def open_picture(
+    data: bytes,  # the file's bytes
+    max_pixels: int = MAX_PIXELS,  # refuse larger pictures
+    shrink_to: tuple[int, int] | None = None,  # (width, height) that is all we need
+) -> Image.Image:  # RGB, upright
     "The picture alone; raises `PhotoError`."
     return decode_picture(data, max_pixels, shrink_to).picture
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-060
-def picture_size(path:str|Path) -> tuple[int, int]: # (width, height), upright
+def picture_size(path: str | Path) -> tuple[int, int]:  # (width, height), upright
     "Size from the header; raises `PhotoError`."
     try:
         with open_header(os.fspath(path)) as picture:
@@ -316,6 +347,6 @@ def picture_size(path:str|Path) -> tuple[int, int]: # (width, height), upright
     except OSError as e:
         reason = os_reason(e) if e.errno else "not a picture, or of an unknown kind"
         raise PhotoError(reason) from None
-    except Exception as e:   # Pillow's plugins raise all kinds
+    except Exception as e:  # Pillow's plugins raise all kinds
         raise PhotoError(f"cannot be decoded ({first_line(e)})") from None
     return (height, width) if turned else (width, height)

@@ -14,32 +14,41 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # %% ../../nbs/08_search/10_practice.ipynb #cell-006
-FIGURE_COLOURS = {"red": (180, 40, 40), "blue": (50, 80, 180), "green": (40, 120, 60),
-                  "yellow": (220, 180, 50), "black": (30, 30, 30), "white": (235, 235, 235)}
+FIGURE_COLOURS = {
+    "red": (180, 40, 40),
+    "blue": (50, 80, 180),
+    "green": (40, 120, 60),
+    "yellow": (220, 180, 50),
+    "black": (30, 30, 30),
+    "white": (235, 235, 235),
+}
 
-def colour_figure(coat:str, # one of `FIGURE_COLOURS`
-                  trousers:str, # another, or the same
-                  size:tuple[int, int]=(48, 96) # (width, height) in pixels
-                 ) -> Image.Image: # RGB
+
+def colour_figure(
+    coat: str,  # one of `FIGURE_COLOURS`
+    trousers: str,  # another, or the same
+    size: tuple[int, int] = (48, 96),  # (width, height) in pixels
+) -> Image.Image:  # RGB
     "A standing figure in a coat and trousers of one colour each."
     w, h = size
     picture = Image.new("RGB", size, "#c9d2d6")
     pen = ImageDraw.Draw(picture)
-    pen.ellipse((w*.36, h*.04, w*.64, h*.18), fill="#c99a7a")
-    pen.rectangle((w*.2, h*.19, w*.8, h*.56), fill=FIGURE_COLOURS[coat])
-    pen.rectangle((w*.26, h*.56, w*.74, h*.96), fill=FIGURE_COLOURS[trousers])
+    pen.ellipse((w * 0.36, h * 0.04, w * 0.64, h * 0.18), fill="#c99a7a")
+    pen.rectangle((w * 0.2, h * 0.19, w * 0.8, h * 0.56), fill=FIGURE_COLOURS[coat])
+    pen.rectangle((w * 0.26, h * 0.56, w * 0.74, h * 0.96), fill=FIGURE_COLOURS[trousers])
     return picture
 
 # %% ../../nbs/08_search/10_practice.ipynb #cell-009
-def colour_archive(folder:str|Path, # `folder/c1/red-blue-0.png` and so on
-                   repeat:int=1 # pictures of each pair
-                  ) -> Path: # the folder
+def colour_archive(
+    folder: str | Path,  # `folder/c1/red-blue-0.png` and so on
+    repeat: int = 1,  # pictures of each pair
+) -> Path:  # the folder
     "Write all pairs of two colours over three cameras."
     pairs = [(coat, trousers) for coat in FIGURE_COLOURS for trousers in FIGURE_COLOURS]
-    for i in range(repeat*len(pairs)):
+    for i in range(repeat * len(pairs)):
         coat, trousers = pairs[i % len(pairs)]
-        r = i//len(pairs)
-        file = Path(folder)/f"c{i % 3 + 1}"/f"{coat}-{trousers}-{r}.png"
+        r = i // len(pairs)
+        file = Path(folder) / f"c{i % 3 + 1}" / f"{coat}-{trousers}-{r}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         picture = colour_figure(coat, trousers)
         picture.putpixel((0, 0), (r, i % 256, 7))
@@ -49,30 +58,35 @@ def colour_archive(folder:str|Path, # `folder/c1/red-blue-0.png` and so on
 # %% ../../nbs/08_search/10_practice.ipynb #cell-012
 class ColourModel:
     "Mean colours of coat and trousers as a feature; stands in for a trained model in lessons and tests."
+
     image_size = (32, 16)
     dim = 16
     fingerprint = "colours-v1"
 
-    def __init__(self, delay:float=0. # seconds a picture, to practise interruptions
-                ):
+    def __init__(
+        self,
+        delay: float = 0.0,  # seconds a picture, to practise interruptions
+    ):
         self.mix = np.random.default_rng(0).standard_normal((7, 16))
         self.delay = delay
-        self.seen = 0   # pictures encoded so far
+        self.seen = 0  # pictures encoded so far
 
-    def unit(self, colours:Any # (b, 6) colours of coat and trousers
-            ) -> np.ndarray: # (b, 16) unit
+    def unit(
+        self,
+        colours: Any,  # (b, 6) colours of coat and trousers
+    ) -> np.ndarray:  # (b, 16) unit
         "Colours to features."
-        scaled = np.asarray(colours, float).reshape(len(colours), 6)/128 - 1
-        x = np.c_[scaled, np.full(len(scaled), .3)] @ self.mix
-        return (x/np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+        scaled = np.asarray(colours, float).reshape(len(colours), 6) / 128 - 1
+        x = np.c_[scaled, np.full(len(scaled), 0.3)] @ self.mix
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
-    def encode_image(self, pictures:Sequence[Image.Image]) -> np.ndarray: # (b, 16) unit
+    def encode_image(self, pictures: Sequence[Image.Image]) -> np.ndarray:  # (b, 16) unit
         "Features of pictures."
         self.seen += len(pictures)
-        time.sleep(self.delay*len(pictures))
+        time.sleep(self.delay * len(pictures))
         return self.unit([self._colours(p) for p in pictures])
 
-    def encode_text(self, texts:str|Sequence[str]) -> np.ndarray: # (b, 16) unit
+    def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:  # (b, 16) unit
         "Features of sentences: the first colour word is the coat's, the last the trousers'."
         texts = [texts] if isinstance(texts, str) else list(texts)
         return self.unit([self._named(t) for t in texts])

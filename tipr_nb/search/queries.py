@@ -14,102 +14,142 @@ import numpy as np
 from ..core import TiprError
 
 # %% ../../nbs/08_search/13_queries.ipynb #cell-006
-def unit_rows(x:Any # (n, d) or (d,)
-             ) -> np.ndarray: # (n, d) float32
+def unit_rows(
+    x: Any,  # (n, d) or (d,)
+) -> np.ndarray:  # (n, d) float32
     "Rows of unit length."
     x = np.atleast_2d(np.asarray(x, np.float32))
-    return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 # %% ../../nbs/08_search/13_queries.ipynb #cell-008
-def mix_query(text:np.ndarray|None=None # (m, d) features of sentences about the person
-             , image:np.ndarray|None=None # (n, d) features of example pictures
-             , without:np.ndarray|None=None # (p, d) features of what should be absent
-             , image_weight:float=.5, without_weight:float=.25
-             ) -> np.ndarray: # (d,) unit
+def mix_query(
+    text: np.ndarray | None = None,  # (m, d) features of sentences about the person
+    image: np.ndarray | None = None,  # (n, d) features of example pictures
+    without: np.ndarray | None = None,  # (p, d) features of what should be absent
+    image_weight: float = 0.5,
+    without_weight: float = 0.25,
+) -> np.ndarray:  # (d,) unit
     "Sentences, pictures and what should be absent as one unit feature."
-    if text is None and image is None: raise TiprError("search: give a sentence or a picture")
-    if image is None: q = _mean(text)
-    elif text is None: q = _mean(image)
-    else: q = unit_rows((1 - image_weight)*_mean(text) + image_weight*_mean(image))[0]
-    if without is None: return q
-    for n in unit_rows(without): q = q - without_weight*(n - (n @ q)*q)
+    if text is None and image is None:
+        raise TiprError("search: give a sentence or a picture")
+    if image is None:
+        q = _mean(text)
+    elif text is None:
+        q = _mean(image)
+    else:
+        q = unit_rows((1 - image_weight) * _mean(text) + image_weight * _mean(image))[0]
+    if without is None:
+        return q
+    for n in unit_rows(without):
+        q = q - without_weight * (n - (n @ q) * q)
     return unit_rows(q)[0]
 
-def _mean(features): return unit_rows(unit_rows(features).mean(0))[0]
+
+def _mean(features):
+    return unit_rows(unit_rows(features).mean(0))[0]
 
 # %% ../../nbs/08_search/13_queries.ipynb #cell-010
-def query_words(query:Mapping # text, image, without
-               ) -> str:
+def query_words(
+    query: Mapping,  # text, image, without
+) -> str:
     "A query in words: sentences, pictures, and what should not be there."
     parts = ["; ".join(query.get("text") or ())]
-    if query.get("image"): parts.append(f"like {query['image']}")
-    if query.get("without"): parts.append("without " + ", ".join(query["without"]))
+    if query.get("image"):
+        parts.append(f"like {query['image']}")
+    if query.get("without"):
+        parts.append("without " + ", ".join(query["without"]))
     return ", ".join(p for p in parts if p)
 
 # %% ../../nbs/08_search/13_queries.ipynb #cell-013
 _NEGATION = re.compile(r"\b(without|not|no|never|isn't|doesn't|lacks?)\b", re.IGNORECASE)
-_ENGLISH = frozenset("""a an the and with in of on is are has have wearing wears carrying holding he she his her they their person man woman
+_ENGLISH = frozenset(
+    """a an the and with in of on is are has have wearing wears carrying holding he she his her they their person man woman
     boy girl people somebody someone child red blue green yellow white black grey gray pink purple orange brown dark light long short hair
-    coat jacket shirt trousers jeans pants shorts skirt dress shoes hat cap bag backpack sweater hoodie suit top""".split())
+    coat jacket shirt trousers jeans pants shorts skirt dress shoes hat cap bag backpack sweater hoodie suit top""".split()
+)
 
-def sentence_notes(texts:Sequence[str]
-                  , cut:Sequence[int]=() # tokens of each sentence that the text tower leaves out
-                  ) -> list[str]:
+
+def sentence_notes(
+    texts: Sequence[str],
+    cut: Sequence[int] = (),  # tokens of each sentence that the text tower leaves out
+) -> list[str]:
     "What the asker should know of these sentences, one line each."
     out = []
     negated = next((m[0] for m in map(_NEGATION.search, texts) if m), None)
-    if negated: out.append(f'"{negated}" inside a sentence is read as a wish for what follows; say what should be absent apart: --without (without=)')
-    if any(map(is_foreign, texts)): out.append("this does not look like English; a model trained on English captions will not understand it")
-    if any(cut): out.append(f"the sentence is too long for the text tower: its last {max(cut)} tokens were left out; give several shorter ones")
+    if negated:
+        out.append(
+            f'"{negated}" inside a sentence is read as a wish for what follows; say what should be absent apart: --without (without=)'
+        )
+    if any(map(is_foreign, texts)):
+        out.append(
+            "this does not look like English; a model trained on English captions will not understand it"
+        )
+    if any(cut):
+        out.append(
+            f"the sentence is too long for the text tower: its last {max(cut)} tokens were left out; give several shorter ones"
+        )
     return out
 
-def is_foreign(text:str) -> bool:
+
+def is_foreign(text: str) -> bool:
     "Whether a sentence of three words or more has no common English word, or mostly letters of another script."
     letters = [c for c in text if c.isalpha()]
-    if sum(not c.isascii() for c in letters) > .3*len(letters): return True
+    if sum(not c.isascii() for c in letters) > 0.3 * len(letters):
+        return True
     words = re.findall(r"[a-z']+", text.lower())
     return len(words) >= 3 and not _ENGLISH & set(words)
 
 # %% ../../nbs/08_search/13_queries.ipynb #cell-016
-def smoothed_scores(scores:np.ndarray # (m,) of the candidates
-                   , features:np.ndarray # (m, d) unit, of the candidates
-                   , n:int=4 # pictures averaged, the candidate itself included
-                   , fraction:float=.7 # how much the neighbours count
-                   ) -> np.ndarray: # (m,)
+def smoothed_scores(
+    scores: np.ndarray,  # (m,) of the candidates
+    features: np.ndarray,  # (m, d) unit, of the candidates
+    n: int = 4,  # pictures averaged, the candidate itself included
+    fraction: float = 0.7,  # how much the neighbours count
+) -> np.ndarray:  # (m,)
     "Each candidate's score averaged with those of the candidates most like it."
     similar = features @ features.T
     near = np.argpartition(-similar, min(n, len(scores)) - 1, axis=1)[:, :n]
-    weights = np.maximum(np.take_along_axis(similar, near, 1), 0)**3
-    of_neighbours = (weights*scores[near]).sum(1)/np.maximum(weights.sum(1), 1e-9)
-    return (1 - fraction)*scores + fraction*of_neighbours
+    weights = np.maximum(np.take_along_axis(similar, near, 1), 0) ** 3
+    of_neighbours = (weights * scores[near]).sum(1) / np.maximum(weights.sum(1), 1e-9)
+    return (1 - fraction) * scores + fraction * of_neighbours
 
 # %% ../../nbs/08_search/13_queries.ipynb #cell-018
-def expanded_query(query:np.ndarray # (d,) unit
-                  , features:np.ndarray # (m, d) unit, candidates, best first
-                  , scores:np.ndarray # (m,)
-                  , n:int=3, alpha:float=3., fraction:float=.5
-                  ) -> np.ndarray: # (d,) unit
+def expanded_query(
+    query: np.ndarray,  # (d,) unit
+    features: np.ndarray,  # (m, d) unit, candidates, best first
+    scores: np.ndarray,  # (m,)
+    n: int = 3,
+    alpha: float = 3.0,
+    fraction: float = 0.5,
+) -> np.ndarray:  # (d,) unit
     "The query with the best few candidates added."
-    weights = np.maximum(scores[:n], 0)**alpha
-    if not weights.sum(): return query
-    best = unit_rows((weights[:, None]*features[:n]).sum(0))[0]
-    return unit_rows((1 - fraction)*query + fraction*best)[0]
+    weights = np.maximum(scores[:n], 0) ** alpha
+    if not weights.sum():
+        return query
+    best = unit_rows((weights[:, None] * features[:n]).sum(0))[0]
+    return unit_rows((1 - fraction) * query + fraction * best)[0]
 
 # %% ../../nbs/08_search/13_queries.ipynb #cell-020
 RERANKERS = ("neighbours", "expand")
 
-def check_reranker(how:str|None):
-    "Refuse an unknown way of ranking again."
-    if how and how not in RERANKERS: raise TiprError(f"rerank={how!r}: choose {' or '.join(RERANKERS)}")
 
-def reranked(how:str # neighbours or expand
-            , query:np.ndarray # (d,) unit
-            , rows:np.ndarray # (m,) candidates, best first
-            , features:np.ndarray # (n, d) of the gallery
-            ) -> np.ndarray: # (m,) the same rows in a new order
+def check_reranker(how: str | None):
+    "Refuse an unknown way of ranking again."
+    if how and how not in RERANKERS:
+        raise TiprError(f"rerank={how!r}: choose {' or '.join(RERANKERS)}")
+
+
+def reranked(
+    how: str,  # neighbours or expand
+    query: np.ndarray,  # (d,) unit
+    rows: np.ndarray,  # (m,) candidates, best first
+    features: np.ndarray,  # (n, d) of the gallery
+) -> np.ndarray:  # (m,) the same rows in a new order
     "Order the candidates of a query again."
     check_reranker(how)
     x = np.asarray(features[rows], np.float32)
     scores = x @ query
-    new = smoothed_scores(scores, x) if how == "neighbours" else x @ expanded_query(query, x, scores)
+    new = (
+        smoothed_scores(scores, x) if how == "neighbours" else x @ expanded_query(query, x, scores)
+    )
     return rows[np.argsort(-new, kind="stable")]

@@ -24,38 +24,47 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-007
-def printable(value:Any) -> str:
+def printable(value: Any) -> str:
     "A value on one line of a terminal, control characters escaped."
-    if value is None: return ""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    if value is None:
+        return ""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
+    )
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-009
-def read_picture(path:str|Path # a photo, or a frame of a film
-                ) -> "Image.Image": # RGB
+def read_picture(
+    path: str | Path,  # a photo, or a frame of a film
+) -> "Image.Image":  # RGB
     "A picture from the disk; one that is gone or unreadable is a one-line `TiprError`."
     if "#t=" in Path(path).name and not os.path.lexists(path):
         from tipr_nb.search.video import read_moment
+
         return read_moment(path)
-    try: data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
     except OSError as e:
-        raise TiprError(f"{shown_name(str(path))}: cannot be read ({e.strerror}); was it moved since the gallery was indexed?") from None
+        raise TiprError(
+            f"{shown_name(str(path))}: cannot be read ({e.strerror}); was it moved since the gallery was indexed?"
+        ) from None
     return open_picture(data)
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-011
 @dataclass
 class Hit:
     "One person found."
-    path: Path            # the photo
-    score: float          # cosine of query and picture
-    rank: int             # 1 is best
-    row: int              # row of the gallery as it was when asked
-    box: Box|None = None  # where in the photo; None: all of it
-    metadata: dict[str, Any] = field(default_factory=dict)   # camera, time and any other column
-    duplicates: list[Path] = field(default_factory=list)     # the same picture under other names
-    name: str = ""        # the path below its root, as printable text
-    key: str = ""         # stays the same when the gallery changes: content and box
-    frames: int = 1       # pictures of the same track that this one stands for
-    probability: float|None = None   # of being the person meant, where the gallery is calibrated
+
+    path: Path  # the photo
+    score: float  # cosine of query and picture
+    rank: int  # 1 is best
+    row: int  # row of the gallery as it was when asked
+    box: Box | None = None  # where in the photo; None: all of it
+    metadata: dict[str, Any] = field(default_factory=dict)  # camera, time and any other column
+    duplicates: list[Path] = field(default_factory=list)  # the same picture under other names
+    name: str = ""  # the path below its root, as printable text
+    key: str = ""  # stays the same when the gallery changes: content and box
+    frames: int = 1  # pictures of the same track that this one stands for
+    probability: float | None = None  # of being the person meant, where the gallery is calibrated
 
     def picture(self) -> "Image.Image":
         "The person, cut out of the photo."
@@ -66,50 +75,77 @@ class Hit:
         "The photo that the person was cut out of."
         return read_picture(self.path)
 
-    def surroundings(self, margin:float=1. # times the box's longer side, on each side
-                    ) -> "Image.Image":
+    def surroundings(
+        self,
+        margin: float = 1.0,  # times the box's longer side, on each side
+    ) -> "Image.Image":
         "The person and what is around them, with a frame around the person."
         whole = self.whole()
-        if self.box is None: return whole
+        if self.box is None:
+            return whole
         x0, y0, x1, y1 = self.box
-        m = round(margin*max(x1 - x0, y1 - y0))
-        around = (max(0, x0 - m), max(0, y0 - m), min(whole.width, x1 + m), min(whole.height, y1 + m))
+        m = round(margin * max(x1 - x0, y1 - y0))
+        around = (
+            max(0, x0 - m),
+            max(0, y0 - m),
+            min(whole.width, x1 + m),
+            min(whole.height, y1 + m),
+        )
         return framed(whole, self.box).crop(around)
 
     def to_dict(self) -> dict:
         "Plain values for JSON."
-        out:dict[str, Any] = dict(rank=self.rank, score=round(float(self.score), 6), path=shown_name(str(self.path)), row=self.row,
-                                  key=self.key, box=self.box)
-        if self.probability is not None: out["probability"] = round(self.probability, 4)
-        if self.frames > 1: out["frames"] = self.frames
-        if self.duplicates: out["duplicates"] = [shown_name(str(d)) for d in self.duplicates]
+        out: dict[str, Any] = dict(
+            rank=self.rank,
+            score=round(float(self.score), 6),
+            path=shown_name(str(self.path)),
+            row=self.row,
+            key=self.key,
+            box=self.box,
+        )
+        if self.probability is not None:
+            out["probability"] = round(self.probability, 4)
+        if self.frames > 1:
+            out["frames"] = self.frames
+        if self.duplicates:
+            out["duplicates"] = [shown_name(str(d)) for d in self.duplicates]
         return out | {k: _plain(v) for k, v in self.metadata.items()}
 
-def _plain(value): return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+def _plain(value):
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-012
-def framed(picture:"Image.Image", box:Box|None
-          ) -> "Image.Image":
+def framed(picture: "Image.Image", box: Box | None) -> "Image.Image":
     "A picture with a frame around a box."
     from PIL import ImageDraw
+
     out = picture.copy()
-    if box is None: return out
-    width = max(2, round(max(picture.size)/300))
+    if box is None:
+        return out
+    width = max(2, round(max(picture.size) / 300))
     pen = ImageDraw.Draw(out)
-    pen.rectangle([c + d*width for c, d in zip(box, (-1, -1, 1, 1))], outline="#ffffff", width=2*width)
-    pen.rectangle([c + d*width for c, d in zip(box, (-1, -1, 1, 1))], outline="#2f6f9f", width=width)
+    pen.rectangle(
+        [c + d * width for c, d in zip(box, (-1, -1, 1, 1))], outline="#ffffff", width=2 * width
+    )
+    pen.rectangle(
+        [c + d * width for c, d in zip(box, (-1, -1, 1, 1))], outline="#2f6f9f", width=width
+    )
     return out
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-014
 class Hits(list):
     "A list of `Hit`, best first, with the query that found them; shows itself as table, JSON or page of pictures."
-    def __init__(self, hits:Iterable[Hit]=()
-                , query:dict|None=None # in words: text, image, without, where, k
-                , seconds:dict|None=None
-                , notes:Iterable[str]=()
-                , imagined:Sequence["Image.Image"]|None=None # pictures that enriched the query
-                , vector:np.ndarray|None=None # (d,) unit, the query itself
-                ):
+
+    def __init__(
+        self,
+        hits: Iterable[Hit] = (),
+        query: dict | None = None,  # in words: text, image, without, where, k
+        seconds: dict | None = None,
+        notes: Iterable[str] = (),
+        imagined: Sequence["Image.Image"] | None = None,  # pictures that enriched the query
+        vector: np.ndarray | None = None,  # (d,) unit, the query itself
+    ):
         super().__init__(hits)
         self.query = query or {}
         self.seconds = seconds or {}
@@ -124,67 +160,104 @@ class Hits(list):
 
     def to_json(self) -> str:
         "The query and its hits as JSON."
-        answer = dict(query=self.query, seconds=self.seconds, notes=self.notes, hits=[h.to_dict() for h in self])
+        answer = dict(
+            query=self.query,
+            seconds=self.seconds,
+            notes=self.notes,
+            hits=[h.to_dict() for h in self],
+        )
         return json.dumps(answer, ensure_ascii=False, indent=1, default=str)
 
-    def table(self, width:int=100 # characters
-             ) -> str:
+    def table(
+        self,
+        width: int = 100,  # characters
+    ) -> str:
         "A plain text table for a terminal."
         return text_table(self, width)
 
-    def to_html(self, path:str|Path|None=None # write it there
-               ) -> str:
+    def to_html(
+        self,
+        path: str | Path | None = None,  # write it there
+    ) -> str:
         "A self-contained page of pictures."
         page = hits_html(self)
-        if path is not None: write_text(path, page, private=True)
+        if path is not None:
+            write_text(path, page, private=True)
         return page
 
-    def to_csv(self, path:str|Path|None=None # write it there
-              ) -> str:
+    def to_csv(
+        self,
+        path: str | Path | None = None,  # write it there
+    ) -> str:
         "One line per hit, for a spreadsheet."
         text = hits_csv(self)
-        if path is not None: write_text(path, text, private=True)
+        if path is not None:
+            write_text(path, text, private=True)
         return text
 
-    def to_zip(self, path:str|Path) -> Path:
+    def to_zip(self, path: str | Path) -> Path:
         "Pictures, CSV and page in one archive."
         return hits_zip(self, path)
 
     def to_pandas(self) -> "pd.DataFrame":
         "A data frame, one row per hit."
         pandas = need("pandas", "search", "hits as a data frame")
-        return pandas.DataFrame([h.to_dict() for h in self], columns=None if self else ["rank", "score", "path", "row", "key", "box"])
+        return pandas.DataFrame(
+            [h.to_dict() for h in self],
+            columns=None if self else ["rank", "score", "path", "row", "key", "box"],
+        )
 
-    def _repr_html_(self): return hits_html(self, inline=True)
+    def _repr_html_(self):
+        return hits_html(self, inline=True)
 
-    def __repr__(self): return self.table()
+    def __repr__(self):
+        return self.table()
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-015
-def text_table(hits:Hits, width:int=100 # characters of the widest column, twice
-              ) -> str:
+def text_table(
+    hits: Hits,
+    width: int = 100,  # characters of the widest column, twice
+) -> str:
     "Hits in columns for a terminal."
     names = hits.columns()
     likely = ["probability"] if any(h.probability is not None for h in hits) else []
     rows = [["rank", "score", *likely, "photo", *names]]
     for h in hits:
         photo = printable(h.name or h.path) + (f" {h.box}" if h.box else "")
-        chance = [f"{h.probability:.2f}"] if likely and h.probability is not None else [""]*len(likely)
-        rows.append([str(h.rank), f"{h.score:.3f}", *chance, photo, *(printable(h.metadata.get(n)) for n in names)])
-    widths = [min(max(len(row[i]) for row in rows), width//2) for i in range(len(rows[0]))]
+        chance = (
+            [f"{h.probability:.2f}"] if likely and h.probability is not None else [""] * len(likely)
+        )
+        rows.append(
+            [
+                str(h.rank),
+                f"{h.score:.3f}",
+                *chance,
+                photo,
+                *(printable(h.metadata.get(n)) for n in names),
+            ]
+        )
+    widths = [min(max(len(row[i]) for row in rows), width // 2) for i in range(len(rows[0]))]
     lines = ["  ".join(cell[:w].ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
-    if not hits: lines.append("nobody found")
+    if not hits:
+        lines.append("nobody found")
     return "\n".join([*lines, *(f"note: {n}" for n in hits.notes)])
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-018
-def hits_csv(hits:Hits) -> str:
+def hits_csv(hits: Hits) -> str:
     "Hits as CSV text; cells that a spreadsheet would run as formulas are quoted."
-    rows = [h.to_dict() | {"box": " ".join(map(str, h.box)) if h.box else None, "duplicates": len(h.duplicates)} for h in hits]
+    rows = [
+        h.to_dict()
+        | {"box": " ".join(map(str, h.box)) if h.box else None, "duplicates": len(h.duplicates)}
+        for h in hits
+    ]
     names = list(dict.fromkeys(name for row in rows for name in row)) or ["rank", "score", "path"]
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
-    for row in rows: writer.writerow({k: _safe_cell(v) for k, v in row.items()})
+    for row in rows:
+        writer.writerow({k: _safe_cell(v) for k, v in row.items()})
     return out.getvalue()
+
 
 def _safe_cell(value):
     text = printable(value) if isinstance(value, str) else value
@@ -212,10 +285,11 @@ _STYLE = """
 """
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-022
-def hits_html(hits:Hits
-             , inline:bool=False # a fragment for a notebook, rather than a page
-             , height:int=200 # pixels of a thumbnail
-             ) -> str:
+def hits_html(
+    hits: Hits,
+    inline: bool = False,  # a fragment for a notebook, rather than a page
+    height: int = 200,  # pixels of a thumbnail
+) -> str:
     "Hits as HTML with the pictures inside."
     title = html.escape(query_words(hits.query) or "search")
     where = html.escape(f", where {hits.query['where']}") if hits.query.get("where") else ""
@@ -223,49 +297,61 @@ def hits_html(hits:Hits
     imagined = "".join(_imagined(p, height) for p in hits.imagined or ())
     people = "".join(_figures(hits, height)) or "<p>nobody found</p>"
     body = f'<h1>{title}</h1><p>{len(hits)} people{where}</p>{notes}<div class="people">{imagined}{people}</div>'
-    if inline: return f'<style>{_STYLE}</style><div class="tipr">{body}</div>'
+    if inline:
+        return f'<style>{_STYLE}</style><div class="tipr">{body}</div>'
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
-    return (f'<!doctype html><html lang="en"><head>{head}<style>body{{margin:0}}{_STYLE}</style></head>'
-            f'<body><div class="tipr page">{body}</div></body></html>\n')
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<style>body{{margin:0}}{_STYLE}</style></head>'
+        f'<body><div class="tipr page">{body}</div></body></html>\n'
+    )
+
 
 def _figures(hits, height):
     "One figure per hit; the bar is long where the score is near the best."
-    best = max((h.score for h in hits), default=1.)
-    low = min((h.score for h in hits), default=0.) - .02
-    for h in hits: yield _figure(h, (h.score - low)/max(1e-6, best - low), height)
+    best = max((h.score for h in hits), default=1.0)
+    low = min((h.score for h in hits), default=0.0) - 0.02
+    for h in hits:
+        yield _figure(h, (h.score - low) / max(1e-6, best - low), height)
+
 
 def _figure(hit, fraction, height):
     known = " · ".join(f"{k} {v}" for k, v in hit.metadata.items() if v is not None)
     copies = f" and {len(hit.duplicates)} copies" if hit.duplicates else ""
     score = f'<div class="score"><span>{hit.rank}</span><span>{hit.score:.3f}</span></div>'
-    bar = f'<div class="bar"><i style="width:{100*fraction:.0f}%"></i></div>'
+    bar = f'<div class="bar"><i style="width:{100 * fraction:.0f}%"></i></div>'
     words = f"{html.escape(printable(hit.name or hit.path.name))}<small>{html.escape(printable(known))}{copies}</small>"
     return f"<figure>{thumbnail(hit, height)}<figcaption>{score}{bar}{words}</figcaption></figure>"
+
 
 def _imagined(picture, height):
     words = "imagined from the sentence"
     return f"<figure>{image_tag(picture, height, words)}<figcaption>{words}</figcaption></figure>"
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-023
-def image_tag(picture:"Image.Image", height:int # pixels shown; twice as many are kept
-             , words:str # what it shows, for those who cannot see it
-             ) -> str:
+def image_tag(
+    picture: "Image.Image",
+    height: int,  # pixels shown; twice as many are kept
+    words: str,  # what it shows, for those who cannot see it
+) -> str:
     "An <img> with the picture inside."
     small = picture.copy()
-    small.thumbnail((2*height, 2*height))
+    small.thumbnail((2 * height, 2 * height))
     out = io.BytesIO()
     small.save(out, "WEBP", quality=82)
     data = base64.b64encode(out.getvalue()).decode()
     return f'<img alt="{html.escape(words)}" src="data:image/webp;base64,{data}">'
 
-def thumbnail(hit:Hit, height:int=200) -> str:
+
+def thumbnail(hit: Hit, height: int = 200) -> str:
     "The person as an <img>, or a placeholder that says what became of the photo."
-    try: return image_tag(hit.picture(), height, f"person at rank {hit.rank}")
-    except TiprError as e: gone = "cannot be read" in str(e)
+    try:
+        return image_tag(hit.picture(), height, f"person at rank {hit.rank}")
+    except TiprError as e:
+        gone = "cannot be read" in str(e)
     return f'<div class="gone">{"the photo is gone" if gone else "not readable"}</div>'
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-026
-def hits_zip(hits:Hits, path:str|Path) -> Path:
+def hits_zip(hits: Hits, path: str | Path) -> Path:
     "Pictures, table and page in one archive; photos that are gone are missing from it."
     path = Path(path)
     with atomic_path(path, private=True) as p, zipfile.ZipFile(p, "w") as archive:
@@ -274,7 +360,9 @@ def hits_zip(hits:Hits, path:str|Path) -> Path:
         archive.writestr("hits.json", hits.to_json())
         for hit in hits:
             out = io.BytesIO()
-            try: hit.picture().save(out, "PNG")
-            except TiprError: continue
+            try:
+                hit.picture().save(out, "PNG")
+            except TiprError:
+                continue
             archive.writestr(f"{hit.rank:04d}-{hit.key[:12] or hit.row}.png", out.getvalue())
     return path

@@ -21,115 +21,181 @@ from ..core import TiprError, atomic_path, file_sha256, need, os_errors, read_js
 from .filters import Column
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-004
-if TYPE_CHECKING: import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-007
-ITEM_TYPES = dict(file="binary", root="string", path="string", size="int64", mtime="int64", sha256="string",
-                  request="string", at="int64", x0="int64", y0="int64", x1="int64", y1="int64",
-                  width="int64", height="int64", taken="timestamp", same_as="int64")
-RESERVED = frozenset(ITEM_TYPES) | {"row", "feature", "score", "rank", "key"}   # not for columns of the user
-HIDDEN = frozenset("file mtime sha256 request at same_as".split())   # not offered to filters
+ITEM_TYPES = dict(
+    file="binary",
+    root="string",
+    path="string",
+    size="int64",
+    mtime="int64",
+    sha256="string",
+    request="string",
+    at="int64",
+    x0="int64",
+    y0="int64",
+    x1="int64",
+    y1="int64",
+    width="int64",
+    height="int64",
+    taken="timestamp",
+    same_as="int64",
+)
+RESERVED = frozenset(ITEM_TYPES) | {
+    "row",
+    "feature",
+    "score",
+    "rank",
+    "key",
+}  # not for columns of the user
+HIDDEN = frozenset("file mtime sha256 request at same_as".split())  # not offered to filters
 
-def item_schema(extra:Iterable[str]=() # further whole-number columns
-               ) -> "pa.Schema":
+
+def item_schema(
+    extra: Iterable[str] = (),  # further whole-number columns
+) -> "pa.Schema":
     "Arrow schema of the fixed part of `items.parquet`."
     pa = need("pyarrow", "search", "a gallery")
-    arrow = dict(binary=pa.binary(), string=pa.string(), int64=pa.int64(), timestamp=pa.timestamp("us"))
+    arrow = dict(
+        binary=pa.binary(), string=pa.string(), int64=pa.int64(), timestamp=pa.timestamp("us")
+    )
     fixed = [(name, arrow[kind]) for name, kind in ITEM_TYPES.items()]
     return pa.schema(fixed + [(name, pa.int64()) for name in extra])
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-009
-def shown_name(name:str) -> str:
+def shown_name(name: str) -> str:
     "A file name as text that can be stored and printed; bytes that are no UTF-8 show as \\x.. escapes."
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-012
 KEY = re.compile(r"[0-9a-f]{24}(-\d+){4}|[0-9a-fp][0-9a-f]{23}")
 
-def person_key(item:Mapping # a row of `items.parquet`
-              ) -> str: # matches `KEY`
+
+def person_key(
+    item: Mapping,  # a row of `items.parquet`
+) -> str:  # matches `KEY`
     "What stays the same of a person's picture while rows come and go: content and box."
     if item["sha256"] is None:
         import hashlib
+
         return "p" + hashlib.sha256(item["file"] + str(item["at"] or 0).encode()).hexdigest()[:23]
-    if item["x0"] is None: return item["sha256"][:24]
+    if item["x0"] is None:
+        return item["sha256"][:24]
     box = [str(item[c]) for c in ("x0", "y0", "x1", "y1")]
     return "-".join([item["sha256"][:24], *box])
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-015
-FORMAT = 2   # written; 1 is read as well
+FORMAT = 2  # written; 1 is read as well
 _GENERATION = re.compile(r"g\d{6,}")
-_MANIFEST_TYPES = dict(fingerprint=str, count=int, dim=int, dtype=str, columns=dict, roots=list, engines=dict, engine=str)
+_MANIFEST_TYPES = dict(
+    fingerprint=str,
+    count=int,
+    dim=int,
+    dtype=str,
+    columns=dict,
+    roots=list,
+    engines=dict,
+    engine=str,
+)
 _AGAIN = "build the gallery again with `tipr index`"
+
 
 class Damaged(TiprError):
     "A gallery whose files are torn, missing or do not agree; indexing again makes it new."
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-016
-def read_manifest(folder:str|Path) -> dict:
+def read_manifest(folder: str | Path) -> dict:
     "The gallery's `gallery.json`; a folder that holds none, or one of a newer format, is a one-line `TiprError`."
     folder = Path(folder)
-    path = folder/"gallery.json"
+    path = folder / "gallery.json"
     if not path.is_file():
-        if (folder/".work").is_dir():
-            raise TiprError(f"{folder}: its indexing was not finished; run the same `tipr index` again, it goes on where it stopped")
-        raise TiprError(f"{folder}: no gallery there; build one with `tipr index PHOTOS --gallery {folder}`")
-    try: manifest = read_json(path, _AGAIN)
-    except TiprError as e: raise Damaged(str(e)) from None
+        if (folder / ".work").is_dir():
+            raise TiprError(
+                f"{folder}: its indexing was not finished; run the same `tipr index` again, it goes on where it stopped"
+            )
+        raise TiprError(
+            f"{folder}: no gallery there; build one with `tipr index PHOTOS --gallery {folder}`"
+        )
+    try:
+        manifest = read_json(path, _AGAIN)
+    except TiprError as e:
+        raise Damaged(str(e)) from None
     _check_manifest(folder, manifest)
     return manifest
 
+
 def _check_manifest(folder, manifest):
     "Format and types of what a gallery cannot be opened without."
-    if not isinstance(manifest, dict): raise Damaged(f"{folder}: gallery.json is no object; {_AGAIN}")
+    if not isinstance(manifest, dict):
+        raise Damaged(f"{folder}: gallery.json is no object; {_AGAIN}")
     found = manifest.get("format", FORMAT)
     if found not in (1, FORMAT):
-        raise TiprError(f"{folder}: gallery.json is of format {found}, this version reads {FORMAT}; "
-                        "update tipr_nb, or index again with rebuild=True (--rebuild)")
+        raise TiprError(
+            f"{folder}: gallery.json is of format {found}, this version reads {FORMAT}; "
+            "update tipr_nb, or index again with rebuild=True (--rebuild)"
+        )
     if not _GENERATION.fullmatch(str(manifest.get("generation"))):
         raise Damaged(f"{folder}: gallery.json names no generation; {_AGAIN}")
     wrong = [k for k, kind in _MANIFEST_TYPES.items() if not isinstance(manifest.get(k), kind)]
-    if wrong: raise Damaged(f"{folder}: gallery.json has no usable {wrong[0]!r}; {_AGAIN}")
-    if manifest["dtype"] not in ("float32", "float16"): raise Damaged(f"{folder}: gallery.json names dtype {manifest['dtype']!r}; {_AGAIN}")
-    if not isinstance(manifest.setdefault("sha256", {}), dict): raise Damaged(f"{folder}: gallery.json has no usable checksums; {_AGAIN}")
-    for name in ("skipped", "duplicates"): manifest.setdefault(name, 0)
+    if wrong:
+        raise Damaged(f"{folder}: gallery.json has no usable {wrong[0]!r}; {_AGAIN}")
+    if manifest["dtype"] not in ("float32", "float16"):
+        raise Damaged(f"{folder}: gallery.json names dtype {manifest['dtype']!r}; {_AGAIN}")
+    if not isinstance(manifest.setdefault("sha256", {}), dict):
+        raise Damaged(f"{folder}: gallery.json has no usable checksums; {_AGAIN}")
+    for name in ("skipped", "duplicates"):
+        manifest.setdefault(name, 0)
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-018
-def write_manifest(folder:str|Path, manifest:Mapping):
+def write_manifest(folder: str | Path, manifest: Mapping):
     "Name a snapshot: the one change that makes an indexing real. Readable by its owner alone."
-    write_json(Path(folder)/"gallery.json", manifest, private=True)
+    write_json(Path(folder) / "gallery.json", manifest, private=True)
 
-def snapshot_folder(folder:str|Path, manifest:Mapping) -> Path:
+
+def snapshot_folder(folder: str | Path, manifest: Mapping) -> Path:
     "The folder of the active snapshot."
-    return Path(folder)/manifest["generation"]
+    return Path(folder) / manifest["generation"]
 
-def tower_folder(folder:str|Path, manifest:Mapping) -> Path|None: # None: the gallery has none
+
+def tower_folder(
+    folder: str | Path, manifest: Mapping
+) -> Path | None:  # None: the gallery has none
     "The folder of the text tower that belongs to the active snapshot."
     name = manifest.get("text_tower")
-    if not name: return None
-    return Path(folder)/("text" if name is True else name)   # True: written by format 1
+    if not name:
+        return None
+    return Path(folder) / ("text" if name is True else name)  # True: written by format 1
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-021
 class Items:
     "The rows of a snapshot: columns for filters, single rows for hits, read when asked for."
-    def __init__(self, folder:str|Path # a snapshot
-                ):
-        self.path = Path(folder)/"items.parquet"
+
+    def __init__(
+        self,
+        folder: str | Path,  # a snapshot
+    ):
+        self.path = Path(folder) / "items.parquet"
         self._pq = need("pyarrow.parquet", "search", "a gallery")
         pa = need("pyarrow", "search", "a gallery")
         try:
             self._map = pa.memory_map(os.fspath(self.path))
             self.file = self._pq.ParquetFile(self._map)
-        except FileNotFoundError: raise Damaged(f"{self.path}: missing; {_AGAIN}") from None
-        except (pa.ArrowException, OSError) as e: raise _damaged(self.path, e) from None
+        except FileNotFoundError:
+            raise Damaged(f"{self.path}: missing; {_AGAIN}") from None
+        except (pa.ArrowException, OSError) as e:
+            raise _damaged(self.path, e) from None
         missing = set(ITEM_TYPES) - set(self.file.schema_arrow.names)
-        if missing: raise Damaged(f"{self.path}: has no column {min(missing)}; {_AGAIN}")
+        if missing:
+            raise Damaged(f"{self.path}: has no column {min(missing)}; {_AGAIN}")
         groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
         self._group = lru_cache(maxsize=256)(self._read_group)
-        self._columns:dict[str, Column] = {}
+        self._columns: dict[str, Column] = {}
 
-    def __len__(self): return int(self.starts[-1])
+    def __len__(self):
+        return int(self.starts[-1])
 
     @property
     def names(self) -> list[str]:
@@ -141,7 +207,7 @@ class Items:
         "Columns that came from the user's tables."
         return [n for n in self.file.schema_arrow.names if n not in ITEM_TYPES]
 
-    def take(self, rows:Iterable[int]) -> list[dict]:
+    def take(self, rows: Iterable[int]) -> list[dict]:
         "Single rows as dictionaries, in the order asked."
         return [self._row(int(r)) for r in rows]
 
@@ -151,23 +217,30 @@ class Items:
         return {name: values[0] for name, values in one.to_pydict().items()}
 
     def _read_group(self, group):
-        try: return self.file.read_row_group(group)
-        except Exception as e: raise _damaged(self.path, e) from None
+        try:
+            return self.file.read_row_group(group)
+        except Exception as e:
+            raise _damaged(self.path, e) from None
 
-    def table(self, columns:list[str]|None=None) -> "pa.Table":
+    def table(self, columns: list[str] | None = None) -> "pa.Table":
         "Whole columns."
-        try: return self.file.read(columns)
-        except Exception as e: raise _damaged(self.path, e) from None
+        try:
+            return self.file.read(columns)
+        except Exception as e:
+            raise _damaged(self.path, e) from None
 
-    def blocks(self, columns:list[str], rows:int=1 << 18) -> Iterator["pa.RecordBatch"]:
+    def blocks(self, columns: list[str], rows: int = 1 << 18) -> Iterator["pa.RecordBatch"]:
         "Columns in blocks of at most `rows`."
         return self.file.iter_batches(batch_size=rows, columns=columns)
 
-    def __getitem__(self, name:str) -> Column:
+    def __getitem__(self, name: str) -> Column:
         if name not in self._columns:
-            try: self._columns[name] = Column.of(self._coded.read([name])[name])
-            except TiprError: raise
-            except Exception as e: raise _damaged(self.path, e) from None
+            try:
+                self._columns[name] = Column.of(self._coded.read([name])[name])
+            except TiprError:
+                raise
+            except Exception as e:
+                raise _damaged(self.path, e) from None
         return self._columns[name]
 
     @cached_property
@@ -177,11 +250,14 @@ class Items:
         texts = [n for n in schema.names if str(schema.field(n).type) == "string"]
         return self._pq.ParquetFile(self._map, read_dictionary=texts)
 
-    def __contains__(self, name): return name in self.names
+    def __contains__(self, name):
+        return name in self.names
 
-    def __iter__(self): return iter(self.names)
+    def __iter__(self):
+        return iter(self.names)
 
-    def keys(self): return self.names
+    def keys(self):
+        return self.names
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-022
 def _damaged(path, error):
@@ -190,114 +266,175 @@ def _damaged(path, error):
     return Damaged(f"{path}: cut short or damaged, not a readable table ({words}); {_AGAIN}")
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-024
-def load_features(folder:str|Path # a snapshot
-                 , manifest:Mapping
-                 ) -> np.ndarray: # (n, d), memory-mapped, read-only
+def load_features(
+    folder: str | Path,  # a snapshot
+    manifest: Mapping,
+) -> np.ndarray:  # (n, d), memory-mapped, read-only
     "The gallery's features, checked against the manifest."
-    path = Path(folder)/"features.npy"
+    path = Path(folder) / "features.npy"
     shape = (manifest["count"], manifest["dim"])
-    if not manifest["count"]: return np.zeros((0, manifest["dim"]), np.float32)
-    try: x = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError: raise Damaged(f"{path}: missing; {_AGAIN}") from None
-    except Exception as e: raise Damaged(f"{path}: cut short or damaged ({str(e)[:60]}); {_AGAIN}") from None
-    if x.shape != shape: raise Damaged(f"{path}: shape {x.shape} where gallery.json says {shape}; {_AGAIN}")
-    if x.dtype != np.dtype(manifest["dtype"]): raise Damaged(f"{path}: {x.dtype} where gallery.json says {manifest['dtype']}; {_AGAIN}")
+    if not manifest["count"]:
+        return np.zeros((0, manifest["dim"]), np.float32)
+    try:
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise Damaged(f"{path}: missing; {_AGAIN}") from None
+    except Exception as e:
+        raise Damaged(f"{path}: cut short or damaged ({str(e)[:60]}); {_AGAIN}") from None
+    if x.shape != shape:
+        raise Damaged(f"{path}: shape {x.shape} where gallery.json says {shape}; {_AGAIN}")
+    if x.dtype != np.dtype(manifest["dtype"]):
+        raise Damaged(f"{path}: {x.dtype} where gallery.json says {manifest['dtype']}; {_AGAIN}")
     return x
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-027
 CHECKED_FILES = ("features.npy", "items.parquet")
-QUICK_CHECK = 64 << 20   # bytes that are hashed at every opening
+QUICK_CHECK = 64 << 20  # bytes that are hashed at every opening
 
-def file_sums(folder:str|Path # a snapshot
-             ) -> dict[str, str]: # file name -> SHA-256
+
+def file_sums(
+    folder: str | Path,  # a snapshot
+) -> dict[str, str]:  # file name -> SHA-256
     "Checksums of the files that a ranking depends on."
-    return {name: file_sha256(Path(folder)/name) for name in CHECKED_FILES if (Path(folder)/name).is_file()}
+    return {
+        name: file_sha256(Path(folder) / name)
+        for name in CHECKED_FILES
+        if (Path(folder) / name).is_file()
+    }
 
-def check_sums(folder:str|Path, manifest:Mapping, most:int|None=None # larger files are not looked at
-              ):
+
+def check_sums(
+    folder: str | Path,
+    manifest: Mapping,
+    most: int | None = None,  # larger files are not looked at
+):
     "Compare a snapshot's files with the manifest; one that differs is `Damaged`."
     for name, wanted in (manifest.get("sha256") or {}).items():
-        path = Path(folder)/name
-        if name not in CHECKED_FILES: continue
-        try: different = (most is None or path.stat().st_size <= most) and file_sha256(path) != wanted
-        except OSError: raise Damaged(f"{path}: missing; {_AGAIN}") from None
-        if different: raise Damaged(f"{path}: its content has changed since it was written (a damaged disk or copy?); {_AGAIN}")
+        path = Path(folder) / name
+        if name not in CHECKED_FILES:
+            continue
+        try:
+            different = (most is None or path.stat().st_size <= most) and file_sha256(
+                path
+            ) != wanted
+        except OSError:
+            raise Damaged(f"{path}: missing; {_AGAIN}") from None
+        if different:
+            raise Damaged(
+                f"{path}: its content has changed since it was written (a damaged disk or copy?); {_AGAIN}"
+            )
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-029
-SKIPPED_TYPES = dict(file="binary", path="string", size="int64", mtime="int64", request="string", reason="string", sha256="string")
+SKIPPED_TYPES = dict(
+    file="binary",
+    path="string",
+    size="int64",
+    mtime="int64",
+    request="string",
+    reason="string",
+    sha256="string",
+)
 
-def write_skipped(path:str|Path, rows:list[dict] # file, reason, and size, mtime and request where they are known
-                 ):
+
+def write_skipped(
+    path: str | Path,
+    rows: list[dict],  # file, reason, and size, mtime and request where they are known
+):
     "Write the list of files that could not be used."
     pa = need("pyarrow", "search", "a gallery")
     arrow = dict(binary=pa.binary(), string=pa.string(), int64=pa.int64())
     schema = pa.schema([(name, arrow[kind]) for name, kind in SKIPPED_TYPES.items()])
     named = [row | dict(path=shown_name(os.fsdecode(row["file"]))) for row in rows]
-    need("pyarrow.parquet", "search", "a gallery").write_table(pa.Table.from_pylist(named, schema), path)
+    need("pyarrow.parquet", "search", "a gallery").write_table(
+        pa.Table.from_pylist(named, schema), path
+    )
 
-def read_skipped(folder:str|Path # a snapshot
-                ) -> list[dict]:
+
+def read_skipped(
+    folder: str | Path,  # a snapshot
+) -> list[dict]:
     "Files that could not be used: file, path, size, mtime, request, reason."
-    path = Path(folder)/"skipped.parquet"
+    path = Path(folder) / "skipped.parquet"
     pq = need("pyarrow.parquet", "search", "a gallery")
-    if not path.is_file(): return []
-    try: rows = pq.read_table(path).to_pylist()
-    except Exception as e: raise _damaged(path, e) from None
-    if rows and set(SKIPPED_TYPES) - set(rows[0]) - {"sha256"}: raise Damaged(f"{path}: not a list of skipped files; {_AGAIN}")
+    if not path.is_file():
+        return []
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except Exception as e:
+        raise _damaged(path, e) from None
+    if rows and set(SKIPPED_TYPES) - set(rows[0]) - {"sha256"}:
+        raise Damaged(f"{path}: not a list of skipped files; {_AGAIN}")
     return rows
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-032
-STATE = ["file", "size", "mtime", "request"]   # what tells whether a photo must be opened again
+STATE = ["file", "size", "mtime", "request"]  # what tells whether a photo must be opened again
 NO_PERSON = "no person found in it"
+
 
 @dataclass
 class Snapshot:
     "One complete state of a gallery: manifest, features and table."
+
     folder: Path
     manifest: dict
     features: np.ndarray
     items: Items
 
     @classmethod
-    def open(cls, folder:str|Path # the gallery
-            , check:int|None=QUICK_CHECK # files up to this size are compared with their checksums; None: all
-            ) -> "Snapshot":
+    def open(
+        cls,
+        folder: str | Path,  # the gallery
+        check: int
+        | None = QUICK_CHECK,  # files up to this size are compared with their checksums; None: all
+    ) -> "Snapshot":
         "The active snapshot."
         manifest = read_manifest(folder)
         files = snapshot_folder(folder, manifest)
         features = load_features(files, manifest)
         items = Items(files)
-        if len(items) != len(features): raise Damaged(f"{folder}: {len(features)} features for {len(items)} rows; {_AGAIN}")
+        if len(items) != len(features):
+            raise Damaged(f"{folder}: {len(features)} features for {len(items)} rows; {_AGAIN}")
         check_sums(files, manifest, check)
         return cls(files, manifest, features, items)
 
     @cached_property
     def skipped(self) -> list[dict]:
         "Files that could not be used; none where the list is damaged, so that they are looked at again."
-        try: return read_skipped(self.folder)
-        except Damaged: return []
+        try:
+            return read_skipped(self.folder)
+        except Damaged:
+            return []
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-035
 def journal_schema() -> "pa.Schema":
     "Item rows, plus where the feature lies in the entry (-1: the same content is encoded elsewhere), why a file was skipped, and a detector's confidence."
     pa = need("pyarrow", "search", "a gallery")
-    return item_schema(["feature"]).append(pa.field("reason", pa.string())).append(pa.field("confidence", pa.float64()))
+    return (
+        item_schema(["feature"])
+        .append(pa.field("reason", pa.string()))
+        .append(pa.field("confidence", pa.float64()))
+    )
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-037
 class Journal:
     "What an indexing has done so far, in `.work`."
-    def __init__(self, folder:str|Path # the gallery
-                , key:dict # what must not have changed: model, precision, base
-                ):
-        self.folder = Path(folder)/".work"
-        self.tables:list["pa.Table"] = []
-        if self._key() == key: self._recover()
+
+    def __init__(
+        self,
+        folder: str | Path,  # the gallery
+        key: dict,  # what must not have changed: model, precision, base
+    ):
+        self.folder = Path(folder) / ".work"
+        self.tables: list["pa.Table"] = []
+        if self._key() == key:
+            self._recover()
         else:
             self.clear()
             self.folder.mkdir(mode=0o700, parents=True)
-            write_json(self.folder/"key.json", key)
+            write_json(self.folder / "key.json", key)
 
-    def __len__(self): return len(self.tables)
+    def __len__(self):
+        return len(self.tables)
 
     @property
     def n(self) -> int:
@@ -305,45 +442,59 @@ class Journal:
         return len(self.tables)
 
     def _key(self):
-        try: return read_json(self.folder/"key.json")
-        except (TiprError, OSError): return None
+        try:
+            return read_json(self.folder / "key.json")
+        except (TiprError, OSError):
+            return None
 
     def _recover(self):
         "Take over the entries that are whole."
-        while (self.folder/f"{self.n:06d}.parquet").is_file():
+        while (self.folder / f"{self.n:06d}.parquet").is_file():
             table = self._entry(self.n)
-            if table is None: break
+            if table is None:
+                break
             self.tables.append(table)
         for path in self.folder.iterdir():
             number = re.match(r"\d{6,}", path.name)
-            if number and int(number[0]) >= self.n: remove(path)
+            if number and int(number[0]) >= self.n:
+                remove(path)
 
     def _entry(self, n):
         "The rows of an entry, or None where rows or features are damaged."
         pq = need("pyarrow.parquet", "search", "a gallery")
         try:
-            table = pq.read_table(self.folder/f"{n:06d}.parquet")
+            table = pq.read_table(self.folder / f"{n:06d}.parquet")
             wanted = (table.schema.metadata or {})[b"sha256"].decode()
-            whole = table.schema.names == journal_schema().names and file_sha256(self.folder/f"{n:06d}.npy") == wanted
-        except Exception: return None
+            whole = (
+                table.schema.names == journal_schema().names
+                and file_sha256(self.folder / f"{n:06d}.npy") == wanted
+            )
+        except Exception:
+            return None
         return table if whole else None
 
-    def write(self, rows:"list[dict]|pa.Table" # of `journal_schema`
-             , features:np.ndarray # (m, d)
-             ):
+    def write(
+        self,
+        rows: "list[dict]|pa.Table",  # of `journal_schema`
+        features: np.ndarray,  # (m, d)
+    ):
         "Add an entry."
         pq = need("pyarrow.parquet", "search", "a gallery")
         pa = need("pyarrow", "search", "a gallery")
         table = pa.Table.from_pylist(rows, journal_schema()) if isinstance(rows, list) else rows
-        with atomic_path(self.folder/f"{self.n:06d}.npy") as p:
-            with open(p, "wb") as f: np.save(f, features)
-        table = table.replace_schema_metadata(dict(sha256=file_sha256(self.folder/f"{self.n:06d}.npy")))
-        with atomic_path(self.folder/f"{self.n:06d}.parquet") as p: pq.write_table(table, p)
+        with atomic_path(self.folder / f"{self.n:06d}.npy") as p:
+            with open(p, "wb") as f:
+                np.save(f, features)
+        table = table.replace_schema_metadata(
+            dict(sha256=file_sha256(self.folder / f"{self.n:06d}.npy"))
+        )
+        with atomic_path(self.folder / f"{self.n:06d}.parquet") as p:
+            pq.write_table(table, p)
         self.tables.append(table)
 
-    def features(self, entry:int) -> np.ndarray: # (m, d)
+    def features(self, entry: int) -> np.ndarray:  # (m, d)
         "Features of one entry."
-        return np.load(self.folder/f"{entry:06d}.npy", allow_pickle=False)
+        return np.load(self.folder / f"{entry:06d}.npy", allow_pickle=False)
 
     def clear(self):
         "Forget everything."
@@ -351,79 +502,112 @@ class Journal:
         self.tables = []
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-038
-def remove(path:Path):
+def remove(path: Path):
     "Remove a file or a whole folder, if it is there."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
-    else: path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-041
 @contextlib.contextmanager
-def indexing_lock(folder:str|Path # the gallery
-                 , wait:float=0. # seconds to wait for another indexer
-                 ) -> Iterator[None]:
+def indexing_lock(
+    folder: str | Path,  # the gallery
+    wait: float = 0.0,  # seconds to wait for another indexer
+) -> Iterator[None]:
     "Hold the gallery's lock; the system frees it when a process dies, however it dies."
     from filelock import FileLock, Timeout
-    need("pyarrow", "search", "a gallery")      # before anything is written
+
+    need("pyarrow", "search", "a gallery")  # before anything is written
     folder = Path(folder)
     _check_folder(folder)
     with os_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if (folder/".lock").is_dir(): raise TiprError(f"{folder/'.lock'}: a folder where the lock belongs; remove it")
-        lock = FileLock(str(folder/".lock"), timeout=wait)
-        try: lock.acquire()
+        if (folder / ".lock").is_dir():
+            raise TiprError(f"{folder / '.lock'}: a folder where the lock belongs; remove it")
+        lock = FileLock(str(folder / ".lock"), timeout=wait)
+        try:
+            lock.acquire()
         except Timeout:
-            raise TiprError(f"{folder}: another process is indexing into this gallery; wait for it, or use another folder") from None
-    try: yield
-    finally: lock.release()
+            raise TiprError(
+                f"{folder}: another process is indexing into this gallery; wait for it, or use another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
 
 def _check_folder(folder):
     "Refuse a folder that holds something else."
-    if folder.is_file(): raise TiprError(f"{folder}: a file, not a folder; choose another name for the gallery")
-    if not folder.is_dir() or (folder/"gallery.json").exists(): return
-    other = [p.name for p in folder.iterdir() if not re.fullmatch(r"g\d{6,}|text(-\w+)?|films|\..*", p.name)]
+    if folder.is_file():
+        raise TiprError(f"{folder}: a file, not a folder; choose another name for the gallery")
+    if not folder.is_dir() or (folder / "gallery.json").exists():
+        return
+    other = [
+        p.name
+        for p in folder.iterdir()
+        if not re.fullmatch(r"g\d{6,}|text(-\w+)?|films|\..*", p.name)
+    ]
     if other:
-        raise TiprError(f"{folder}: holds other files ({sorted(other)[0]}) and no gallery; choose a new folder for the gallery")
+        raise TiprError(
+            f"{folder}: holds other files ({sorted(other)[0]}) and no gallery; choose a new folder for the gallery"
+        )
 
-def film_folder(folder:Path # the gallery
-               ) -> Path:
+
+def film_folder(
+    folder: Path,  # the gallery
+) -> Path:
     "Where a gallery keeps what was detected in films; made if need be."
     _check_folder(folder)
     with os_errors(folder):
-        for place in (folder, folder/"films"): place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder/"films"
+        for place in (folder, folder / "films"):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / "films"
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-044
-def sweep(folder:Path):
+def sweep(folder: Path):
     "Remove unfinished snapshots, text towers of earlier models, and temporary folders."
     manifest = {}
-    with contextlib.suppress(TiprError): manifest = read_manifest(folder)
-    if not manifest and (folder/"gallery.json").exists(): return _sweep_hidden(folder)   # damaged: keep what may be needed
+    with contextlib.suppress(TiprError):
+        manifest = read_manifest(folder)
+    if not manifest and (folder / "gallery.json").exists():
+        return _sweep_hidden(folder)  # damaged: keep what may be needed
     tower = tower_folder(folder, manifest)
     kept = {manifest.get("generation"), tower.name if tower else None}
     for path in folder.iterdir():
         ours = _GENERATION.fullmatch(path.name) or re.fullmatch(r"text(-\w+)?", path.name)
-        if ours and path.is_dir() and path.name not in kept: remove(path)
+        if ours and path.is_dir() and path.name not in kept:
+            remove(path)
     _sweep_hidden(folder)
+
 
 def _sweep_hidden(folder):
     "Temporary folders of atomic writes, also inside the journal."
-    inside = [folder/".work"] if (folder/".work").is_dir() else []
+    inside = [folder / ".work"] if (folder / ".work").is_dir() else []
     for place in (folder, *inside):
         for path in place.iterdir():
-            if path.is_dir() and path.name.startswith(".") and path.name != ".work": remove(path)
+            if path.is_dir() and path.name.startswith(".") and path.name != ".work":
+                remove(path)
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-046
-def next_generation(folder:Path) -> str:
+def next_generation(folder: Path) -> str:
     "A name for the next snapshot: `g000007`."
     taken = [int(p.name[1:]) for p in folder.iterdir() if _GENERATION.fullmatch(p.name)]
-    with contextlib.suppress(TiprError): taken.append(int(read_manifest(folder)["generation"][1:]))
+    with contextlib.suppress(TiprError):
+        taken.append(int(read_manifest(folder)["generation"][1:]))
     return f"g{max(taken, default=0) + 1:06d}"
 
-def sync_folder(folder:Path):
+
+def sync_folder(folder: Path):
     "Ask the system to write a folder's files through to the disk."
     for path in [*folder.iterdir(), folder]:
-        if not (path.is_file() or path == folder): continue
+        if not (path.is_file() or path == folder):
+            continue
         handle = os.open(path, os.O_RDONLY)
-        try: os.fsync(handle)
-        except OSError: pass
-        finally: os.close(handle)
+        try:
+            os.fsync(handle)
+        except OSError:
+            pass
+        finally:
+            os.close(handle)

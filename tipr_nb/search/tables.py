@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # %% ../../nbs/08_search/02_tables.ipynb #cell-009
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
-def read_utf(path:str|Path) -> str:
+
+def read_utf(path: str | Path) -> str:
     "A file's text, UTF-8 or marked UTF-16; anything else is one line with the file and the remedy."
     with reading(path, "a text file"):
         data = Path(path).read_bytes()
@@ -36,12 +37,14 @@ def read_utf(path:str|Path) -> str:
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-012
 WHOLE = r"^-?(0|[1-9]\d{0,17})$"
-NUMBER = r"^[+-]?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?$"   # more digits than a float holds stay text
+NUMBER = r"^[+-]?((0|[1-9]\d{0,14})(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?$"  # more digits than a float holds stay text
 TRUTH = r"^(true|True|TRUE|false|False|FALSE)$"
 MOMENT = r"^\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d(:?\d\d)?)?)?$"
 
-def infer_column(column:"pa.ChunkedArray" # texts
-                ) -> "pa.ChunkedArray":
+
+def infer_column(
+    column: "pa.ChunkedArray",  # texts
+) -> "pa.ChunkedArray":
     "Texts as whole numbers, numbers, truth values or times, if every one of them is one; else unchanged."
     pa = need("pyarrow", "search", "reading tables")
     pc = need("pyarrow.compute", "search", "reading tables")
@@ -65,9 +68,10 @@ def _moments(pa, column):
     return column
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-016
-def parse_csv(text:str, # the whole file
-              path:str|Path="the table"
-             ) -> "pa.Table":
+def parse_csv(
+    text: str,  # the whole file
+    path: str | Path = "the table",
+) -> "pa.Table":
     "A table with a first line of names, all columns typed."
     pa = need("pyarrow", "search", "reading tables")
     reader = need("pyarrow.csv", "search", "reading tables")
@@ -75,8 +79,11 @@ def parse_csv(text:str, # the whole file
     separator = max(",;\t", key=first.count)
     names = next(csv.reader([first], delimiter=separator), [])
     parse = reader.ParseOptions(delimiter=separator, newlines_in_values=True)
-    convert = reader.ConvertOptions(column_types={n: pa.string() for n in names}, strings_can_be_null=True,
-                                    quoted_strings_can_be_null=False)
+    convert = reader.ConvertOptions(
+        column_types={n: pa.string() for n in names},
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
     table = reader.read_csv(io.BytesIO(text.encode()), parse_options=parse, convert_options=convert)
     columns = [c.cast(pa.string()) for c in table.columns]
     if separator == ";":
@@ -91,7 +98,7 @@ def _decimal_commas(column):
     return pc.replace_substring(column, ",", ".") if numbers else column
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-021
-def column_name(name:str, taken:Iterable[str]=()) -> str:
+def column_name(name: str, taken: Iterable[str] = ()) -> str:
     "`name` as an identifier that a filter can use and that is not in `taken`."
     safe = re.sub(r"\W+", "_", str(name).strip()).strip("_") or "column"
     if safe[0].isdigit():
@@ -103,13 +110,16 @@ def column_name(name:str, taken:Iterable[str]=()) -> str:
     return safe
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-023
-def tidy_table(table:"pa.Table", path:str|Path="the table") -> "pa.Table":
+def tidy_table(table: "pa.Table", path: str | Path = "the table") -> "pa.Table":
     "The same table with identifiers for names and one of five types per column."
     pa = need("pyarrow", "search", "reading tables")
-    names:list[str] = []
+    names: list[str] = []
     for name in table.column_names:
         names.append(column_name(name, names))
-    columns = [_tidy_column(pa, column, f"{path}: column {name}") for name, column in zip(names, table.columns)]
+    columns = [
+        _tidy_column(pa, column, f"{path}: column {name}")
+        for name, column in zip(names, table.columns)
+    ]
     return pa.table(columns, names=names)
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-024
@@ -133,9 +143,11 @@ def _tidy_column(pa, column, where):
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return _as_text(pa, column)
 
+
 def _as_text(pa, column):
     texts = [None if v is None else str(v) for v in column.to_pylist()]
     return pa.chunked_array([pa.array(texts, pa.string())])
+
 
 def _checked_times(pa, column, where):
     "Microseconds; a time that no calendar has (a year beyond 9999) is refused."
@@ -148,25 +160,55 @@ def _checked_times(pa, column, where):
     except pa.ArrowInvalid:
         inside = False
     if not inside:
-        raise TiprError(f"{where} holds times beyond the years 1 to 9999; correct them or store them as text")
+        raise TiprError(
+            f"{where} holds times beyond the years 1 to 9999; correct them or store them as text"
+        )
     return times
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-028
-PATH_NAMES = ("path", "file", "file_path", "filepath", "image", "img_path", "image_path", "filename", "file_name",
-              "photo", "img")
-PERSON_LABELS = frozenset("person persons pedestrian pedestrians people human man woman boy girl child".split())
-NESTED = ("detections", "predictions", "objects", "instances", "annotations", "people", "persons", "boxes", "bboxes")
-BULKY = frozenset(("segmentation", "keypoints", "mask", "features"))   # nothing that a filter could use
+PATH_NAMES = (
+    "path",
+    "file",
+    "file_path",
+    "filepath",
+    "image",
+    "img_path",
+    "image_path",
+    "filename",
+    "file_name",
+    "photo",
+    "img",
+)
+PERSON_LABELS = frozenset(
+    "person persons pedestrian pedestrians people human man woman boy girl child".split()
+)
+NESTED = (
+    "detections",
+    "predictions",
+    "objects",
+    "instances",
+    "annotations",
+    "people",
+    "persons",
+    "boxes",
+    "bboxes",
+)
+BULKY = frozenset(
+    ("segmentation", "keypoints", "mask", "features")
+)  # nothing that a filter could use
+
 
 @dataclass
 class TableRows:
     "Records of a file, and sentences about what was left out of it."
+
     records: list[dict]
     notes: list[str] = field(default_factory=list)
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-030
-def four_numbers(box:Any # list or text of four numbers
-                ) -> list[float]:
+def four_numbers(
+    box: Any,  # list or text of four numbers
+) -> list[float]:
     "Four finite numbers, or an error."
     if isinstance(box, str):
         box = re.findall(r"[-+.\deE]+", box)
@@ -179,12 +221,12 @@ def four_numbers(box:Any # list or text of four numbers
     return values
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-032
-def coco_rows(data:dict) -> TableRows:
+def coco_rows(data: dict) -> TableRows:
     "COCO's annotations of persons as rows with corners."
     names = {im["id"]: im["file_name"] for im in data["images"]}
     labels = {c["id"]: str(c.get("name", c["id"])) for c in data.get("categories") or ()}
     persons = _person_ids(labels, {a.get("category_id") for a in data["annotations"]})
-    left:Counter = Counter()
+    left: Counter = Counter()
     records = []
     for a in data["annotations"]:
         if a.get("image_id") not in names:
@@ -210,6 +252,7 @@ def _person_ids(labels, used):
         raise TiprError(f"no category is called person (there are {known}); rename the one that is")
     return used if len(used) == 1 else {1, None}
 
+
 def _coco_record(name, annotation):
     x, y, width, height = four_numbers(annotation["bbox"])
     record = dict(path=name, x0=x, y0=y, x1=x + width, y1=y + height)
@@ -220,11 +263,11 @@ def _coco_record(name, annotation):
     return record | {k: facts[k] for k in ("track_id", "occluded", "truncated") if k in facts}
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-035
-def megadetector_rows(data:dict) -> TableRows:
+def megadetector_rows(data: dict) -> TableRows:
     "MegaDetector's persons as rows with corners, in fractions of the picture."
     labels = data.get("detection_categories") or {"1": "animal", "2": "person", "3": "vehicle"}
     persons = {i for i, name in labels.items() if str(name).lower() in PERSON_LABELS}
-    left:Counter = Counter()
+    left: Counter = Counter()
     records = []
     for image in data["images"]:
         if image.get("failure"):
@@ -239,14 +282,19 @@ def megadetector_rows(data:dict) -> TableRows:
     return TableRows(records, [f"{n} {what} left out" for what, n in left.items()])
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-038
-def record_rows(record:dict # of one picture or of one person
-               ) -> list[dict]:
+def record_rows(
+    record: dict,  # of one picture or of one person
+) -> list[dict]:
     "One row per box."
     key = next((k for k in NESTED if isinstance(record.get(k), list)), None)
     if key is None:
         return [_flat(record)]
     shared = {k: v for k, v in record.items() if not isinstance(v, list)}
-    lists = {k.rstrip("s"): v for k, v in record.items() if k in ("scores", "labels", "classes", "tracks", "ids")}
+    lists = {
+        k.rstrip("s"): v
+        for k, v in record.items()
+        if k in ("scores", "labels", "classes", "tracks", "ids")
+    }
     box = "bbox" if key == "bboxes" else "box"
     rows = []
     for i, entry in enumerate(record[key]):
@@ -267,8 +315,9 @@ def _flat(record):
     return flat
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-041
-def json_rows(data:Any # what a JSON file holds
-             ) -> TableRows:
+def json_rows(
+    data: Any,  # what a JSON file holds
+) -> TableRows:
     "Rows of any of the shapes above."
     if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
         return coco_rows(data)
@@ -280,19 +329,28 @@ def json_rows(data:Any # what a JSON file holds
         data = [{"path": name, "boxes": boxes} for name, boxes in data.items()]
     if isinstance(data, list) and all(isinstance(r, dict) for r in data):
         return TableRows([row for record in data for row in record_rows(record)])
-    raise TiprError('expected {"file": [[x0, y0, x1, y1], ...]}, a list of records, COCO or MegaDetector')
+    raise TiprError(
+        'expected {"file": [[x0, y0, x1, y1], ...]}, a list of records, COCO or MegaDetector'
+    )
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-044
-MOT_PEOPLE = (1, 2, 7)   # pedestrian, person on a vehicle, static person
+MOT_PEOPLE = (1, 2, 7)  # pedestrian, person on a vehicle, static person
 
-def mot_rows(text:str, path:str|Path="the file") -> TableRows:
+
+def mot_rows(text: str, path: str | Path = "the file") -> TableRows:
     "Rows of a MOT file; `frame` stands for the file name."
-    lines = [re.split(r"[,;\s]+", line.strip().rstrip(",")) for line in text.splitlines() if line.strip()]
+    lines = [
+        re.split(r"[,;\s]+", line.strip().rstrip(",")) for line in text.splitlines() if line.strip()
+    ]
     try:
         values = [[float(v) for v in line] for line in lines]
     except ValueError:
-        raise TiprError(f"{path}: neither a table with names in its first line nor a MOT file of numbers") from None
-    short = next((i for i, v in enumerate(values) if len(v) < 6 or not all(map(math.isfinite, v))), None)
+        raise TiprError(
+            f"{path}: neither a table with names in its first line nor a MOT file of numbers"
+        ) from None
+    short = next(
+        (i for i, v in enumerate(values) if len(v) < 6 or not all(map(math.isfinite, v))), None
+    )
     if short is not None:
         columns = "frame, id, left, top, width, height"
         raise TiprError(f"{path}: row {short + 1}: a MOT file has {columns}; correct that row")
@@ -300,7 +358,11 @@ def mot_rows(text:str, path:str|Path="the file") -> TableRows:
     kept = [v for v in values if not (truth and v[6] == 0)]
     people = [v for v in kept if not (truth and len(v) > 7 and v[7] > 0 and v[7] not in MOT_PEOPLE)]
     left = len(values) - len(people)
-    notes = [f"{left} rows of a MOT ground truth left out (to be ignored, or no pedestrians)"] if left else []
+    notes = (
+        [f"{left} rows of a MOT ground truth left out (to be ignored, or no pedestrians)"]
+        if left
+        else []
+    )
     return TableRows([_mot_record(v, truth) for v in people], notes)
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-045
@@ -315,30 +377,46 @@ def _mot_record(v, truth):
 # %% ../../nbs/08_search/02_tables.ipynb #cell-048
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".json", ".jsonl", ".ndjson")
 
+
 class Table(NamedTuple):
     "A tidy table and sentences about what was left out of it."
+
     table: "pa.Table"
     notes: list[str]
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-050
-def load_table(source:Any # file (CSV, TSV, Parquet, JSON, JSONL, MOT), Arrow table or DataFrame
-              ) -> Table:
+def load_table(
+    source: Any,  # file (CSV, TSV, Parquet, JSON, JSONL, MOT), Arrow table or DataFrame
+) -> Table:
     "Read a table; what cannot be read is one line with the file's name and the row."
     pa = need("pyarrow", "search", "reading tables")
     if hasattr(source, "column_names"):
         return Table(_checked(source, "the table"), [])
-    if hasattr(source, "iloc"):   # a DataFrame
+    if hasattr(source, "iloc"):  # a DataFrame
         return Table(_checked(pa.Table.from_pandas(source, preserve_index=False), "the table"), [])
     path = Path(source)
     if not path.is_file():
-        raise TiprError(f"{path}: {'a folder; name the table in it' if path.is_dir() else 'no such file'}")
+        raise TiprError(
+            f"{path}: {'a folder; name the table in it' if path.is_dir() else 'no such file'}"
+        )
     try:
         table, notes = _read_by_suffix(pa, path)
     except TiprError as e:
         raise e if str(e).startswith(str(path)) else TiprError(f"{path}: {e}") from None
-    except (pa.ArrowException, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
-            ValueError) as e:
-        reason = f"no {e.args[0]!r}" if isinstance(e, KeyError) else (str(e).splitlines() or [type(e).__name__])[0]
+    except (
+        pa.ArrowException,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as e:
+        reason = (
+            f"no {e.args[0]!r}"
+            if isinstance(e, KeyError)
+            else (str(e).splitlines() or [type(e).__name__])[0]
+        )
         raise TiprError(f"{path}: not a readable table: {reason[:200]}; correct that row") from None
     return Table(_checked(table, path), notes)
 
@@ -347,6 +425,7 @@ def _checked(table, path):
     if not table.num_rows:
         raise TiprError(f"{path}: the table has no rows")
     return table
+
 
 def _read_by_suffix(pa, path):
     "The table as it stands in the file, and notes."
@@ -359,15 +438,19 @@ def _read_by_suffix(pa, path):
         return _arrow(pa, json_rows([record for _, record in read_jsonl(path)]))
     text = read_utf(path)
     first = text.lstrip().partition("\n")[0]
-    if suffix == ".txt" or re.fullmatch(r"\s*-?\d+\s*,\s*-?\d+(\s*,\s*[-+.\deE]+){4,8},?\s*", first):
+    if suffix == ".txt" or re.fullmatch(
+        r"\s*-?\d+\s*,\s*-?\d+(\s*,\s*[-+.\deE]+){4,8},?\s*", first
+    ):
         return _arrow(pa, mot_rows(text, path))
     return parse_csv(text, path), []
+
 
 def _arrow(pa, rows):
     "Records as columns, in the order in which names appear; a column of mixed kinds becomes text."
     names = list(dict.fromkeys(k for r in rows.records for k in r))
     columns = [_arrow_column(pa, [r.get(n) for r in rows.records]) for n in names]
     return pa.table(columns, names=[str(n) for n in names]), rows.notes
+
 
 def _arrow_column(pa, values):
     try:
@@ -376,7 +459,10 @@ def _arrow_column(pa, values):
         return pa.array([None if v is None else str(v) for v in values], pa.string())
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-052
-def read_table(path:Any # file, Arrow table or DataFrame
-              ) -> "pa.Table":
+def read_table(
+    path: Any,  # file, Arrow table or DataFrame
+) -> "pa.Table":
     "The table alone, with identifiers for names and five types."
-    return tidy_table(load_table(path).table, path if isinstance(path, (str, Path)) else "the table")
+    return tidy_table(
+        load_table(path).table, path if isinstance(path, (str, Path)) else "the table"
+    )

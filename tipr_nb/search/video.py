@@ -20,7 +20,8 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence, TYPE
 import numpy as np
 from PIL import Image
 from ..core import TiprError, cache_dir, locked, need, os_errors, progress
-from .boxes import PhotoSources, attach_metadata, attach_pattern, find_photos, gather_sources, photos_of
+from .boxes import (PhotoSources, attach_metadata, attach_pattern, find_photos,
+    gather_sources, photos_of)
 from .detectors import Found, detected_people
 from .photos import (EXCLUDED, OS_REASONS, Photo, PhotoError, Photos,
     decode_picture, first_line, os_reason)
@@ -30,26 +31,28 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-009
-JUMP = 10.   # seconds; a moment further ahead is jumped to
+JUMP = 10.0  # seconds; a moment further ahead is jumped to
+
 
 class FilmReader:
     "Frames of one film by their time."
-    def __init__(self, path:str|Path):
+
+    def __init__(self, path: str | Path):
         self.av = need("av", "video", "reading films")
         self.path = os.fspath(path)
         try:
             self.container = self.av.open(self.path)
-        except (OSError, ValueError) as e:   # FFmpeg's errors are of these kinds, too
+        except (OSError, ValueError) as e:  # FFmpeg's errors are of these kinds, too
             raise PhotoError(f"cannot be opened as a film ({_reason(e)})") from None
         if not self.container.streams.video:
             raise PhotoError("no pictures in it, only sound")
         self.stream = self.container.streams.video[0]
         self.stream.thread_type = "AUTO"
         self.base = float(self.stream.time_base or 0.001)
-        self.first = (self.stream.start_time or 0)*self.base
-        self.frames:Iterator|None = None
-        self.last:Any = None     # the frame decoded last
-        self.at = -math.inf      # its time
+        self.first = (self.stream.start_time or 0) * self.base
+        self.frames: Iterator | None = None
+        self.last: Any = None  # the frame decoded last
+        self.at = -math.inf  # its time
 
     def close(self) -> None:
         "Let go of the file."
@@ -59,10 +62,10 @@ class FilmReader:
     def seconds(self) -> float:
         "Length as the header says it; 0 where it does not."
         if self.stream.duration:
-            return float(self.stream.duration*self.base)
-        return float((self.container.duration or 0)/1e6)
+            return float(self.stream.duration * self.base)
+        return float((self.container.duration or 0) / 1e6)
 
-    def picture(self, seconds:float) -> Image.Image: # RGB, upright
+    def picture(self, seconds: float) -> Image.Image:  # RGB, upright
         "The frame that is shown at a time."
         try:
             frame = self._frame(seconds)
@@ -82,14 +85,14 @@ class FilmReader:
             return self.last
         for frame in self.frames:
             self.last = frame
-            self.at = (frame.time or 0.) - self.first
+            self.at = (frame.time or 0.0) - self.first
             if self.at >= seconds - self._half():
                 return frame
         self.frames = None
         return None
 
     def _jump(self, seconds):
-        offset = max(0, int((seconds + self.first - 1)/self.base))
+        offset = max(0, int((seconds + self.first - 1) / self.base))
         self.container.seek(offset, stream=self.stream, backward=True)
         self.frames = self.container.decode(self.stream)
         self.last = None
@@ -98,20 +101,21 @@ class FilmReader:
     def _half(self):
         "Half the time that a frame is shown."
         rate = float(self.stream.average_rate or 25)
-        return .5/max(rate, .1)
+        return 0.5 / max(rate, 0.1)
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-010
-def _reason(e:BaseException) -> str:
+def _reason(e: BaseException) -> str:
     "FFmpeg's words without the path."
     if isinstance(e, OSError) and e.errno in OS_REASONS:
         return os_reason(e)
     return str(getattr(e, "strerror", None) or first_line(e))
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-012
-def write_film(path:str|Path, # .mp4, .avi, ...
-               pictures:Iterable[Image.Image], # all of one size
-               rate:int=10 # frames per second
-              ) -> None:
+def write_film(
+    path: str | Path,  # .mp4, .avi, ...
+    pictures: Iterable[Image.Image],  # all of one size
+    rate: int = 10,  # frames per second
+) -> None:
     "A film from pictures."
     av = need("av", "video", "writing films")
     with av.open(os.fspath(path), "w") as container:
@@ -128,17 +132,23 @@ def write_film(path:str|Path, # .mp4, .avi, ...
             container.mux(packet)
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-018
-def moment_name(film:str, seconds:float) -> str:
+def moment_name(film: str, seconds: float) -> str:
     "The name of a moment: `yard.mp4#t=12.000`."
     return f"{film}#t={seconds:.3f}"
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-019
 @lru_cache(maxsize=4096)
-def film_key(path:str, size:int, mtime:int, # as they were when the film was found
-             whole:int=1 << 26, block:int=1 << 16, n:int=64) -> str:
+def film_key(
+    path: str,
+    size: int,
+    mtime: int,  # as they were when the film was found
+    whole: int = 1 << 26,
+    block: int = 1 << 16,
+    n: int = 64,
+) -> str:
     "Hash of a film's content; of size and `n` blocks where it has more than `whole` bytes."
     digest = hashlib.sha256(str(size).encode())
-    starts = [i*(size - block)//(n - 1) for i in range(n)]
+    starts = [i * (size - block) // (n - 1) for i in range(n)]
     try:
         with open(path, "rb") as f:
             if size <= whole:
@@ -153,8 +163,9 @@ def film_key(path:str, size:int, mtime:int, # as they were when the film was fou
     return digest.hexdigest()
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-020
-def moment_key(photo:Photo # with `seconds`
-              ) -> str:
+def moment_key(
+    photo: Photo,  # with `seconds`
+) -> str:
     "A stable content key: the film's content and the time."
     film = film_key(photo.file, photo.size, photo.mtime)
     return hashlib.sha256(f"{film} t={photo.seconds:.3f}".encode()).hexdigest()
@@ -162,12 +173,13 @@ def moment_key(photo:Photo # with `seconds`
 # %% ../../nbs/08_search/05_video.ipynb #cell-023
 class OpenFilms:
     "A few open films; one thread at a time decodes."
-    def __init__(self, most:int=4):
+
+    def __init__(self, most: int = 4):
         self.most = most
         self.lock = threading.Lock()
-        self.readers:OrderedDict[tuple, FilmReader] = OrderedDict()
+        self.readers: OrderedDict[tuple, FilmReader] = OrderedDict()
 
-    def picture(self, path:str, seconds:float) -> Image.Image:
+    def picture(self, path: str, seconds: float) -> Image.Image:
         "The frame of a film at a time."
         try:
             facts = os.stat(path)
@@ -182,11 +194,13 @@ class OpenFilms:
                 self.readers.popitem(last=False)[1].close()
             return self.readers[key].picture(seconds)
 
+
 _open_films = OpenFilms()
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-024
-def read_moment(photo:Photo|str|Path # a moment, a picture, or the path of either
-               ) -> Image.Image: # RGB, upright
+def read_moment(
+    photo: Photo | str | Path,  # a moment, a picture, or the path of either
+) -> Image.Image:  # RGB, upright
     "The whole picture behind a photo or a path; raises `PhotoError`."
     path = photo.path if isinstance(photo, Photo) else os.fspath(photo)
     film, marked, seconds = path.rpartition("#t=")
@@ -198,9 +212,12 @@ def read_moment(photo:Photo|str|Path # a moment, a picture, or the path of eithe
         raise PhotoError(os_reason(e)) from None
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-028
-START = re.compile(r"((?:19|20)\d\d)[-_.]?(\d\d)[-_.]?(\d\d)[T _.-]*(\d\d)[-_.:h]?(\d\d)(?:[-_.:m]?(\d\d))?(?!\d)")
+START = re.compile(
+    r"((?:19|20)\d\d)[-_.]?(\d\d)[-_.]?(\d\d)[T _.-]*(\d\d)[-_.:h]?(\d\d)(?:[-_.:m]?(\d\d))?(?!\d)"
+)
 
-def film_start(name:str) -> tuple[datetime|None, str]: # when it starts, camera
+
+def film_start(name: str) -> tuple[datetime | None, str]:  # when it starts, camera
     "What a film's name says."
     stem = os.path.splitext(os.path.basename(name))[0]
     folder = os.path.basename(os.path.dirname(name))
@@ -210,23 +227,26 @@ def film_start(name:str) -> tuple[datetime|None, str]: # when it starts, camera
             start = datetime(year, month, day, hour, minute, second)
         except ValueError:
             continue
-        camera = (stem[:match.start()] + stem[match.end():]).strip(" _-.")
+        camera = (stem[: match.start()] + stem[match.end() :]).strip(" _-.")
         return start, camera or folder or stem
     return None, stem
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-030
-def parse_every(every:float|str # 0.5, "500ms", "1s", "2m"
-               ) -> float: # seconds
+def parse_every(
+    every: float | str,  # 0.5, "500ms", "1s", "2m"
+) -> float:  # seconds
     "How often a film is looked at."
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})\s*(ms|s|m|min|h)?\s*", str(every))
-    units = {"ms": .001, None: 1., "s": 1., "m": 60., "min": 60., "h": 3600.}
-    seconds = float(match[1])*units[match[2]] if match else 0.
-    if not .01 <= seconds <= 86_400:
-        raise TiprError(f"every={str(every)[:40]!r}: a time from 0.01 s to a day, such as 1s, 500ms or 2m")
+    units = {"ms": 0.001, None: 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+    seconds = float(match[1]) * units[match[2]] if match else 0.0
+    if not 0.01 <= seconds <= 86_400:
+        raise TiprError(
+            f"every={str(every)[:40]!r}: a time from 0.01 s to a day, such as 1s, 500ms or 2m"
+        )
     return seconds
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-032
-def parse_start(start:str|datetime) -> datetime:
+def parse_start(start: str | datetime) -> datetime:
     "A time without a zone."
     try:
         when = start if isinstance(start, datetime) else datetime.fromisoformat(str(start))
@@ -237,18 +257,20 @@ def parse_start(start:str|datetime) -> datetime:
 # %% ../../nbs/08_search/05_video.ipynb #cell-036
 class FilmPeople(NamedTuple):
     "Who was found in a film, frame by frame."
+
     seconds: list[float]
     people: list[list[Found]]
-    problem: str = ""    # why it ends early
+    problem: str = ""  # why it ends early
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-037
 class DetectionLog:
     "Detections of one film, a line per frame; the first line says of what."
-    def __init__(self, path:Path, head:dict):
+
+    def __init__(self, path: Path, head: dict):
         self.path, self.head = path, head
-        self.frames:list[dict] = []
+        self.frames: list[dict] = []
         self.ended = False
-        self.problem = ""    # why the film ended early
+        self.problem = ""  # why the film ended early
         self._recover()
 
     def _recover(self):
@@ -274,7 +296,7 @@ class DetectionLog:
             if not good:
                 self.add(self.head)
 
-    def add(self, record:dict) -> None:
+    def add(self, record: dict) -> None:
         "Write a line."
         with os_errors(self.path), open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
@@ -293,22 +315,25 @@ class DetectionLog:
         return FilmPeople(seconds, found, self.problem)
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-039
-def film_times(reader:FilmReader, every:float) -> list[float]:
+def film_times(reader: FilmReader, every: float) -> list[float]:
     "Moments from the start of a film, as far as its header says."
-    n = math.floor(max(reader.seconds - 1e-3, 0)/every) + 1
-    return [round(i*every, 3) for i in range(n)]
+    n = math.floor(max(reader.seconds - 1e-3, 0) / every) + 1
+    return [round(i * every, 3) for i in range(n)]
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-041
-def film_people(photo:Photo, # the film, with size and time
-                every:float, # seconds
-                detector:Callable, # picture -> boxes
-                keep:str|Path # folder of what was detected already
-               ) -> FilmPeople:
+def film_people(
+    photo: Photo,  # the film, with size and time
+    every: float,  # seconds
+    detector: Callable,  # picture -> boxes
+    keep: str | Path,  # folder of what was detected already
+) -> FilmPeople:
     "People at each moment of a film; resumable."
-    name = str(getattr(detector, "name", getattr(detector, "__qualname__", type(detector).__qualname__)))
+    name = str(
+        getattr(detector, "name", getattr(detector, "__qualname__", type(detector).__qualname__))
+    )
     key = film_key(photo.file, photo.size, photo.mtime)
     head = dict(format=1, film=key, every=every, detector=name)
-    path = Path(keep)/f"{hashlib.sha256(json.dumps(head).encode()).hexdigest()[:24]}.jsonl"
+    path = Path(keep) / f"{hashlib.sha256(json.dumps(head).encode()).hexdigest()[:24]}.jsonl"
     with locked(path):
         log = DetectionLog(path, head)
         if not log.ended:
@@ -322,39 +347,48 @@ def _detect(log, photo, every, detector):
     "Detect in the moments that are not in the log yet; returns why the film ended early."
     reader = FilmReader(photo.file)
     try:
-        times = film_times(reader, every)[len(log.frames):]
+        times = film_times(reader, every)[len(log.frames) :]
         for seconds in progress(times, f"detecting in {os.path.basename(photo.file)}"):
             people = detected_people(detector, reader.picture(seconds))
             log.add(dict(t=seconds, people=[[*p.box, p.confidence] for p in people]))
     except PhotoError as e:
         if str(e).startswith("the detector failed"):
             raise TiprError(f"{photo.file}: {e}") from None
-        at_end = reader.seconds - seconds < max(1., 2*every)   # headers round the length up
+        at_end = reader.seconds - seconds < max(1.0, 2 * every)  # headers round the length up
         return "" if at_end else f"{e}; its header promises {reader.seconds:.0f} s"
     finally:
         reader.close()
     return ""
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-047
-TRACK_EVERY = .5   # seconds; further apart, walkers cannot be followed
+TRACK_EVERY = 0.5  # seconds; further apart, walkers cannot be followed
 
-def follow(people:Sequence[Sequence[Found]], # found in each frame
-           every:float, # seconds between frames
-           patience:float=3. # seconds that somebody may be hidden
-          ) -> list[list[int]]: # track of each person, counted from 1 in order of appearance
+
+def follow(
+    people: Sequence[Sequence[Found]],  # found in each frame
+    every: float,  # seconds between frames
+    patience: float = 3.0,  # seconds that somebody may be hidden
+) -> list[list[int]]:  # track of each person, counted from 1 in order of appearance
     "One number per person, the same in all frames; somebody seen once has a number of their own."
     trackers = need("trackers", "video", "following people")
     supervision = need("supervision", "video", "following people")
-    tracker = trackers.ByteTrackTracker(lost_track_buffer=round(30*patience), frame_rate=1/every,
-                                        minimum_consecutive_frames=1, minimum_iou_threshold=.1,
-                                        track_activation_threshold=.1, high_conf_det_threshold=.5,
-                                        iou=trackers.BIoU(1.))
+    tracker = trackers.ByteTrackTracker(
+        lost_track_buffer=round(30 * patience),
+        frame_rate=1 / every,
+        minimum_consecutive_frames=1,
+        minimum_iou_threshold=0.1,
+        track_activation_threshold=0.1,
+        high_conf_det_threshold=0.5,
+        iou=trackers.BIoU(1.0),
+    )
     numbers = []
     births = Births()
     for i, found in enumerate(people):
         boxes = np.array([p.box for p in found], np.float32).reshape(-1, 4)
-        sure = np.full(len(boxes), .9, np.float32)   # all have passed the detector's own threshold
-        detections = supervision.Detections(boxes, confidence=sure, data={"at": np.arange(len(boxes))})
+        sure = np.full(len(boxes), 0.9, np.float32)  # all have passed the detector's own threshold
+        detections = supervision.Detections(
+            boxes, confidence=sure, data={"at": np.arange(len(boxes))}
+        )
         tracked = tracker.update(detections)
         numbers.append(track_numbers(tracked, len(boxes)))
         births.note(tracker.tracks, i, tracked)
@@ -363,10 +397,12 @@ def follow(people:Sequence[Sequence[Found]], # found in each frame
     return in_order(numbers)
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-049
-def track_numbers(tracked:Any, # supervision's detections
-                  n:int) -> list[int]:
+def track_numbers(
+    tracked: Any,  # supervision's detections
+    n: int,
+) -> list[int]:
     "The tracker's number of each of `n` detections; -1 for none yet."
-    numbers = [-1]*n
+    numbers = [-1] * n
     if tracked.tracker_id is not None:
         for at, number in zip(tracked.data.get("at", ()), tracked.tracker_id):
             numbers[int(at)] = int(number)
@@ -375,16 +411,25 @@ def track_numbers(tracked:Any, # supervision's detections
 # %% ../../nbs/08_search/05_video.ipynb #cell-050
 class Births:
     "Which detection each track began with."
-    def __init__(self):
-        self.tracks:list = []                         # the tracker's own objects
-        self.places:list[tuple[int, int]] = []        # (frame, detection)
 
-    def note(self, tracks:Sequence, # the tracker's, after the frame
-             frame:int, tracked:Any) -> None:
+    def __init__(self):
+        self.tracks: list = []  # the tracker's own objects
+        self.places: list[tuple[int, int]] = []  # (frame, detection)
+
+    def note(
+        self,
+        tracks: Sequence,  # the tracker's, after the frame
+        frame: int,
+        tracked: Any,
+    ) -> None:
         "New tracks stand in the order of the detections that have no number."
         known = set(map(id, self.tracks))
         new = [t for t in tracks if id(t) not in known]
-        first = [int(at) for at, number in zip(tracked.data.get("at", ()), tracked.tracker_id) if number < 0]
+        first = [
+            int(at)
+            for at, number in zip(tracked.data.get("at", ()), tracked.tracker_id)
+            if number < 0
+        ]
         self.tracks += new
         self.places += [(frame, at) for _, at in zip(new, first)]
 
@@ -393,10 +438,11 @@ class Births:
         return [(place, int(track.tracker_id)) for place, track in zip(self.places, self.tracks)]
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-051
-def in_order(numbers:Sequence[Sequence[int]] # of each frame; -1: a person seen once
-            ) -> list[list[int]]:
+def in_order(
+    numbers: Sequence[Sequence[int]],  # of each frame; -1: a person seen once
+) -> list[list[int]]:
     "Numbers from 1 in order of appearance."
-    known:dict[int, int] = {}
+    known: dict[int, int] = {}
     count = 0
     ordered = []
     for frame in numbers:
@@ -416,23 +462,27 @@ def in_order(numbers:Sequence[Sequence[int]] # of each frame; -1: a person seen 
 @dataclass
 class FilmOptions:
     "How films are looked at."
-    every: float|str = 1.              # seconds between indexed moments
-    start: str|datetime|None = None    # when a film starts whose name does not say it
-    camera: str|None = None            # its camera; None: from the name
-    detector: Callable|None = None     # picture -> boxes; None: whole frames
-    track: bool = True                 # follow people from moment to moment
-    keep: str|Path|None = None         # folder of detections; None: the cache
+
+    every: float | str = 1.0  # seconds between indexed moments
+    start: str | datetime | None = None  # when a film starts whose name does not say it
+    camera: str | None = None  # its camera; None: from the name
+    detector: Callable | None = None  # picture -> boxes; None: whole frames
+    track: bool = True  # follow people from moment to moment
+    keep: str | Path | None = None  # folder of detections; None: the cache
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-057
 class Moments(NamedTuple):
     "Moments of a film, with a row of facts for each box (or each whole frame)."
+
     photos: list[Photo]
     rows: list[dict]
     problems: list[str]
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-058
-def film_moments(photo:Photo, # the film
-                 options:FilmOptions) -> Moments:
+def film_moments(
+    photo: Photo,  # the film
+    options: FilmOptions,
+) -> Moments:
     "The moments of a film that are to be indexed; their `rows` count from 0."
     every = parse_every(options.every)
     start, camera = film_start(photo.name)
@@ -441,7 +491,9 @@ def film_moments(photo:Photo, # the film
         start = parse_start(options.start)
     moments = Moments([], [], [])
     for seconds, people, tracks in _seen(photo, every, options, moments.problems):
-        row = facts | dict(seconds=seconds, taken=start + timedelta(seconds=seconds) if start else None)
+        row = facts | dict(
+            seconds=seconds, taken=start + timedelta(seconds=seconds) if start else None
+        )
         where = photo._replace(name=moment_name(photo.name, seconds), seconds=seconds)
         if people is None:
             moments.photos.append(where._replace(rows=(len(moments.rows),)))
@@ -449,7 +501,9 @@ def film_moments(photo:Photo, # the film
         elif people:
             first = len(moments.rows)
             boxes = tuple(p.box for p in people)
-            moments.photos.append(where._replace(boxes=boxes, rows=tuple(range(first, first + len(boxes)))))
+            moments.photos.append(
+                where._replace(boxes=boxes, rows=tuple(range(first, first + len(boxes))))
+            )
             for person, track in zip(people, tracks):
                 name = None if track is None else f"{photo.name}#{track}"
                 moments.rows.append(row | dict(track=name, confidence=person.confidence))
@@ -464,29 +518,32 @@ def _seen(photo, every, options, problems):
         reader.close()
         yield from ((t, None, None) for t in times)
         return
-    between = max(1, math.ceil(every/TRACK_EVERY)) if options.track else 1
-    step = every/between
-    found = film_people(photo, step, options.detector, options.keep or cache_dir()/"films")
+    between = max(1, math.ceil(every / TRACK_EVERY)) if options.track else 1
+    step = every / between
+    found = film_people(photo, step, options.detector, options.keep or cache_dir() / "films")
     if found.problem:
         problems.append(found.problem)
-    tracks = follow(found.people, step) if options.track else [[None]*len(p) for p in found.people]
+    tracks = (
+        follow(found.people, step) if options.track else [[None] * len(p) for p in found.people]
+    )
     for i in range(0, len(found.seconds), between):
         yield found.seconds[i], found.people[i], tracks[i]
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-061
-def find_media(sources:Any, # folder, glob, film, picture or table; or a list of them
-               boxes:Any=None, # table of boxes in pictures
-               metadata:Any=None, # table of facts by file name; a film's row speaks of all its moments
-               pattern:str|None=None, # regular expression on the name; its named groups become columns
-               exclude:Sequence[str]=EXCLUDED, # patterns of names to leave out
-               box_format:str|None=None, # what a column called bbox holds
-               every:float|str|None=None, # seconds between moments of films; None: films are left out
-               start:str|datetime|None=None, # when a film starts whose name does not say it
-               camera:str|None=None, # of the films; None: from their names
-               detector:Callable|None=None, # picture -> boxes, for films
-               track:bool=True, # follow people through films
-               keep:str|Path|None=None # folder of what was detected in films
-              ) -> Photos:
+def find_media(
+    sources: Any,  # folder, glob, film, picture or table; or a list of them
+    boxes: Any = None,  # table of boxes in pictures
+    metadata: Any = None,  # table of facts by file name; a film's row speaks of all its moments
+    pattern: str | None = None,  # regular expression on the name; its named groups become columns
+    exclude: Sequence[str] = EXCLUDED,  # patterns of names to leave out
+    box_format: str | None = None,  # what a column called bbox holds
+    every: float | str | None = None,  # seconds between moments of films; None: films are left out
+    start: str | datetime | None = None,  # when a film starts whose name does not say it
+    camera: str | None = None,  # of the films; None: from their names
+    detector: Callable | None = None,  # picture -> boxes, for films
+    track: bool = True,  # follow people through films
+    keep: str | Path | None = None,  # folder of what was detected in films
+) -> Photos:
     "Photos and moments of films, with boxes, tracks and metadata attached."
     if every is None:
         return find_photos(sources, boxes, metadata, pattern, exclude, box_format)
@@ -499,21 +556,28 @@ def find_media(sources:Any, # folder, glob, film, picture or table; or a list of
     if pattern is not None:
         attach_pattern(photos, pattern)
     if not photos.items and not photos.problems:
-        raise TiprError(f"{gathered.shown}: neither pictures nor films there ({gathered.others.total()} other files)")
+        raise TiprError(
+            f"{gathered.shown}: neither pictures nor films there ({gathered.others.total()} other files)"
+        )
     return photos
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-062
-def add_films(photos:Photos, # changed
-              gathered:PhotoSources, options:FilmOptions) -> None:
+def add_films(
+    photos: Photos,  # changed
+    gathered: PhotoSources,
+    options: FilmOptions,
+) -> None:
     "Add the moments of all films that were found."
     films = gathered.film_photos(photos.problems)
     unknown = [f for f in films if film_start(f.name)[0] is None]
     if options.start is not None and len(unknown) > 1:
         names = ", ".join(f.name for f in unknown[:3])
-        raise TiprError(f"start: {len(unknown)} films have no time in their names ({names}); "
-                        "index them one by one, or rename them")
+        raise TiprError(
+            f"start: {len(unknown)} films have no time in their names ({names}); "
+            "index them one by one, or rename them"
+        )
     n = gathered.listing.offset
-    rows:list[dict] = []
+    rows: list[dict] = []
     for film in films:
         try:
             moments = film_moments(film, options)
@@ -528,14 +592,21 @@ def add_films(photos:Photos, # changed
             photos.problems.append((film.path, "no person found in it"))
     if rows:
         photos.listing = _joined(photos.listing, n, rows)
-    photos.items.sort(key=lambda p: (os.fsencode(p.root), os.fsencode(p.file), p.seconds or 0.))
+    photos.items.sort(key=lambda p: (os.fsencode(p.root), os.fsencode(p.file), p.seconds or 0.0))
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-063
 def _joined(listing, n, rows):
     "The table of photos, then a row for each person in a film."
     pa = need("pyarrow", "search", "films")
-    schema = pa.schema([("camera", pa.string()), ("seconds", pa.float64()), ("taken", pa.timestamp("us")),
-                        ("track", pa.string()), ("confidence", pa.float64())])
+    schema = pa.schema(
+        [
+            ("camera", pa.string()),
+            ("seconds", pa.float64()),
+            ("taken", pa.timestamp("us")),
+            ("track", pa.string()),
+            ("confidence", pa.float64()),
+        ]
+    )
     films = pa.Table.from_pylist(rows, schema)
     if n == 0:
         return films
