@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATTERN', 'TOWER_FILES', 'model_fingerprint', 'as_numpy', 'tokenizer_json', 'clean_text', 'TextTokens',
-           'quiet_exporter', 'trace_onnx', 'export_onnx', 'reads_full', 'export_text_tower', 'onnx_session',
+           'quiet_exporter', 'trace_onnx', 'reads_full', 'export_onnx', 'export_text_tower', 'onnx_session',
            'tower_facts', 'TextTower', 'export_image_tower', 'image_tower_folder', 'write_image_tower', 'ImageTower',
            'image_tower']
 
@@ -148,6 +148,10 @@ def trace_onnx(encoder:Any, # a module
     encoder.train(was_training)
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-027
+def reads_full(encoder:Any) -> bool:
+    "Whether the exported text tower takes captions at full length, padded."
+    return not getattr(encoder, "trims", True) or getattr(encoder, "readout", None) is not None
+
 def export_onnx(encoder:Any, path:str|Path) -> None:
     "The text tower, token ids (b, L) to unit features (b, d), as one ONNX file."
     import torch
@@ -161,10 +165,6 @@ def export_onnx(encoder:Any, path:str|Path) -> None:
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-029
 TOWER_FILES = ("text.onnx", "tokenizer.json", "text.json")
-
-def reads_full(encoder:Any) -> bool:
-    "Whether the exported text tower takes captions at full length, padded."
-    return not getattr(encoder, "trims", True) or getattr(encoder, "readout", None) is not None
 
 def export_text_tower(encoder:Any, # a `PersonCLIP`
                       folder:str|Path, # where `text.onnx`, `tokenizer.json` and `text.json` go
