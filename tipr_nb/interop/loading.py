@@ -20,6 +20,7 @@ from .checkpoints import Checkpoint, read_checkpoint
 from .peers import (IMAGENET, Peer, from_hf_siglip, guess_grid, model_config, name_arch, name_heads,
     recognise, siglip_config)
 from ..models import PersonCLIP, load_strict
+from ..training import best_weights, has_best_weights
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-004
 from open_clip.model import convert_to_custom_text_state_dict
@@ -282,9 +283,9 @@ def own_weights(path: str | Path, image_size: Sequence[int] | None = None) -> Pe
     name = str(path)
     if name in shipped_weights() or f"clip-{name}" in shipped_weights():
         return PersonCLIP.from_pretrained(name, image_size=image_size)
-    best = Path(name).expanduser() / "best"
-    if (best / "config.json").is_file():
-        return PersonCLIP.from_pretrained(best, image_size=image_size)  # a run keeps its weights in best/
+    run = Path(name).expanduser()
+    if has_best_weights(run):
+        return PersonCLIP.from_pretrained(best_weights(run), image_size=image_size)
     return None
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-029
