@@ -22,6 +22,7 @@ from tipr_nb.core import (
     locked,
     progress,
     read_json,
+    read_npy,
 )
 from ..data import LAYOUTS, PersonDataset, load_layout
 from .people import World
@@ -313,5 +314,6 @@ def world_arrays(
         return {}
 
     _build_once(path, dict(settings, seed=seed, captions=captions), write)
-    meta = read_json(path / "captions.json", "remove the folder and build it again")
-    return np.load(path / "images.npy", mmap_mode="r"), meta["captions"], np.array(meta["ids"])
+    remedy = "remove the folder and build it again"
+    meta = read_json(path / "captions.json", remedy, dict)
+    return read_npy(path / "images.npy", True, remedy), meta["captions"], np.array(meta["ids"])
