@@ -102,6 +102,10 @@ _MANIFEST_TYPES = dict(
 _AGAIN = "build the gallery again with `tipr index`"
 
 
+_MOST = dict(count=1 << 40, dim=1 << 20)  # items, numbers in a feature
+_TOWER = re.compile(r"[\w-][\w.-]{0,99}")  # a folder in the gallery
+
+
 class Damaged(TiprError):
     "A gallery whose files are torn, missing or do not agree; indexing again makes it new."
 
@@ -141,6 +145,12 @@ def _check_manifest(folder, manifest):
     wrong = [k for k, kind in _MANIFEST_TYPES.items() if not isinstance(manifest.get(k), kind)]
     if wrong:
         raise Damaged(f"{folder}: gallery.json has no usable {wrong[0]!r}; {_AGAIN}")
+    for name, most in _MOST.items():
+        if not 0 <= manifest[name] <= most:
+            raise Damaged(f"{folder}: gallery.json says {name} {manifest[name]!r:.40}; {_AGAIN}")
+    tower = manifest.get("text_tower")
+    if tower and tower is not True and not (isinstance(tower, str) and _TOWER.fullmatch(tower)):
+        raise Damaged(f"{folder}: gallery.json names no usable text tower; {_AGAIN}")
     if manifest["dtype"] not in ("float32", "float16"):
         raise Damaged(f"{folder}: gallery.json names dtype {manifest['dtype']!r}; {_AGAIN}")
     if not isinstance(manifest.setdefault("sha256", {}), dict):
