@@ -24,3 +24,16 @@ def people(home):
     from tipr_nb.synth import make_synth_pedes
     make_synth_pedes(home/"people", n_ids=(24, 6, 5), seed=1, workers=1)
     return load_dataset("synth-pedes", home/"people")
+
+
+def pytest_terminal_summary(terminalreporter):
+    "How many crash points were tried, by job (see `crash_points.py`)."
+    counts, wrong = {}, 0
+    for report in (r for reports in terminalreporter.stats.values() for r in reports if hasattr(r, "user_properties")):
+        if getattr(report, "when", "") != "call": continue
+        for name, value in report.user_properties:
+            if name == "crash_points": counts[value[0]] = counts.get(value[0], 0) + value[1]
+        if report.failed and "test_crashes" in report.nodeid: wrong += 1
+    if not counts and not wrong: return
+    jobs = ", ".join(f"{job} {n}" for job, n in counts.items())
+    terminalreporter.write_line(f"crash points: {jobs}; {sum(counts.values())} in all, wrong states in {wrong} jobs")

@@ -1,5 +1,5 @@
 """Recipes, the loop, checkpoints, resume, grids."""
-import dataclasses, errno, json, os, random, signal, subprocess, sys, time
+import dataclasses, errno, json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from parallel_run import drawn
 
 from tipr_nb.methods import OBJECTIVES, Objective, register_objective
 from tipr_nb.models import PersonCLIP
@@ -16,7 +18,7 @@ from tipr_nb.data import dataset_from_arrays
 from tipr_nb.training import (Callback, NaNGuard, Retriever, TrainStep, build_encoder, build_objectives, lr_factor, param_groups)
 from tipr_nb.figures import learning_curve
 from tipr_nb.models import Checkpoints
-from tipr_nb.training import data_hash
+from tipr_nb.training import best_weights, data_hash
 from tipr_nb.training import GridTable, grid_differences, grid_summary, read_grid, run_grid, share_of_ids, train
 
 HERE = Path(__file__).resolve().parent
@@ -91,11 +93,12 @@ class TestRecipe:
                                           {"image_size": [384., 128]}, {"betas": [.9, 1.]}, {"betas": .9}, {"freeze": [3]}, {"freeze": "visual"}, {"augment": ["erase"]}, {"augment": {"flipp": .5}}, {"objectives": "ITC"},
                                           {"objectives": [["ITC", {"weight": "2"}]]}, {"objectives": [3]}, {"groups": [["bias(", {"lr_scale": 2.}]]}, {"groups": [["bias", {"lr_scale": "2"}]]}, {"extra_fields": "other"},
                                           {"caption_transform": 3}, {"caption_transform": [3]}, {"per_id": [1, 0]}, {"per_id": "2"}, {"seed": None}, {"seed": -1}, {"ema": "no"}, {"eval_ids": 2.5}, {"positions": "cubic"},
-                                          {"schedule": "epoch"}, {"max_seconds": 3}])
+                                          {"schedule": "epoch"}, {"max_seconds": 3}, {"lr": 10**400}, {"seed": 10**400}, {"objectives": [["ITC", {"temperature": "x"}]]}, {"objectives": [["ITC", {"weight": 10**400}]]}, {"objectives": [["GIF", {"layers": 1.5}]]},
+                                          {"augment": {"flip": "x"}}, {"augment": {"area": [1, 2, 3]}}, {"arch": ["x"]*5000}, {"sampler": "x"*5000}])
     def test_wrong_values_from_a_file(self, settings, tmp_path):
         (tmp_path/"r.json").write_text(json.dumps(settings))
         with pytest.raises(TiprError, match="r.json") as e: get_recipe(str(tmp_path/"r.json"))
-        assert "\n" not in str(e.value) and (next(iter(settings)) in str(e.value) or "did you mean" in str(e.value) or "write it as" in str(e.value))
+        assert "\n" not in str(e.value) and len(str(e.value)) < 600 and (next(iter(settings)) in str(e.value) or "did you mean" in str(e.value) or "write it as" in str(e.value))
 
     @pytest.mark.parametrize("content", ["[]", "3", "null", '"clip"'])
     def test_a_file_that_is_no_recipe(self, content, tmp_path):
@@ -177,6 +180,50 @@ class TestTrain:
         same(last_weights(calm.path), last_weights(tripped.path))
         assert calm.best == tripped.best and calm.history.drop(columns="seconds").equals(tripped.history.drop(columns="seconds"))
         assert all(torch.equal(a, b) for a, b in zip(calm.model.state_dict().values(), tripped.model.state_dict().values()))
+
+    @pytest.mark.parametrize("objectives, logged", [(["SDM", ("CMT", {"log_every": 3})], ["CMT/gradient_share"]), ([("GIF", {"layers": 1, "log_every": 3})], ["GIF/relies_on_photo", "GIF/relies_on_caption", "GIF/relies_on_picture"])])
+    def test_diagnostics_continue_exactly(self, people, nano, tmp_path, objectives, logged):
+        "What an objective measures every so many calls: the same values at the same steps, whatever kill lies between."
+        gif = objectives[0][0] == "GIF"
+        r = nano.replace(objectives=objectives, sampler="identity", log_every=1, extra_fields=("generated", "other") if gif else ())
+        extra = dict(generated=drawn) if gif else None
+        calm = go(r, people, tmp_path/"calm", extra=extra)
+        for at in (2, 5, 7):
+            with pytest.raises(InterruptedError): go(r, people, tmp_path/"tripped", save_steps=2, callbacks=[Trip(at)], extra=extra)
+        tripped = go(r, people, tmp_path/"tripped", extra=extra)
+        assert all(calm.history[name].nunique() > 2 for name in logged), list(calm.history)
+        assert calm.history.drop(columns="seconds").equals(tripped.history.drop(columns="seconds"))
+        same(last_weights(calm.path), last_weights(tripped.path))
+
+    def test_the_newest_checkpoints(self, people, nano, tmp_path):
+        with pytest.raises(InterruptedError): go(nano, people, tmp_path/"a", save_steps=2, callbacks=[Trip(9)])
+        assert [p.name for p in Checkpoints(tmp_path/"a").saved()] == ["last-00000008", "last-00000006"]
+        assert len(Checkpoints(go(nano, people, tmp_path/"a").path).saved()) == 1
+
+    def test_leftovers_of_killed_writes_are_swept(self, people, nano, tmp_path):
+        go(nano, people, tmp_path/"a")
+        for name in (".run.json.0", ".history.jsonl.1", ".recipe.json.2", ".last-00000004.0", ".best.0"):
+            (tmp_path/"a"/name).mkdir()
+            (tmp_path/"a"/name/"half").write_text("x")
+        (tmp_path/"a"/".mine.0").mkdir()
+        go(nano, people, tmp_path/"a")
+        assert sorted(p.name for p in (tmp_path/"a").glob(".*")) == [".lock", ".mine.0"]
+
+    def test_one_place_knows_where_the_best_weights_are(self):
+        package = HERE.parent/"tipr_nb"
+        knows = [str(p.relative_to(package)) for p in package.rglob("*.py") if re.search(r'/ ?"best"', p.read_text(encoding="utf-8"))]
+        assert knows == ["models/storage.py"]
+
+    def test_one_place_writes_safetensors(self):
+        package = HERE.parent/"tipr_nb"
+        writes = [str(p.relative_to(package)) for p in package.rglob("*.py") if re.search(r"import save_file|save_file\(", p.read_text(encoding="utf-8"))]
+        assert writes == ["models/storage.py"]
+
+    @pytest.mark.skipif(not (HERE.parent/".git").exists(), reason="needs a checkout")
+    def test_the_commit_stands_beside_the_numbers(self, people, nano, tmp_path):
+        want = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True).stdout[:12]
+        go(nano.replace(epochs=1), people, tmp_path/"a")
+        assert read_json(tmp_path/"a"/"run.json")["commit"].rstrip("+") == want
 
     def test_looking_at_val_changes_nothing(self, people, nano, tmp_path):
         a, b = go(nano, people, tmp_path/"a"), go(nano.replace(eval_every=2), people, tmp_path/"b")
@@ -340,11 +387,48 @@ class TestBadInput:
         with pytest.raises(TiprError): go(nano.replace(arch="tipr-nanno"), people, tmp_path/"d")
 
     def test_damaged_checkpoint(self, people, nano, tmp_path):
+        "The message says which folder to delete and from where the run then starts again; doing so ends as if nothing had happened."
+        calm = go(nano, people, tmp_path/"calm")
+        with pytest.raises(InterruptedError): go(nano, people, tmp_path/"a", save_steps=2, callbacks=[Trip(5)])
+        two, four = Checkpoints(tmp_path/"a").saved()[::-1]
+        assert (two.name, four.name) == ("last-00000002", "last-00000004")
+        whole = (four/"model.safetensors").read_bytes()
+        for spoil in (lambda: (four/"model.safetensors").write_bytes(whole[:1000]), lambda: (four/"state.json").write_text("{}"), lambda: (four/"state.json").write_text("{"), lambda: (four/"optimizer.safetensors").unlink()):
+            spoil()
+            with pytest.raises(TiprError, match="delete this folder to start again from step 2") as e: go(nano, people, tmp_path/"a")
+            assert "\n" not in str(e.value) and str(four) in str(e.value)
+        __import__("shutil").rmtree(four)
+        same(last_weights(calm.path), last_weights(go(nano, people, tmp_path/"a").path))
+        assert [p.name for p in Checkpoints(tmp_path/"a").saved()] == [Checkpoints(calm.path).newest().name]
+
+    def test_the_only_checkpoint_is_damaged(self, people, nano, tmp_path):
         with pytest.raises(InterruptedError): go(nano, people, tmp_path/"a", save_steps=2, callbacks=[Trip(3)])
-        file = Checkpoints(tmp_path/"a").newest()/"model.safetensors"
-        file.write_bytes(file.read_bytes()[:1000])
-        with pytest.raises(TiprError, match="safetensors") as e: go(nano, people, tmp_path/"a")
+        (Checkpoints(tmp_path/"a").newest()/"state.json").write_text("[]")
+        with pytest.raises(TiprError, match="delete this folder to start again from the beginning") as e: go(nano, people, tmp_path/"a")
+        __import__("shutil").rmtree(str(e.value).split(": a checkpoint")[0])
+        same(last_weights(go(nano, people, tmp_path/"a").path), last_weights(go(nano, people, tmp_path/"b").path))
+
+    @pytest.mark.parametrize("name, text, words", [("run.json", "{", "delete this file"), ("run.json", "{}", "delete this file"), ("run.json", "[]", "delete this file"), ("best/metrics.json", "{", "delete the folder best")])
+    def test_a_damaged_file_of_a_run(self, people, nano, tmp_path, name, text, words):
+        "What the message advises works."
+        with pytest.raises(InterruptedError): go(nano, people, tmp_path/"a", save_steps=2, callbacks=[Trip(9)])
+        assert (tmp_path/"a"/"best").is_dir()
+        (tmp_path/"a"/name).write_text(text)
+        with pytest.raises(TiprError, match=words) as e: go(nano, people, tmp_path/"a")
         assert "\n" not in str(e.value)
+        if name == "run.json": (tmp_path/"a"/name).unlink()
+        else: __import__("shutil").rmtree(tmp_path/"a"/"best")
+        assert go(nano, people, tmp_path/"a").status == "done" and best_weights(tmp_path/"a").is_dir()
+
+    def test_a_checkpoint_that_cannot_be_read_back_removes_no_older_one(self, people, nano, tmp_path, monkeypatch):
+        import tipr_nb.models.storage as storage
+        real = storage.read_metadata
+        def damaged(file):
+            if "last-00000004" in str(file): raise TiprError(f"{file}: not a complete safetensors file")
+            return real(file)
+        monkeypatch.setattr(storage, "read_metadata", damaged)
+        with pytest.raises(TiprError, match="not a complete"): go(nano, people, tmp_path/"a", save_steps=1)
+        assert [p.name for p in Checkpoints(tmp_path/"a").saved()] == ["last-00000004", "last-00000003", "last-00000002"]
 
     def test_data(self, people, nano, tmp_path):
         one = dataclasses.replace(people, train=people.train.subset_ids([0]))
@@ -492,12 +576,56 @@ class TestGrid:
         assert (t.ids == 12).all() and (t.query_ms == 1.5).all()
         with pytest.raises(TiprError, match="hook"): load_object("hooks:nothing", "hook")
 
+    def test_files_of_other_kinds(self, tmp_path):
+        "UTF-16 and code pages are named, a byte-order mark is nothing; a table cut inside a quote is one line."
+        text = '[[rows]]\nname = "Größe"\nrecipe = "clip-tiny"\n'
+        (tmp_path/"bom.toml").write_bytes(text.encode("utf-8-sig"))
+        assert [j.row for j in read_grid(tmp_path/"bom.toml")] == ["Größe"]
+        for name, data, words in (("a.toml", text.encode("utf-16"), "UTF-16"), ("b.toml", text.encode("latin-1"), "save it as UTF-8"), ("c.json", b"[" * 100_000, "nested too deeply"), ("d.toml", b"rows = " + b"[" * 100_000, "TOML")):
+            (tmp_path/name).write_bytes(data)
+            with pytest.raises(TiprError, match=words) as e: read_grid(tmp_path/name)
+            assert "\n" not in str(e.value)
+        for data, words in ((b'row,seed,recipe_hash,data_hash,setup,status\n"a,0,b,c,d,done\n', "not a CSV file"), ("row,größe\n".encode("latin-1"), "save it as UTF-8"), ("row,seed\n".encode("utf-16"), "UTF-16")):
+            (tmp_path/"t.csv").write_bytes(data)
+            with pytest.raises(TiprError, match=words) as e: GridTable(tmp_path/"t.csv").read()
+            assert "\n" not in str(e.value)
+
+    def test_a_run_has_a_lock(self, people, grid, tmp_path, monkeypatch):
+        "A second process leaves a run alone that another is at, and does the others."
+        from filelock import FileLock
+        from tipr_nb.training.grid import GridRunner, run_folder
+        one, two = read_grid(dict(grid, seeds=[0]))
+        runner = GridRunner(tmp_path/"t.csv", tmp_path/"runs", people, "cpu")
+        key = runner.key(one)
+        (tmp_path/"runs").mkdir()
+        with FileLock(str(tmp_path/"runs"/f".{run_folder(key)}.lock")):
+            assert runner.run(one) is None and not (tmp_path/"t.csv").exists() and not (tmp_path/"runs"/run_folder(key)).exists()
+            assert "r1" in runner.run(two)
+        assert "r1" in runner.run(one)
+
+    def test_two_writers_lose_no_row(self, tmp_path):
+        "Each row is added to what the table holds at that moment, under its lock."
+        from threading import Thread
+        import time as clock
+        table, real = GridTable(tmp_path/"t.csv"), GridTable.read
+        class Slow(GridTable):
+            def read(self):
+                t = real(self)
+                clock.sleep(.02)
+                return t
+        def add(name):
+            for seed in range(5): Slow(table.path).add((name, seed, "a", "b", "c"), [dict(captions="all", status="done", r1=1.)])
+        writers = [Thread(target=add, args=(name,)) for name in "xyz"]
+        for w in writers: w.start()
+        for w in writers: w.join()
+        assert len(table.read()) == 15
+
     def test_files(self, tmp_path):
         (tmp_path/"g.toml").write_text('seeds = [0, 1]\n[set]\nepochs = 3\n[[rows]]\nrecipe = "clip-tiny"\n[[rows]]\nname = "b"\nrecipe = "tal-tiny"\nset = {lr = 1e-4}\n')
         jobs = read_grid(tmp_path/"g.toml")
         assert [(j.row, j.recipe.seed, j.recipe.epochs, j.recipe.lr) for j in jobs] == [("clip-tiny", 0, 3, 1e-4), ("b", 0, 3, 1e-4), ("clip-tiny", 1, 3, 1e-4), ("b", 1, 3, 1e-4)]
         (tmp_path/"bad.toml").write_text("rows = [")
-        for name, words in (("bad.toml", "not TOML"), ("none.toml", "no such file"), ("none.json", "no such file")):
+        for name, words in (("bad.toml", "not a TOML file"), ("none.toml", "no such file"), ("none.json", "no such file")):
             with pytest.raises(TiprError, match=words): read_grid(tmp_path/name)
 
     @pytest.mark.parametrize("slip, words", [(dict(seeds="0"), "seeds"), (dict(seeds=[0.5]), "seeds"), (dict(seeds=["0"]), "seeds"), (dict(max_seconds="900"), "max_seconds"), (dict(splits="test"), "splits"), (dict(by=[3]), "by"),

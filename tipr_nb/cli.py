@@ -557,11 +557,13 @@ def parse_settings(
     for text in settings:
         key, eq, written = text.partition("=")
         if not eq or not key:
-            raise TiprError(f"--set {text}: write key=value, such as epochs=3")
+            raise TiprError(f"--set {text[:80]}: write key=value, such as epochs=3")
         try:
             recipe = recipe.replace(**_change(recipe, key, parse_value(written)))
-        except (TypeError, OverflowError) as e:
-            raise TiprError(f"--set {text}: {e}") from None
+        except TiprError as e:
+            raise TiprError(str(e)[:600]) from None
+        except (TypeError, OverflowError, RecursionError) as e:
+            raise TiprError(f"--set {text[:80]}: {e}") from None
     return recipe
 
 
@@ -682,13 +684,16 @@ def tipr_train(
 
 def _summary(run: Any, folder: Path, data: str, root: Path | None) -> str:
     "What a training came to, and what to do next."
+    from tipr_nb.training import best_weights, has_best_weights
+
     numbers = [f"{k} {run.best[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP") if k in run.best]
     best = f"; best on val at step {run.best['step']}: {'  '.join(numbers)}" if numbers else ""
     where = f" --root {root}" if root else ""
-    return (
-        f"{run.status} after {run.train_seconds:.0f} s of training{best}\nweights: {folder / 'best'}\n"
-        f"next:    tipr evaluate {folder / 'best'} --data {data}{where}"
-    )
+    head = f"{run.status} after {run.train_seconds:.0f} s of training{best}"
+    if not has_best_weights(folder):
+        return f"{head}\nno weights yet: the same command goes on to the first validation pass"
+    weights = best_weights(folder)
+    return f"{head}\nweights: {weights}\nnext:    tipr evaluate {weights} --data {data}{where}"
 
 # %% ../nbs/13_cli.ipynb #cell-030
 def generated_extra(

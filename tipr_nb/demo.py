@@ -582,7 +582,9 @@ def making_section(plan: DemoPlan, out: str | Path, result: Result, log: StageLo
 
 
 def _next_steps(result: Result) -> str:
-    best = shlex.quote(str(result.run.path / "best"))
+    from tipr_nb.training import best_weights
+
+    best = shlex.quote(str(best_weights(result.run.path)))
     return (
         f"tipr evaluate {best} --data synth-pedes --split test\ntipr train sdm-id-tiny --data synth-pedes --out "
         "runs/sdm-id"

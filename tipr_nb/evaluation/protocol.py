@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/06_evaluation/03_protocol.ipynb #cell-004
-from ..core import TiprError, atomic_path, fit_threads, progress
+from ..core import TiprError, fit_threads, progress
 from ..data import EvalTransform, ImageCache, Split, read_image
 from .metrics import Metrics, rank_metrics
-from ..models import fingerprint
+from ..models import fingerprint, read_metadata, read_safetensors, write_safetensors
 
 # %% ../../nbs/06_evaluation/03_protocol.ipynb #cell-009
 @dataclass
@@ -34,19 +34,16 @@ class SplitFeatures:
 
     def save(self, path:str|Path):
         "Write as safetensors."
-        from safetensors.torch import save_file
-        arrays = {k: getattr(self, k).detach().cpu().contiguous() for k in ("image", "text")}
         metadata = dict(fingerprint=self.fingerprint, content=self.content)
-        with atomic_path(path) as p: save_file(arrays, p, metadata=metadata)
+        write_safetensors(path, dict(image=self.image, text=self.text), metadata)
 
     @classmethod
     def load(cls, path:str|Path) -> "SplitFeatures":
         "Read what `save` wrote."
-        from safetensors import safe_open
         if not Path(path).is_file(): raise TiprError(f"{path}: no such file; make it with encode_split(model, split, path=...)")
         try:
-            with safe_open(path, "pt") as f:
-                return cls(f.get_tensor("image"), f.get_tensor("text"), **(f.metadata() or {}))
+            found = read_safetensors(path)
+            return cls(found["image"], found["text"], **read_metadata(path))
         except Exception as e:
             raise TiprError(f"{path}: not features of a split ({type(e).__name__}); delete it and encode again") from None
 

@@ -296,10 +296,13 @@ class GeneratorRun:
         path = self.kept.newest()
         if path is None:
             return False
-        state = read_json(path / "state.json", f"delete {path} to start again")
+        with self.kept.reading(path):
+            state = read_json(path / "state.json")
+            moments = read_safetensors(path / "optimizer.safetensors")
         self._check_same_run(state, path)
         for name, own in (("weights", self.weights), ("average", self.average)):
-            tensors = read_safetensors(path / f"{name}.safetensors")
+            with self.kept.reading(path):
+                tensors = read_safetensors(path / f"{name}.safetensors")
             if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
                 raise TiprError(
                     f"{path.name}/{name}.safetensors: not the weights of this UNet; choose another folder"
@@ -307,9 +310,7 @@ class GeneratorRun:
             with torch.no_grad():
                 for k, v in own.items():
                     v.copy_(tensors[k])
-        unpack_optimizer(
-            self.optimizer, read_safetensors(path / "optimizer.safetensors"), state["groups"]
-        )
+        unpack_optimizer(self.optimizer, moments, state["groups"])
         self.step = state["step"]
         self.history.rewind(self.step, self.step, False)
         return True

@@ -15,7 +15,7 @@ from typing import Any
 from .. import __version__
 from ..core import TiprError, atomic_path, fill_card, hub_answers, markdown_table, read_json, write_text
 from ..evaluation import HEADLINE, TITLES, Metrics, load_metrics
-from ..training import Recipe
+from ..training import Recipe, best_weights
 
 # %% ../../nbs/09_interop/07_hub.ipynb #cell-008
 def saved_metrics(folder: Path) -> dict[str, Metrics]:
@@ -37,8 +37,7 @@ def read_run(
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise TiprError(f"{folder}: no run.json in it; give the folder of a finished `tipr train`")
-    if not (folder / "best" / "model.safetensors").is_file():
-        raise TiprError(f"{folder}: no best/model.safetensors in it; let the run finish, or train again")
+    best_weights(folder)
     facts = read_json(folder / "run.json")
     if not isinstance(facts, dict):
         raise TiprError(f"{folder}/run.json: not what `tipr train` writes; train again")
@@ -123,7 +122,7 @@ def model_card(
 ) -> str:  # Markdown
     "A model card filled from a run: recipe, data, metrics with intervals, limits."
     recipe, facts, saved = read_run(folder)
-    config = read_json(Path(folder) / "best" / "config.json")
+    config = read_json(best_weights(folder) / "config.json")
     metrics = saved if metrics is None else metrics
     name = name or Path(folder).resolve().name
     height, width = config["image_size"]
@@ -159,7 +158,8 @@ def pack_run(
     folder, out = Path(folder), Path(out)
     card = model_card(folder, **{"name": out.name} | kwargs)
     with atomic_path(out, folder=True) as tmp:
-        shutil.copytree(folder / "best", tmp, dirs_exist_ok=True, ignore=shutil.ignore_patterns("README.md", ".*"))
+        leave = shutil.ignore_patterns("README.md", ".*")
+        shutil.copytree(best_weights(folder), tmp, dirs_exist_ok=True, ignore=leave)
         shutil.copyfile(folder / "recipe.json", tmp / "recipe.json")
         write_text(tmp / "README.md", card)
     return out

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/05_methods/05_enricher.ipynb #cell-003
-from ..core import TiprError, atomic_path
+from ..core import TiprError
 from ..data import EvalTransform
 from .tgte import PICTURE_WEIGHT, enhance, gate_of, picture_feature
-from ..models import PersonCLIP, fingerprint, read_safetensors
+from ..models import PersonCLIP, fingerprint, read_metadata, read_safetensors, write_safetensors
 
 # %% ../../nbs/05_methods/05_enricher.ipynb #cell-009
 def picture_features(model, # anything with encode_image; a `PersonCLIP` for the token form
@@ -149,16 +149,14 @@ class QueryEnricher:
 
     def save(self):
         "Write the known features to the cache file."
-        from safetensors.torch import save_file
         if self.path is None: raise TiprError("no cache file; give cache='pictures.safetensors'")
         if not self.known: return
-        features = torch.stack(list(self.known.values())).cpu()
+        features = torch.stack(list(self.known.values()))
         metadata = dict(mark=self.mark(), captions=json.dumps(list(self.known)))
-        with atomic_path(self.path) as tmp: save_file(dict(features=features), tmp, metadata=metadata)
+        write_safetensors(self.path, dict(features=features), metadata)
 
     def _load(self):
-        from safetensors import safe_open
         tensors = read_safetensors(self.path)
-        with safe_open(self.path, "pt") as f: meta = f.metadata() or {}
+        meta = read_metadata(self.path)
         if meta.get("mark") != self.mark(): raise TiprError(f"{self.path}: holds picture features of another model, generator or form; choose another file, or delete it")
         self.known = dict(zip(json.loads(meta["captions"]), tensors["features"].to(self.device)))

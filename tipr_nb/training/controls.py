@@ -30,23 +30,31 @@ from .loop import train
 class Painter(Protocol):
     "Anything that makes pictures from captions, such as `PersonGenerator`."
 
-    def generate(self, captions:Sequence[str]) -> Sequence[Image.Image]: ...
+    def generate(self, captions: Sequence[str]) -> Sequence[Image.Image]: ...
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-011
-WEIGHTS = (0., .05, .1, .15, .2, .3, .4, .5)
+WEIGHTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
-def choose_weight(model:PersonCLIP, val:Split, # the split to choose on
-                  pictures:Painter, weights:Sequence[float]=WEIGHTS) -> float:
+
+def choose_weight(
+    model: PersonCLIP,
+    val: Split,  # the split to choose on
+    pictures: Painter,
+    weights: Sequence[float] = WEIGHTS,
+) -> float:
     "The weight of the pictures with the highest mAP."
     features = encode_split(model, val)
     generated = picture_features(model, pictures, val.captions)
-    found = evaluate_weights(val, features, generated, enhance, weights, n_boot=0, breakdown=(), per_query=False)
+    found = evaluate_weights(
+        val, features, generated, enhance, weights, n_boot=0, breakdown=(), per_query=False
+    )
     return max(found, key=lambda w: found[w].mAP)
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-014
-def exchanged(ids:np.ndarray, # (n,) identity of each caption
-              seed:int=0
-             ) -> tuple[Tensor, Tensor]: # (n,) another caption of anybody; (n,) the next caption of the same identity
+def exchanged(
+    ids: np.ndarray,  # (n,) identity of each caption
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:  # (n,) a caption of anybody; (n,) the identity's next caption
     "For every caption, which one stands in its place in the controls."
     n = len(ids)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -59,21 +67,25 @@ def exchanged(ids:np.ndarray, # (n,) identity of each caption
     return anybody, same
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-016
-def query_kinds(model:PersonCLIP, split:Split, pictures:Painter,
-                weight:float=PICTURE_WEIGHT, # of the pictures
-                seed:int=0 # of the exchange between captions
-               ) -> dict[str, tuple[dict, dict]]: # name -> arguments of `evaluate`, columns for a table
+def query_kinds(
+    model: PersonCLIP,
+    split: Split,
+    pictures: Painter,
+    weight: float = PICTURE_WEIGHT,  # of the pictures
+    seed: int = 0,  # of the exchange between captions
+) -> dict[str, tuple[dict, dict]]:  # name -> arguments of `evaluate`, columns for a table
     "The query types, with and without pictures, and the controls; features are computed once."
     f = encode_split(model, split)
     generated = picture_features(model, pictures, split.captions).to(f.text.device)
     anybody, same = exchanged(split.caption_ids, seed)
     seconds = {
-        "caption": (f.text, 0.),
+        "caption": (f.text, 0.0),
         "caption + picture": (generated, weight),
         "+ shuffled picture": (generated[anybody], weight),
-        "picture alone": (generated, 1.),
+        "picture alone": (generated, 1.0),
         "+ shuffled caption": (f.text[anybody], weight),
-        "+ second caption": (f.text[same], weight)}
+        "+ second caption": (f.text[same], weight),
+    }
     found = {}
     for name, (second, w) in seconds.items():
         query = enhance(f.text, second, w) if w else f.text
@@ -86,37 +98,45 @@ def query_kinds(model:PersonCLIP, split:Split, pictures:Painter,
     return found
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-020
-def query_ms(model:PersonCLIP, captions:Sequence[str], picture:Tensor|None=None, # (1, d) a cached picture's feature
-             n:int=40) -> float:
+def query_ms(
+    model: PersonCLIP,
+    captions: Sequence[str],
+    picture: Tensor | None = None,  # (1, d) a cached picture's feature
+    n: int = 40,
+) -> float:
     "Median milliseconds from one caption to its query feature, with the picture's feature at hand."
     times = []
     for caption in captions[:n]:
         start = time.perf_counter()
         text = model.encode_text([caption])
-        if picture is not None: enhance(text, picture, PICTURE_WEIGHT)
-        times.append(1000*(time.perf_counter() - start))
-    return round(sorted(times)[len(times)//2], 3)
+        if picture is not None:
+            enhance(text, picture, PICTURE_WEIGHT)
+        times.append(1000 * (time.perf_counter() - start))
+    return round(sorted(times)[len(times) // 2], 3)
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-022
 @dataclass
 class PictureArguments:
     "What a row's `hook_args` may hold."
-    generator:str|None=None         # folder or hub id; None: the shipped one
-    per_caption:int=1               # pictures of each caption
-    shuffle:int|None=None           # seed of an exchange between training captions: a control
-    weights:Sequence[float]=WEIGHTS # of which one is chosen on val
-    kinds:bool=True                 # all controls; else caption, and caption with picture
+
+    generator: str | None = None  # folder or hub id; None: the shipped one
+    per_caption: int = 1  # pictures of each caption
+    shuffle: int | None = None  # seed of an exchange between training captions: a control
+    weights: Sequence[float] = WEIGHTS  # of which one is chosen on val
+    kinds: bool = True  # all controls; else caption, and caption with picture
 
     @classmethod
-    def of(cls, given:dict) -> "PictureArguments":
+    def of(cls, given: dict) -> "PictureArguments":
         "From a grid's row."
-        for key in given: known_name(key, [f.name for f in dataclasses.fields(cls)], "key of hook_args")
+        for key in given:
+            known_name(key, [f.name for f in dataclasses.fields(cls)], "key of hook_args")
         return cls(**given)
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-024
-def with_pictures(job:Job, # its `hook_args`: see `PictureArguments`
-                  dataset:PersonDataset
-                 ) -> dict: # for the grid runner: train, queries
+def with_pictures(
+    job: Job,  # its `hook_args`: see `PictureArguments`
+    dataset: PersonDataset,
+) -> dict:  # for the grid runner: train, queries
     "Hook of `run_grid`: pictures to train on and to ask with."
     a = PictureArguments.of(job.settings.get("hook_args", {}))
     trains = "generated" in job.recipe.extra_fields
@@ -125,44 +145,67 @@ def with_pictures(job:Job, # its `hook_args`: see `PictureArguments`
     source = PersonGenerator.from_pretrained(a.generator)
     pictures = pictures_for(dataset, needed, source, per_caption=a.per_caption)
 
-    def queries(model:PersonCLIP, split:Split) -> dict[str, tuple[dict, dict]]:
-        found = query_kinds(model, split, pictures, choose_weight(model, dataset.val, pictures, a.weights))
+    def queries(model: PersonCLIP, split: Split) -> dict[str, tuple[dict, dict]]:
+        found = query_kinds(
+            model, split, pictures, choose_weight(model, dataset.val, pictures, a.weights)
+        )
         plain = query_ms(model, split.captions)
         enriched = query_ms(model, split.captions, model.encode_text(["a picture's feature"]))
         kept = {}
         for name, (arguments, columns) in found.items():
-            if not a.kinds and not name.startswith("caption"): continue
-            kept[name] = arguments, columns | dict(query_ms=plain if name == "caption" else enriched)
+            if not a.kinds and not name.startswith("caption"):
+                continue
+            kept[name] = (
+                arguments,
+                columns | dict(query_ms=plain if name == "caption" else enriched),
+            )
         return kept
 
-    if not trains: return dict(train={}, queries=queries)
-    field:Callable = pictures.field(dataset.train, job.recipe.image_size, a.shuffle)
+    if not trains:
+        return dict(train={}, queries=queries)
+    field: Callable = pictures.field(dataset.train, job.recipe.image_size, a.shuffle)
     return dict(train=dict(extra=dict(generated=field)), queries=queries)
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-029
-def portrait_dataset(pairs, # of `world_portraits`: pictures, captions, caption_picture
-                     n:int, # pairs to take
-                     seed:int=0) -> PersonDataset:
+def portrait_dataset(
+    pairs,  # of `world_portraits`: pictures, captions, caption_picture
+    n: int,  # pairs to take
+    seed: int = 0,
+) -> PersonDataset:
     "Some of the generator's training pairs, each portrait an identity of its own."
     order = np.random.default_rng(seed).permutation(len(pairs))[:n]
     portraits, place = np.unique(pairs.caption_picture[order], return_inverse=True)
-    captions:list[list[str]] = [[] for _ in portraits]
-    for i, k in zip(order, place): captions[k].append(pairs.captions[i])
+    captions: list[list[str]] = [[] for _ in portraits]
+    for i, k in zip(order, place):
+        captions[k].append(pairs.captions[i])
     pixels = np.asarray(pairs.pictures)[portraits].transpose(0, 2, 3, 1)
-    return dataset_from_arrays(np.ascontiguousarray(pixels), captions, np.arange(len(portraits)), "portraits")
+    return dataset_from_arrays(
+        np.ascontiguousarray(pixels), captions, np.arange(len(portraits)), "portraits"
+    )
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-031
-def portraits_first(job:Job, # its `hook_args`: steps, photos, and what `with_pictures` takes
-                    dataset:PersonDataset
-                   ) -> dict: # for the grid runner: train, queries, columns
+def portraits_first(
+    job: Job,  # its `hook_args`: steps, photos, and what `with_pictures` takes
+    dataset: PersonDataset,
+) -> dict:  # for the grid runner: train, queries, columns
     "Hook of `run_grid`: the retriever learns from the generator's training pairs first."
     args = dict(job.settings.get("hook_args", {}))
     steps = args.pop("steps", 270)
     photos = args.pop("photos", 20_000)
-    pairs = world_portraits(photos, path=cache_dir()/f"portraits-{photos}")
-    data = portrait_dataset(pairs, steps*job.recipe.batch_size, job.recipe.seed)
-    folder = cache_dir()/"portraits-first"/f"{job.recipe.hash()}-{job.recipe.seed}-{photos}-{steps}"
-    first = train(job.recipe.replace(name="portraits first", epochs=1, eval_every=1000), data, folder, verbose=False)
+    pairs = world_portraits(photos, path=cache_dir() / f"portraits-{photos}")
+    data = portrait_dataset(pairs, steps * job.recipe.batch_size, job.recipe.seed)
+    folder = (
+        cache_dir() / "portraits-first" / f"{job.recipe.hash()}-{job.recipe.seed}-{photos}-{steps}"
+    )
+    first = train(
+        job.recipe.replace(name="portraits first", epochs=1, eval_every=1000),
+        data,
+        folder,
+        verbose=False,
+    )
     later = dataclasses.replace(job, settings=job.settings | dict(hook_args=args))
     more = with_pictures(later, dataset)
-    return more | dict(train=more["train"] | dict(encoder=first.model), columns=dict(first_seconds=round(first.train_seconds, 2)))
+    return more | dict(
+        train=more["train"] | dict(encoder=first.model),
+        columns=dict(first_seconds=round(first.train_seconds, 2)),
+    )

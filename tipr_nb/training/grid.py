@@ -7,8 +7,8 @@ __all__ = ['GRID_KEYS', 'check_grid_keys', 'Job', 'read_grid_file', 'read_grid',
            'split_rows', 'grid_rows', 'run_job', 'run_columns', 'run_folder', 'GridRunner', 'run_grid']
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-003
-import contextlib, dataclasses, hashlib, json, re, shutil, time
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses, hashlib, io, json, re, shutil, time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,39 +16,45 @@ from typing import Any
 import numpy as np, pandas as pd, torch
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-004
-from ..core import TiprError, atomic_path, known_name, load_object, locked, os_errors, read_json
+from ..core import (TiprError, atomic_path, known_name, load_object, locked, one_line, os_errors,
+    read_json, read_text, read_toml, reading)
 from ..data import PersonDataset, load_dataset
 from ..evaluation import Metrics, evaluate, save_metrics
 from ..models import PersonCLIP
 from .loop import METRICS, Run, train
-from .recipes import RECIPES, Recipe, get_recipe, is_of_type, say_type
+from .recipes import RECIPES, Recipe, get_recipe, is_of_type, say_type, shown
 from .runs import data_hash, git_commit, weights_hash
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-008
-GRID_KEYS = { # of a row, and of the whole grid for all rows
-    "name": str, # what the table calls the row
+GRID_KEYS = {  # of a row, and of the whole grid for all rows
+    "name": str,  # what the table calls the row
     "recipe": str,
-    "set": dict, # recipe settings
+    "set": dict,  # recipe settings
     "seeds": tuple[int, ...],
-    "dataset": str|dict,
-    "train_share": float, # fraction of the training identities
-    "max_seconds": float|None, # per run
-    "splits": tuple[str, ...], # what is evaluated
-    "by": tuple[str, ...], # caption columns to break down by
-    "evaluate": dict, # further arguments of `evaluate`
-    "hook": str, # module:function
+    "dataset": str | dict,
+    "train_share": float,  # fraction of the training identities
+    "max_seconds": float | None,  # per run
+    "splits": tuple[str, ...],  # what is evaluated
+    "by": tuple[str, ...],  # caption columns to break down by
+    "evaluate": dict,  # further arguments of `evaluate`
+    "hook": str,  # module:function
     "hook_args": dict,
-    "keep": str, # of a run that is done: "best", "all" or "none"
+    "keep": str,  # of a run that is done: "best", "all" or "none"
 }
 
-def check_grid_keys(table:dict, where:str # for the message
-                   ):
+
+def check_grid_keys(
+    table: dict,
+    where: str,  # for the message
+):
     "Raise a `TiprError` that names a key that is unknown or of the wrong type."
-    if not isinstance(table, dict): raise TiprError(f"{where}: {table!r} is not a table of keys and values")
+    if not isinstance(table, dict):
+        raise TiprError(f"{where}: {shown(table)} is not a table of keys and values")
     for key, value in table.items():
         known_name(key, ["rows", *GRID_KEYS], f"key in {where}")
-        if key == "rows" or is_of_type(value, GRID_KEYS[key]): continue
-        raise TiprError(f"{where}: {key} = {value!r}; give {say_type(GRID_KEYS[key])}")
+        if key == "rows" or is_of_type(value, GRID_KEYS[key]):
+            continue
+        raise TiprError(f"{where}: {key} = {shown(value)}; give {say_type(GRID_KEYS[key])}")
     known_name(table.get("keep", "best"), ("best", "all", "none"), f"value of keep in {where}")
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-011
@@ -61,97 +67,120 @@ _FORMER_HOOKS = {
 @dataclass
 class Job:
     "One run of a grid."
-    row:str          # name of the row
-    recipe:Recipe    # with its seed
-    settings:dict    # the row as written, over the grid's defaults
+
+    row: str  # name of the row
+    recipe: Recipe  # with its seed
+    settings: dict  # the row as written, over the grid's defaults
 
     @property
     def setup(self) -> str:
-        "Six hex digits of what decides the numbers beside recipe and data: pretrained weights, time limit, evaluation."
-        kept = {k: self.settings.get(k) for k in ("max_seconds", "splits", "by", "evaluate", "hook")}
+        "Six hex digits of what else decides the numbers: pretrained weights, time limit, evaluation."
+        kept = {
+            k: self.settings.get(k) for k in ("max_seconds", "splits", "by", "evaluate", "hook")
+        }
         kept["hook"] = _FORMER_HOOKS.get(str(kept["hook"]), kept["hook"])
         kept["weights"] = weights_hash(self.recipe)
-        if "hook_args" in self.settings: kept["hook_args"] = self.settings["hook_args"]
+        if "hook_args" in self.settings:
+            kept["hook_args"] = self.settings["hook_args"]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-014
-def read_grid_file(path:Path) -> dict:
+def read_grid_file(path: Path) -> dict:
     "The tables of a TOML or JSON file."
-    import tomllib
     remedy = "write the grid as TOML or JSON"
-    if path.suffix != ".toml": return read_json(path, remedy)
-    try: return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError: raise TiprError(f"{path}: no such file; {remedy}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise TiprError(f"{path}: not TOML ({e}); correct that line") from None
+    return read_toml(path, remedy) if path.suffix == ".toml" else read_json(path, remedy)
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-016
-def read_grid(spec:str|Path|dict # TOML or JSON file, or the same as a dict
-             ) -> list[Job]:
-    "Rows x seeds, all checked before anything runs; every row's first seed comes before any second, so that a grid cut short compares."
+def read_grid(
+    spec: str | Path | dict,  # TOML or JSON file, or the same as a dict
+) -> list[Job]:
+    "Rows x seeds, all checked before anything runs; every row's first seed precedes any second."
     where = "grid" if isinstance(spec, dict) else Path(spec).name
     grid = spec if isinstance(spec, dict) else read_grid_file(Path(spec))
     check_grid_keys(grid, where)
     rows = grid.get("rows")
-    if not rows or not isinstance(rows, list): raise TiprError(f"{where}: no rows; give a list of tables with 'name' and 'recipe'")
-    for number, row in enumerate(rows, 1): check_grid_keys(row, f"{where}, row {number}")
+    if not rows or not isinstance(rows, list):
+        raise TiprError(f"{where}: no rows; give a list of tables with 'name' and 'recipe'")
+    for number, row in enumerate(rows, 1):
+        check_grid_keys(row, f"{where}, row {number}")
     defaults = {k: v for k, v in grid.items() if k != "rows"}
-    found:list[tuple[int, Job]] = []   # how many seeds of its row come before, job
+    found: list[tuple[int, Job]] = []  # how many seeds of its row come before, job
     names = set()
     for number, row in enumerate(rows, 1):
         settings = defaults | row | {"set": grid.get("set", {}) | row.get("set", {})}
-        if "recipe" not in settings: raise TiprError(f"{where}, row {number}: no recipe; name one of {', '.join(RECIPES)}")
+        if "recipe" not in settings:
+            raise TiprError(f"{where}, row {number}: no recipe; name one of {', '.join(RECIPES)}")
         name = row.get("name", settings["recipe"])
-        if name in names: raise TiprError(f"{where}, row {number}: another row is called {name!r} too; give each its own name")
+        if name in names:
+            raise TiprError(
+                f"{where}, row {number}: another row is called {name!r} too; give each its own name"
+            )
         names.add(name)
-        try: recipe = get_recipe(settings["recipe"]).replace(**settings["set"] | dict(name=name))
-        except TiprError as e: raise TiprError(f"{where}, row {number}: {e}") from None
+        try:
+            recipe = get_recipe(settings["recipe"]).replace(**settings["set"] | dict(name=name))
+        except TiprError as e:
+            raise TiprError(f"{where}, row {number}: {e}") from None
         for nth, seed in enumerate(settings.get("seeds", [0])):
             found.append((nth, Job(name, recipe.replace(seed=seed), settings)))
     found.sort(key=lambda item: item[0])
     return [job for _, job in found]
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-021
-def share_of_ids(dataset:PersonDataset, share:float, # fraction of the training identities, above 0, up to 1
-                 seed:int=0) -> PersonDataset:
+def share_of_ids(
+    dataset: PersonDataset,
+    share: float,  # fraction of the training identities, above 0, up to 1
+    seed: int = 0,
+) -> PersonDataset:
     "The dataset with a seeded fraction of its training identities, renumbered; val and test stay."
-    if not 0 < share <= 1: raise TiprError(f"train_share = {share}; give a share above 0, up to 1")
-    if share == 1: return dataset
+    if not 0 < share <= 1:
+        raise TiprError(f"train_share = {share}; give a share above 0, up to 1")
+    if share == 1:
+        return dataset
     ids = np.unique(dataset.train.image_ids)
     order = np.random.default_rng(seed).permutation(ids)
-    keep = np.sort(order[:max(2, round(share*len(ids)))])
+    keep = np.sort(order[: max(2, round(share * len(ids)))])
     note = f"{share:.0%} of the training identities, seed {seed}"
-    return dataclasses.replace(dataset, train=dataset.train.subset_ids(keep, relabel=True), notes=[*dataset.notes, note])
+    return dataclasses.replace(
+        dataset, train=dataset.train.subset_ids(keep, relabel=True), notes=[*dataset.notes, note]
+    )
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-025
 class GridTable:
     "The CSV of a grid: several processes may add to it, and a kill leaves it whole."
+
     key = ["row", "seed", "recipe_hash", "data_hash", "setup"]
     first = ["row", "seed", "split", "captions", "query", *METRICS, "train_seconds", "query_ms"]
 
-    def __init__(self, path:str|Path): self.path = Path(path)
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
 
     def read(self) -> pd.DataFrame:
         "All rows; empty if there is no file yet."
-        if not self.path.exists() or not self.path.stat().st_size: return pd.DataFrame(columns=[*self.key, "status"])
+        if not self.path.exists() or not self.path.stat().st_size:
+            return pd.DataFrame(columns=[*self.key, "status"])
         texts = {k: str for k in [*self.key, "commit"] if k != "seed"}
-        try: t = pd.read_csv(self.path, dtype=texts, keep_default_na=False, na_values=[""])
-        except (pd.errors.ParserError, UnicodeDecodeError) as e:
-            raise TiprError(f"{self.path}: not a CSV ({' '.join(str(e).split())}); restore it or choose another name") from None
+        remedy = "restore it or choose another name"
+        text = io.StringIO(read_text(self.path, remedy))
+        with reading(self.path, "a CSV file", remedy):
+            t = pd.read_csv(text, dtype=texts, keep_default_na=False, na_values=[""])
         missing = [c for c in [*self.key, "status"] if c not in t]
-        if missing: raise TiprError(f"{self.path}: not the table of a grid (no column {missing[0]!r}); choose another name")
+        if missing:
+            raise TiprError(
+                f"{self.path}: not the table of a grid (no column {missing[0]!r}); "
+                "choose another name"
+            )
         return t
 
-    def mask(self, t:pd.DataFrame, key:tuple) -> np.ndarray:
+    def mask(self, t: pd.DataFrame, key: tuple) -> np.ndarray:
         "Rows of one run."
         return (t[self.key].astype(str) == [str(k) for k in key]).all(axis=1).to_numpy(bool)
 
-    def done(self, key:tuple) -> bool:
+    def done(self, key: tuple) -> bool:
         "Whether this run's numbers are there."
         t = self.read()
         return bool((self.mask(t, key) & (t["status"] != "failed")).any())
 
-    def add(self, key:tuple, rows:list[dict]):
+    def add(self, key: tuple, rows: list[dict]):
         "Put `rows` in the place of whatever is there for this run."
         with locked(self.path):
             old = self.read()
@@ -159,35 +188,46 @@ class GridTable:
             t = pd.concat([x for x in (old[~self.mask(old, key)], new) if len(x)])
             first = [c for c in self.first if c in t]
             others = [c for c in t if c not in first]
-            with atomic_path(self.path) as tmp: t[first + others].to_csv(tmp, index=False)
+            with atomic_path(self.path) as tmp:
+                t[first + others].to_csv(tmp, index=False)
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-029
-def metric_row(scores:dict|pd.Series, n_queries:float, **labels) -> dict:
+def metric_row(scores: dict | pd.Series, n_queries: float, **labels) -> dict:
     "One row of a grid's table."
     values = {k: round(float(scores[k]), 4) for k in METRICS}
     return labels | values | dict(n_queries=int(n_queries))
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-031
-def split_rows(m:Metrics, **labels # split, and what the hook adds
-              ) -> tuple[list[dict], list[dict]]: # rows; rows of the further breakdowns
+def split_rows(
+    m: Metrics,
+    **labels,  # split, and what the hook adds
+) -> tuple[list[dict], list[dict]]:  # rows; rows of the further breakdowns
     "Rows of one evaluation."
     rows = [metric_row(vars(m), m.n_queries, captions="all", **labels)]
     breakdown_rows = []
     for column, table in m.by.items():
         for value, scores in table.iterrows():
-            if column == "kind": rows.append(metric_row(scores, scores["queries"], captions=value, **labels))
-            else: breakdown_rows.append(metric_row(scores, scores["queries"], column=column, value=value, **labels))
+            if column == "kind":
+                rows.append(metric_row(scores, scores["queries"], captions=value, **labels))
+            else:
+                breakdown_rows.append(
+                    metric_row(scores, scores["queries"], column=column, value=value, **labels)
+                )
     return rows, breakdown_rows
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-033
-def grid_rows(model:PersonCLIP, dataset:PersonDataset, splits:Sequence[str], by:Sequence[str], # caption columns
-              folder:str|Path|None=None, # keep metrics and per-query numbers here
-              queries:Callable|None=None, # f(model, split) -> {name: (arguments of `evaluate`, columns)}
-              **kwargs # for `evaluate`
-             ) -> tuple[list[dict], list[dict]]: # rows; rows of the further breakdowns
+def grid_rows(
+    model: PersonCLIP,
+    dataset: PersonDataset,
+    splits: Sequence[str],
+    by: Sequence[str],  # caption columns
+    folder: str | Path | None = None,  # keep metrics and per-query numbers here
+    queries: Callable | None = None,  # (model, split) -> {name: (arguments of `evaluate`, columns)}
+    **kwargs,  # for `evaluate`
+) -> tuple[list[dict], list[dict]]:  # rows; rows of the further breakdowns
     "Metrics of the named splits as rows of a table, for each query type."
-    rows:list[dict] = []
-    breakdown_rows:list[dict] = []
+    rows: list[dict] = []
+    breakdown_rows: list[dict] = []
     for name in splits:
         split = dataset.splits[known_name(name, dataset.splits, "split")]
         types = {"": ({}, {})} if queries is None else queries(model, split)
@@ -203,42 +243,63 @@ def grid_rows(model:PersonCLIP, dataset:PersonDataset, splits:Sequence[str], by:
             rows += own
             breakdown_rows += more
             file = f"{name}, {query}.json" if query else f"{name}.json"
-            if folder is not None: save_metrics(m, Path(folder)/file)
+            if folder is not None:
+                save_metrics(m, Path(folder) / file)
     return rows, breakdown_rows
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-035
-def run_job(job:Job, dataset:PersonDataset, folder:Path, # of the run
-            device:str|torch.device|None=None
-           ) -> tuple[list[dict], list[dict]]: # rows; rows of the further breakdowns
+def run_job(
+    job: Job,
+    dataset: PersonDataset,
+    folder: Path,  # of the run
+    device: str | torch.device | None = None,
+) -> tuple[list[dict], list[dict]]:  # rows; rows of the further breakdowns
     "Train and evaluate one run of a grid."
     s = job.settings
     hook = load_object(s["hook"], "hook") if s.get("hook") else None
     more = hook(job, dataset) if hook else {}
-    run = train(job.recipe, dataset, folder, max_seconds=s.get("max_seconds"), device=device, verbose=False, **more.get("train", {}))
+    run = train(
+        job.recipe,
+        dataset,
+        folder,
+        max_seconds=s.get("max_seconds"),
+        device=device,
+        verbose=False,
+        **more.get("train", {}),
+    )
     splits = s.get("splits", ["test"])
     by = s.get("by", ["kind", "lookalike"])
     arguments = s.get("evaluate", {}) | more.get("evaluate", {})
-    rows, breakdown_rows = grid_rows(run.model, dataset, splits, by, folder, more.get("queries"), **arguments)
-    about = run_columns(run) | dict(dataset=dataset.name, commit=git_commit()) | more.get("columns", {})
-    if "after" in more: about |= more["after"](run)
+    rows, breakdown_rows = grid_rows(
+        run.model, dataset, splits, by, folder, more.get("queries"), **arguments
+    )
+    about = (
+        run_columns(run) | dict(dataset=dataset.name, commit=git_commit()) | more.get("columns", {})
+    )
+    if "after" in more:
+        about |= more["after"](run)
     short = {k: about[k] for k in ("status", "commit")}
     return [row | about for row in rows], [row | short for row in breakdown_rows]
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-036
-def run_columns(run:Run) -> dict:
+def run_columns(run: Run) -> dict:
     "What a table says about a run beside its metrics."
-    return dict(train_seconds=round(run.train_seconds, 2), status=run.status,
-                epochs=round(float(run.history["epoch"].max()), 2), best_epoch=run.best.get("epoch"))
+    return dict(
+        train_seconds=round(run.train_seconds, 2),
+        status=run.status,
+        epochs=round(float(run.history["epoch"].max()), 2),
+        best_epoch=run.best.get("epoch"),
+    )
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-039
 class _Datasets:
     "The data of a grid's jobs, loaded once, with the fraction of identities that a row asks for."
 
-    def __init__(self, given:PersonDataset|None):
+    def __init__(self, given: PersonDataset | None):
         self.given = given
-        self.known:dict[str, tuple[PersonDataset, str]] = {}
+        self.known: dict[str, tuple[PersonDataset, str]] = {}
 
-    def __call__(self, job:Job) -> tuple[PersonDataset, str]: # dataset, hash
+    def __call__(self, job: Job) -> tuple[PersonDataset, str]:  # dataset, hash
         spec = job.settings.get("dataset", "synth-pedes")
         share = job.settings.get("train_share", 1)
         key = json.dumps([spec, share, job.recipe.seed if share != 1 else 0])
@@ -250,93 +311,129 @@ class _Datasets:
         return self.known[key]
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-041
-def run_folder(key:tuple # of `GridTable`
-              ) -> str:
+def run_folder(
+    key: tuple,  # of `GridTable`
+) -> str:
     "Folder name of a run."
     row, seed, recipe, data, _ = key
     safe = re.sub(r"[^A-Za-z0-9.=+-]+", "_", row)
-    if len(safe) > 120: safe = f"{safe[:110]}-{hashlib.sha256(row.encode()).hexdigest()[:8]}"
+    if len(safe) > 120:
+        safe = f"{safe[:110]}-{hashlib.sha256(row.encode()).hexdigest()[:8]}"
     return f"{safe}-s{seed}-{recipe[:8]}-{data[:6]}"
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-044
 class GridRunner:
     "Runs jobs and keeps what they give."
 
-    def __init__(self, out:Path, # the table
-                 runs:Path, # folder of the runs
-                 dataset:PersonDataset|None=None, device:str|torch.device|None=None):
+    def __init__(
+        self,
+        out: Path,  # the table
+        runs: Path,  # folder of the runs
+        dataset: PersonDataset | None = None,
+        device: str | torch.device | None = None,
+    ):
         self.table = GridTable(out)
         self.breakdowns = GridTable(out.with_name(f"{out.stem}-by.csv"))
         self.runs = runs
         self.datasets = _Datasets(dataset)
         self.device = device
 
-    def key(self, job:Job) -> tuple:
+    def key(self, job: Job) -> tuple:
         "How the table knows this job's run."
         return job.row, job.recipe.seed, job.recipe.hash(), self.datasets(job)[1], job.setup
 
-    def run(self, job:Job) -> str|None: # what to print; None: another process is at it
+    def run(self, job: Job) -> str | None:  # what to print; None: another process is at it
         "Run one job under its lock. A failure is a row with its reason."
         from filelock import FileLock, Timeout
-        folder = self.runs/run_folder(self.key(job))
-        with os_errors(folder): folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(folder.parent/f".{folder.name}.lock"), timeout=0)
-        try: lock.acquire()
-        except Timeout: return None
-        try: return self.run_alone(job, folder)
-        finally: lock.release()
 
-    def run_alone(self, job:Job, folder:Path) -> str: # what to print
+        folder = self.runs / run_folder(self.key(job))
+        with os_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(folder.parent / f".{folder.name}.lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return None
+        try:
+            return self.run_alone(job, folder)
+        finally:
+            lock.release()
+
+    def run_alone(self, job: Job, folder: Path) -> str:  # what to print
         key = self.key(job)
         start = time.perf_counter()
         if self.table.done(key):
-            self.thin(folder, job)     # a kill may have left it to us
+            self.thin(folder, job)  # a kill may have left it to us
             return ""
         dataset, _ = self.datasets(job)
-        try: rows, breakdown_rows = run_job(job, dataset, folder, self.device)
+        try:
+            rows, breakdown_rows = run_job(job, dataset, folder, self.device)
         except Exception as e:
-            reason = f"{type(e).__name__}: {' '.join(str(e).split())}"[:300].replace(str(folder), folder.name)
-            failed = dict(captions="all", status="failed", reason=reason, dataset=dataset.name, commit=git_commit())
+            reason = f"{type(e).__name__}: {one_line(e)}"[:300].replace(str(folder), folder.name)
+            failed = dict(
+                captions="all",
+                status="failed",
+                reason=reason,
+                dataset=dataset.name,
+                commit=git_commit(),
+            )
             self.table.add(key, [failed])
             return reason
-        if breakdown_rows: self.breakdowns.add(key, breakdown_rows)
-        self.table.add(key, rows)      # last: it marks the run as done
+        if breakdown_rows:
+            self.breakdowns.add(key, breakdown_rows)
+        self.table.add(key, rows)  # last: it marks the run as done
         self.thin(folder, job)
-        return f"r1 {rows[0]['r1']:.1f}  mAP {rows[0]['mAP']:.1f}  {time.perf_counter() - start:.0f} s"
+        return (
+            f"r1 {rows[0]['r1']:.1f}  mAP {rows[0]['mAP']:.1f}  {time.perf_counter() - start:.0f} s"
+        )
 
-    def thin(self, folder:Path, job:Job):
+    def thin(self, folder: Path, job: Job):
         "Remove what only resuming needs ('best'), or the whole run ('none')."
         keep = job.settings.get("keep", "best")
-        if keep == "none": shutil.rmtree(folder, ignore_errors=True)
-        if keep != "best": return
-        for last in folder.glob("last-*"): shutil.rmtree(last, ignore_errors=True)
+        if keep == "none":
+            shutil.rmtree(folder, ignore_errors=True)
+        if keep != "best":
+            return
+        for last in folder.glob("last-*"):
+            shutil.rmtree(last, ignore_errors=True)
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-046
-def run_grid(spec:str|Path|dict, # the grid: TOML or JSON file, or a dict
-             out_csv:str|Path|None=None, # the table to extend; None: beside the file, under its name
-             runs:str|Path|None=None, # folder of the runs; None: beside the table
-             dataset:PersonDataset|None=None, # instead of the one the grid names
-             device:str|torch.device|None=None, # see `train`
-             verbose:bool=True # print a line per run
-            ) -> pd.DataFrame: # this grid's rows of the table
-    "Run what is missing of rows x seeds. After a kill, or from a second process, the same call goes on with what is left."
+def run_grid(
+    spec: str | Path | dict,  # the grid: TOML or JSON file, or a dict
+    out_csv: str | Path | None = None,  # the table to extend; None: beside the file, under its name
+    runs: str | Path | None = None,  # folder of the runs; None: beside the table
+    dataset: PersonDataset | None = None,  # instead of the one the grid names
+    device: str | torch.device | None = None,  # see `train`
+    verbose: bool = True,  # print a line per run
+) -> pd.DataFrame:  # this grid's rows of the table
+    "Run what is missing of rows x seeds. After a kill, or in a second process, the same call does the rest."
     jobs = read_grid(spec)
     if out_csv is None:
-        if isinstance(spec, dict): raise TiprError("a grid given as a dict needs out_csv; name the table to write")
+        if isinstance(spec, dict):
+            raise TiprError("a grid given as a dict needs out_csv; name the table to write")
         out_csv = Path(spec).with_suffix(".csv")
     out = Path(out_csv)
     folder = out.with_name(f"{out.stem}-runs") if runs is None else Path(runs)
     runner = GridRunner(out, folder, dataset, device)
     keys = [runner.key(job) for job in jobs]
-    waiting = [(n, job) for n, (job, key) in enumerate(zip(jobs, keys), 1) if not runner.table.done(key)]
-    if verbose and len(waiting) < len(jobs): print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already", flush=True)
+    waiting = []
+    for n, (job, key) in enumerate(zip(jobs, keys), 1):
+        if runner.table.done(key):
+            runner.thin(folder / run_folder(key), job)  # a kill may have left it to us
+        else:
+            waiting.append((n, job))
+    if verbose and len(waiting) < len(jobs):
+        print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are done already", flush=True)
     while waiting:
         left = []
         for n, job in waiting:
             message = runner.run(job)
-            if message is None: left.append((n, job))
-            elif message and verbose: print(f"[{n}/{len(jobs)}] {job.row}, seed {job.recipe.seed}: {message}", flush=True)
-        if len(left) == len(waiting): time.sleep(2)   # others are at all that is left
+            if message is None:
+                left.append((n, job))
+            elif message and verbose:
+                print(f"[{n}/{len(jobs)}] {job.row}, seed {job.recipe.seed}: {message}", flush=True)
+        if len(left) == len(waiting):
+            time.sleep(2)  # others are at all that is left
         waiting = left
     t = runner.table.read()
     mine = np.any([runner.table.mask(t, key) for key in keys], axis=0)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'DECISIONS', 'Callback', 'nonfinite_objectives', 'NaNGuard', 'TimeLimit', 'HistoryLog', 'validate',
-           'Validation', 'progress_line', 'Saving', 'broadcast_decision', 'ProgressBar', 'ahead', 'Trainer', 'Run',
-           'only_run_in', 'prepare_folder', 'continue_run', 'train']
+           'Validation', 'progress_line', 'read_best', 'Saving', 'broadcast_decision', 'ProgressBar', 'ahead',
+           'Trainer', 'Run', 'only_run_in', 'prepare_folder', 'continue_run', 'train']
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-003
 import contextlib, dataclasses, json, os, time
@@ -19,101 +19,137 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-004
-from ..core import TiprError, fit_threads, free_threads, os_errors, progress, read_json, write_json
+from tipr_nb.core import (TiprError, fit_threads, free_threads, os_errors, progress, read_json,
+    write_json)
 from ..data import Batch, PersonDataset, Split
 from ..evaluation import evaluate
 from ..models import Checkpoints, History, PersonCLIP
 from .memory import merge_lora, merged
 from .recipes import Recipe, get_recipe
-from .runs import check_same_run, data_hash, environment, git_commit, weights_hash
-from tipr_nb.training.steps import (Retriever, TrainStep, build_encoder, check_data, check_encoder, make_accelerator,
-    make_train_loader)
+from .runs import (best_weights, check_same_run, data_hash, environment, git_commit,
+    has_best_weights, read_run_file, weights_hash)
+from .steps import (Retriever, TrainStep, build_encoder, check_data, check_encoder,
+    make_accelerator, make_train_loader)
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-008
 class Callback:
-    "Override what you need; each method gets the `Trainer`. Setting `trainer.stop = True` ends the run after the step."
+    "Override what you need; each method gets the `Trainer`. `trainer.stop = True` ends the run."
 
-    def on_start(self, trainer:"Trainer"): "Before the first step of this process."
-    def on_epoch(self, trainer:"Trainer"): "Before the steps of an epoch, or of what is left of it after a kill."
-    def on_backward(self, trainer:"Trainer", losses:dict[str, Tensor], norm:Tensor|None, batch:Batch): "Before the optimizer moves the weights; the gradient's norm is None between steps."
-    def on_step(self, trainer:"Trainer", losses:dict[str, Tensor]): "After each optimizer step, with its detached losses."
-    def on_eval(self, trainer:"Trainer", metrics:dict[str, float]): "After each validation pass (on the main process)."
-    def on_stop(self, trainer:"Trainer"): "When the last step has been made; `trainer.status` says why."
-    def on_end(self, trainer:"Trainer"): "When everything is written."
+    def on_start(self, trainer: "Trainer"):
+        "Before the first step of this process."
+
+    def on_epoch(self, trainer: "Trainer"):
+        "Before the steps of an epoch, or of what is left of it after a kill."
+
+    def on_backward(
+        self,
+        trainer: "Trainer",
+        losses: dict[str, Tensor],
+        norm: Tensor | None,  # of the gradient; None while gradients accumulate
+        batch: Batch,
+    ):
+        "Before the optimizer moves the weights."
+
+    def on_step(self, trainer: "Trainer", losses: dict[str, Tensor]):
+        "After each optimizer step, with its detached losses."
+
+    def on_eval(self, trainer: "Trainer", metrics: dict[str, float]):
+        "After each validation pass (on the main process)."
+
+    def on_stop(self, trainer: "Trainer"):
+        "When the last step has been made; `trainer.status` says why."
+
+    def on_end(self, trainer: "Trainer"):
+        "When everything is written."
 
     def state(self) -> dict[str, Any]:
         "What a checkpoint has to hold for this callback, as plain values."
         return {}
 
-    def load_state(self, state:dict[str, Any]):
+    def load_state(self, state: dict[str, Any]):
         "Take up what `state` gave."
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-010
-def nonfinite_objectives(model:Retriever, batch:Batch) -> list[str]: # names of objectives
-    "The objectives whose own gradient is not finite on this batch; slow, for when something is wrong already."
+def nonfinite_objectives(model: Retriever, batch: Batch) -> list[str]:  # names of objectives
+    "The objectives whose own gradient is not finite on this batch (slow)."
     losses, _ = model.losses(model.encode(batch), batch)
     params = [p for p in model.parameters() if p.requires_grad]
     bad = []
     for name, loss in losses.items():
-        grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) if loss.requires_grad else []
-        values = [loss, *(g for g in grads if g is not None)]
-        if not all(torch.isfinite(v).all() for v in values): bad.append(name)
+        values = [loss]
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+            values += [g for g in grads if g is not None]
+        if not all(torch.isfinite(v).all() for v in values):
+            bad.append(name)
     return bad
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-012
 class NaNGuard(Callback):
-    "Remembers, without waiting for the device, the first step at which each watched value was not finite."
+    "Remembers, without waiting for the device, when each watched value was first not finite."
 
-    def __init__(self, names:Sequence[str], # what is watched, in the order given to `watch`
-                 device:torch.device|str="cpu",
-                 every:int=50 # steps between two looks on a GPU; on a CPU each step is looked at
-                ):
+    def __init__(
+        self,
+        names: Sequence[str],  # what is watched, in the order given to `watch`
+        device: torch.device | str = "cpu",
+        every: int = 50,  # steps between two checks on a GPU; on a CPU each step is checked
+    ):
         self.names = list(names)
         self.every = every
         self.first = torch.full((len(self.names),), -1, dtype=torch.long, device=device)
 
-    def watch(self, values:Sequence[Tensor], step:int):
+    def watch(self, values: Sequence[Tensor], step: int):
         "Note the values of a step."
         bad = ~torch.isfinite(torch.stack([v.detach().float().reshape(()) for v in values]))
         self.first = torch.where(bad & (self.first < 0), step, self.first)
 
-    def check(self) -> tuple[int, list[str]]|None: # (step, what went bad at it), or None
+    def check(self) -> tuple[int, list[str]] | None:  # (step, what went bad at it), or None
         "What went bad first, if anything did; this waits for the device."
         bad = {name: step for name, step in zip(self.names, self.first.tolist()) if step >= 0}
-        if not bad: return None
+        if not bad:
+            return None
         first = min(bad.values())
         return first, [name for name, step in bad.items() if step == first]
 
     def on_backward(self, trainer, losses, norm, batch):
-        skips = trainer.recipe.precision == "fp16"    # its scaler leaves out such steps by itself
-        if norm is None or skips: norm = torch.zeros((), device=trainer.device)
+        skips = trainer.recipe.precision == "fp16"  # its scaler leaves out such steps by itself
+        if norm is None or skips:
+            norm = torch.zeros((), device=trainer.device)
         self.watch([*losses.values(), norm], trainer.step)
-        if trainer.device.type == "cpu" or trainer.step % self.every == 0: self.raise_if_bad(trainer, batch)
+        if trainer.device.type == "cpu" or trainer.step % self.every == 0:
+            self.raise_if_bad(trainer, batch)
 
-    def raise_if_bad(self, trainer:"Trainer", batch:Batch|None=None # the batch of this step
-                    ):
+    def raise_if_bad(
+        self,
+        trainer: "Trainer",
+        batch: Batch | None = None,  # the batch of this step
+    ):
         "A `TiprError` that names what went bad first."
         found = self.check()
-        if found is None: return
+        if found is None:
+            return
         step, names = found
         if names == ["gradient"]:
-            whose:list[str] = []
+            whose: list[str] = []
             if batch is not None and step == trainer.step:
                 whose = nonfinite_objectives(trainer.train_step.retriever, batch)
             names = [f"the gradient of {' and '.join(whose) or 'the sum'}"]
         kept = trainer.checkpoints.newest()
         before = f"; {kept.name} is from before" if kept else ""
-        raise TiprError(f"{trainer.path.name}: {' and '.join(names)} not finite at step {step} "
-                        f"(learning rate {trainer.train_step.lr:.1e}); lower lr, set clip_grad=1.0 or leave fp16{before}")
+        raise TiprError(
+            f"{trainer.path.name}: {' and '.join(names)} not finite at step {step} "
+            f"(learning rate {trainer.train_step.lr:.1e}); "
+            f"lower lr, set clip_grad=1.0 or leave fp16{before}"
+        )
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-015
 class TimeLimit(Callback):
     "Counts seconds, parts before a kill included, and stops a run that has used up its time."
 
-    def __init__(self, max_seconds:float|None=None):
+    def __init__(self, max_seconds: float | None = None):
         self.max_seconds = max_seconds
-        self.seconds = 0.
-        self.train_seconds = 0.    # in steps alone
+        self.seconds = 0.0
+        self.train_seconds = 0.0  # in steps alone
         self.at = time.perf_counter()
 
     def tick(self):
@@ -122,8 +158,9 @@ class TimeLimit(Callback):
         self.seconds += now - self.at
         self.at = now
 
-    def stop_if_over(self, trainer:"Trainer"):
-        if self.max_seconds is not None and self.seconds >= self.max_seconds: trainer.stop = trainer.stop or "capped"
+    def stop_if_over(self, trainer: "Trainer"):
+        if self.max_seconds is not None and self.seconds >= self.max_seconds:
+            trainer.stop = trainer.stop or "capped"
 
     def on_start(self, trainer):
         self.at = time.perf_counter()
@@ -135,9 +172,10 @@ class TimeLimit(Callback):
 
     def fraction(self) -> float:
         "How much of the time is used."
-        return 0. if self.max_seconds is None else self.seconds/self.max_seconds
+        return 0.0 if self.max_seconds is None else self.seconds / self.max_seconds
 
-    def state(self): return dict(seconds=self.seconds, train_seconds=self.train_seconds)
+    def state(self):
+        return dict(seconds=self.seconds, train_seconds=self.train_seconds)
 
     def load_state(self, state):
         self.seconds = state["seconds"]
@@ -147,69 +185,88 @@ class TimeLimit(Callback):
 class HistoryLog(Callback):
     "Rows of mean losses, into `history.jsonl` and to the trackers."
 
-    def __init__(self, history:History):
+    def __init__(self, history: History):
         self.history = history
-        self.sums:dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self.summed = 0
 
     def on_step(self, trainer, losses):
-        for k, v in losses.items(): self.sums[k] = self.sums.get(k, 0.) + v
+        for k, v in losses.items():
+            self.sums[k] = self.sums.get(k, 0.0) + v
         self.summed += 1
-        if trainer.step % trainer.recipe.log_every == 0: self.flush(trainer)
+        if trainer.step % trainer.recipe.log_every == 0:
+            self.flush(trainer)
 
-    def flush(self, trainer:"Trainer"):
+    def flush(self, trainer: "Trainer"):
         "A row of means since the last one."
-        if not self.summed: return
+        if not self.summed:
+            return
         trainer.guard.raise_if_bad(trainer)
-        sums = [torch.as_tensor(v, dtype=torch.float32, device=trainer.device) for v in self.sums.values()]
-        means = torch.stack(sums)/self.summed
-        if trainer.world > 1: means = trainer.accelerator.reduce(means, "mean")
+        sums = [
+            torch.as_tensor(v, dtype=torch.float32, device=trainer.device)
+            for v in self.sums.values()
+        ]
+        means = torch.stack(sums) / self.summed
+        if trainer.world > 1:
+            means = trainer.accelerator.reduce(means, "mean")
         row = dict(zip(self.sums, means.tolist()))
         self.sums = {}
         self.summed = 0
         self.write(trainer, dict(lr=trainer.train_step.lr) | row)
 
-    def write(self, trainer:"Trainer", values:dict[str, float]):
+    def write(self, trainer: "Trainer", values: dict[str, float]):
         "One row, with step, epoch and seconds in front."
         trainer.clock.tick()
-        if not trainer.main: return
-        row = dict(step=trainer.step, epoch=round(trainer.epoch, 4), seconds=round(trainer.clock.seconds, 3)) | values
+        if not trainer.main:
+            return
+        epoch = round(trainer.epoch, 4)
+        seconds = round(trainer.clock.seconds, 3)
+        row = dict(step=trainer.step, epoch=epoch, seconds=seconds) | values
         self.history.add(row)
         trainer.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=trainer.step)
 
-    def state(self): return dict(sums={k: float(v) for k, v in self.sums.items()}, summed=self.summed)
+    def state(self):
+        return dict(sums={k: float(v) for k, v in self.sums.items()}, summed=self.summed)
 
     def load_state(self, state):
         self.sums = {k: torch.tensor(v) for k, v in state["sums"].items()}
         self.summed = state["summed"]
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-021
-METRICS:tuple[str, ...] = ("r1", "r5", "r10", "mAP", "mINP")
+METRICS: tuple[str, ...] = ("r1", "r5", "r10", "mAP", "mINP")
 
-def validate(encoder:PersonCLIP, split:Split, ids:int|None=None # the first so many identities; None for all
-            ) -> dict[str, float]:
+
+def validate(
+    encoder: PersonCLIP,
+    split: Split,
+    ids: int | None = None,  # the first so many identities; None for all
+) -> dict[str, float]:
     "Metrics of a split, in percent."
-    if ids is not None: split = split.subset_ids(np.unique(split.caption_ids)[:ids])
+    if ids is not None:
+        split = split.subset_ids(np.unique(split.caption_ids)[:ids])
     m = evaluate(encoder, split, n_boot=0, breakdown=(), per_query=False)
     return {k: float(getattr(m, k)) for k in METRICS}
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-023
 class Validation(Callback):
-    "Validation passes between epochs and at the end; the weights that did best are kept in `best/`."
+    "Validation passes between epochs and at the end; the best weights are kept in `best/`."
 
     def __init__(self):
-        self.best:dict[str, float] = {}    # step, epoch and metrics of the weights that are kept
-        self.evaluated = -1                # step of the last pass
+        self.best: dict[str, float] = {}  # step, epoch and metrics of the weights that are kept
+        self.evaluated = -1  # step of the last pass
 
     def on_epoch(self, trainer):
         new = trainer.step > 0 and self.evaluated != trainer.step
-        due = trainer.step % (trainer.epoch_steps*trainer.recipe.eval_every) == 0
-        if trainer.has_val and new and due: self.run(trainer)
+        due = trainer.step % (trainer.epoch_steps * trainer.recipe.eval_every) == 0
+        if trainer.has_val and new and due:
+            self.run(trainer)
 
     def on_stop(self, trainer):
-        if trainer.status != "stopped" and self.evaluated != trainer.step: self.run(trainer)
+        new = self.evaluated != trainer.step or not self.best
+        if trainer.status != "stopped" and new:
+            self.run(trainer)
 
-    def run(self, trainer:"Trainer"):
+    def run(self, trainer: "Trainer"):
         "One validation pass; without a val split the weights are kept as they are."
         trainer.log.flush(trainer)
         trainer.guard.raise_if_bad(trainer)
@@ -217,65 +274,89 @@ class Validation(Callback):
         if trainer.main:
             metrics = self.measure(trainer) if trainer.has_val else {}
             select = trainer.recipe.select
-            if not metrics or metrics[select] > self.best.get(select, -1.):
+            if not metrics or metrics[select] > self.best.get(select, -1.0):
                 self.best = dict(step=trainer.step, epoch=round(trainer.epoch, 4)) | metrics
                 trainer.checkpoints.save_best(lambda folder: self.write(trainer, folder))
-            if trainer.verbose: print(progress_line(trainer, metrics), flush=True)
+            if trainer.verbose:
+                print(progress_line(trainer, metrics), flush=True)
             trainer.call("on_eval", metrics)
         trainer.accelerator.wait_for_everyone()
         trainer.clock.tick()
 
-    def measure(self, trainer:"Trainer") -> dict[str, float]:
+    def measure(self, trainer: "Trainer") -> dict[str, float]:
         trainer.encoder.eval()
         with trainer.accelerator.autocast():
             metrics = validate(trainer.encoder, trainer.dataset.val, trainer.recipe.eval_ids)
         trainer.log.write(trainer, {f"val/{k}": v for k, v in metrics.items()})
         return metrics
 
-    def write(self, trainer:"Trainer", folder:Path):
+    def write(self, trainer: "Trainer", folder: Path):
         "The weights and their metrics."
         merged(trainer.encoder).save_pretrained(folder)
-        write_json(folder/"metrics.json", self.best)
+        write_json(folder / "metrics.json", self.best)
 
-    def state(self): return dict(evaluated=self.evaluated)
+    def state(self):
+        return dict(evaluated=self.evaluated)
 
-    def load_state(self, state): self.evaluated = state["evaluated"]
+    def load_state(self, state):
+        self.evaluated = state["evaluated"]
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-025
-def progress_line(trainer:"Trainer", metrics:dict[str, float]) -> str:
+def progress_line(trainer: "Trainer", metrics: dict[str, float]) -> str:
     "What is printed after a validation pass."
     rows = [row for row in trainer.log.history.rows if "loss" in row]
     loss = f"{rows[-1]['loss']:.3f}" if rows else "-"
     shown = [k for k in dict.fromkeys([trainer.recipe.select, "mAP"]) if k in metrics]
     val = "".join(f"  {k} {metrics[k]:.1f}" for k in shown)
-    parts = [f"{trainer.recipe.name}: epoch {trainer.epoch:.3g} of {trainer.recipe.epochs}", f"loss {loss}"]
-    if val: parts.append(f"val{val}")
+    parts = [
+        f"{trainer.recipe.name}: epoch {trainer.epoch:.3g} of {trainer.recipe.epochs}",
+        f"loss {loss}",
+    ]
+    if val:
+        parts.append(f"val{val}")
     return "  ".join([*parts, f"{trainer.clock.seconds:.0f} s"])
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-028
+def read_best(checkpoints: Checkpoints) -> dict[str, float]:
+    "Step, epoch and metrics of the weights that a run keeps; empty where there are none yet."
+    file = checkpoints.best / "metrics.json"
+    remedy = f"delete the folder {checkpoints.best.name}, and the next validation pass fills it"
+    return read_json(file, remedy, dict) if file.exists() else {}
+
+# %% ../../nbs/07_training/05_loop.ipynb #cell-030
 class Saving(Callback):
     "A checkpoint every minute or every so many steps, and when the loop is left."
 
-    def __init__(self, seconds:float=60., # between checkpoints
-                 steps:int|None=None # also every so many steps
-                ):
+    NEEDED = ("step", "seconds", "train_seconds", "sums", "summed", "evaluated")  # in state.json
+
+    def __init__(
+        self,
+        seconds: float = 60.0,  # between checkpoints
+        steps: int | None = None,  # also every so many steps
+    ):
         self.seconds = seconds
         self.steps = steps
 
-    def on_start(self, trainer): self.saved_at = time.perf_counter()
+    def on_start(self, trainer):
+        self.saved_at = time.perf_counter()
 
     def on_step(self, trainer, losses):
         by_step = bool(self.steps) and trainer.step % self.steps == 0
         late = time.perf_counter() - self.saved_at > self.seconds
-        if by_step or broadcast_decision(trainer, "save" if late else ""): self.save(trainer, "running")
+        if by_step or broadcast_decision(trainer, "save" if late else ""):
+            self.save(trainer, "running")
 
     def on_stop(self, trainer):
         "Before the last validation pass: going on is then as if nothing had happened."
-        if trainer.status != "done": self.save(trainer, trainer.status)
+        if trainer.status != "done":
+            self.save(trainer, trainer.status)
 
-    def on_end(self, trainer): self.save(trainer, trainer.status)
+    def on_end(self, trainer):
+        self.save(trainer, trainer.status)
+        if trainer.main and trainer.status == "done":
+            trainer.checkpoints.keep_newest()
 
-    def save(self, trainer:"Trainer", status:str):
+    def save(self, trainer: "Trainer", status: str):
         "Write a checkpoint, then run.json."
         trainer.guard.raise_if_bad(trainer)
         if trainer.main:
@@ -284,76 +365,120 @@ class Saving(Callback):
         trainer.accelerator.wait_for_everyone()
         self.saved_at = time.perf_counter()
 
-    def write(self, trainer:"Trainer", folder:Path):
+    def write(self, trainer: "Trainer", folder: Path):
         "All that going on needs."
         state = trainer.train_step.write(folder)
         own = dict(step=trainer.step, processes=trainer.world, precisions=trainer.precisions)
-        for callback in trainer.callbacks: own |= callback.state()
-        write_json(folder/"state.json", own | state)
+        for callback in trainer.callbacks:
+            own |= callback.state()
+        write_json(folder / "state.json", own | state)
 
-    def write_run(self, trainer:"Trainer", status:str):
+    def write_run(self, trainer: "Trainer", status: str):
         "`run.json`."
         recipe = trainer.recipe
         precision = dict(asked=recipe.precision, used=trainer.precision, steps=trainer.precisions)
-        write_json(trainer.path/"run.json", dict(
-            status=status, step=trainer.step, total_steps=trainer.total_steps, best=trainer.validation.best,
-            **trainer.clock.state(), max_seconds=trainer.clock.max_seconds,
-            recipe=recipe.name, recipe_hash=recipe.hash(), seed=recipe.seed, precision=precision,
-            dataset=trainer.dataset.name, **trainer.hashes, notes=trainer.notes,
-            commit=git_commit(), environment=environment(), processes=trainer.world))
+        write_json(
+            trainer.path / "run.json",
+            dict(
+                status=status,
+                step=trainer.step,
+                total_steps=trainer.total_steps,
+                best=trainer.validation.best,
+                **trainer.clock.state(),
+                max_seconds=trainer.clock.max_seconds,
+                recipe=recipe.name,
+                recipe_hash=recipe.hash(),
+                seed=recipe.seed,
+                precision=precision,
+                dataset=trainer.dataset.name,
+                **trainer.hashes,
+                notes=trainer.notes,
+                commit=git_commit(),
+                environment=environment(),
+                processes=trainer.world,
+            ),
+        )
 
-    def resume(self, trainer:"Trainer", folder:Path):
+    def resume(self, trainer: "Trainer", folder: Path):
         "Take up a checkpoint."
-        state = read_json(folder/"state.json")
-        trainer.train_step.read(folder, state)
+        with trainer.checkpoints.reading(folder):
+            state = read_json(folder / "state.json", expect=dict)
+            trainer.train_step.read(folder, state)
+            missing = [k for k in self.NEEDED if k not in state]
+            if missing:
+                raise TiprError(f"state.json lacks {missing[0]!r}")
         trainer.step = state["step"]
-        for callback in trainer.callbacks: callback.load_state(state)
+        for callback in trainer.callbacks:
+            callback.load_state(state)
         trainer.precisions = state.get("precisions", trainer.precisions)
         if trainer.precisions[-1][1] != trainer.precision:
             trainer.precisions = [*trainer.precisions, [trainer.step, trainer.precision]]
-        kept = trainer.path/"best"/"metrics.json"
-        if kept.exists(): trainer.validation.best = read_json(kept)
+        trainer.validation.best = read_best(trainer.checkpoints)
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-030
+# %% ../../nbs/07_training/05_loop.ipynb #cell-032
 DECISIONS = ("", "save", "stopped", "capped")
 
-def broadcast_decision(trainer:"Trainer", decision:str, # one of `DECISIONS`; what the main process says counts
-                       every:int=20 # steps
-                      ) -> str:
+
+def broadcast_decision(
+    trainer: "Trainer",
+    decision: str,  # one of `DECISIONS`; what the main process says counts
+    every: int = 20,  # steps
+) -> str:
     "The main process's decision, in all processes."
-    if trainer.world == 1: return decision
-    if trainer.step % every: return ""
+    if trainer.world == 1:
+        return decision
+    if trainer.step % every:
+        return ""
     code = torch.tensor(DECISIONS.index(decision), device=trainer.device)
     dist.broadcast(code, 0)
     return DECISIONS[int(code)]
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-033
+# %% ../../nbs/07_training/05_loop.ipynb #cell-035
 class ProgressBar(Callback):
-    "A bar on a terminal, a line every half minute in a log; and one line on what bf16 comes to here."
+    "A bar on a terminal, a line every half minute in a log; and one line on the precision used."
 
     def on_start(self, trainer):
-        self.bar = progress(None, trainer.recipe.name, total=trainer.total_steps, initial=trainer.step, disable=not trainer.main)
-        if trainer.recipe.precision != "bf16" or not (trainer.main and trainer.verbose): return
+        self.bar = progress(
+            None,
+            trainer.recipe.name,
+            total=trainer.total_steps,
+            initial=trainer.step,
+            disable=not trainer.main,
+        )
+        if trainer.recipe.precision != "bf16" or not (trainer.main and trainer.verbose):
+            return
         native = trainer.precision == "bf16"
-        why = "which this device computes natively" if native else "as this device would only emulate bf16"
+        why = (
+            "which this device computes natively"
+            if native
+            else "as this device would only emulate bf16"
+        )
         print(f"{trainer.recipe.name}: in {trainer.precision}, {why}", flush=True)
 
     def on_step(self, trainer, losses):
-        if self.bar.disable: return
+        if self.bar.disable:
+            return
         if trainer.step % 10 == 0:
-            shown = {k.removeprefix("loss/"): f"{float(v):.3f}" for k, v in losses.items() if k.startswith("loss")}
+            shown = {
+                k.removeprefix("loss/"): f"{float(v):.3f}"
+                for k, v in losses.items()
+                if k.startswith("loss")
+            }
             self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
 
-    def on_stop(self, trainer): self.bar.close()
+    def on_stop(self, trainer):
+        self.bar.close()
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-036
-def ahead(batches:Iterator[Batch], depth:int=2 # batches made in advance
-         ) -> Iterator[Batch]:
-    "The same batches in page-locked memory, made by a thread while the GPU works on the one before."
+# %% ../../nbs/07_training/05_loop.ipynb #cell-038
+def ahead(
+    batches: Iterator[Batch],
+    depth: int = 2,  # batches made in advance
+) -> Iterator[Batch]:
+    "The same batches in page-locked memory, made by a thread while the GPU computes."
     from concurrent.futures import ThreadPoolExecutor
 
-    def make() -> Batch|None:
+    def make() -> Batch | None:
         batch = next(batches, None)
         return batch if batch is None else batch.pin_memory()
 
@@ -363,17 +488,29 @@ def ahead(batches:Iterator[Batch], depth:int=2 # batches made in advance
             queue.append(pool.submit(make))
             yield batch
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-038
+# %% ../../nbs/07_training/05_loop.ipynb #cell-040
 class Trainer:
     "The loop behind `train`: steps until the recipe's end, and callbacks for everything else."
 
-    def __init__(self, recipe:Recipe, dataset:PersonDataset, path:str|Path, # the run's folder
-                 encoder:PersonCLIP|None=None, device:str|torch.device|None=None,
-                 extra:dict[str, Callable]|None=None, callbacks:Sequence[Callback]=(), # after those of the loop
-                 trackers:Sequence[str]=(), num_workers:int=0, verbose:bool=True,
-                 max_seconds:float|None=None, save_seconds:float=60., save_steps:int|None=None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: PersonDataset,
+        path: str | Path,  # the run's folder
+        encoder: PersonCLIP | None = None,
+        device: str | torch.device | None = None,
+        extra: dict[str, Callable] | None = None,
+        callbacks: Sequence[Callback] = (),  # after those of the loop
+        trackers: Sequence[str] = (),
+        num_workers: int = 0,
+        verbose: bool = True,
+        max_seconds: float | None = None,
+        save_seconds: float = 60.0,
+        save_steps: int | None = None,
+    ):
         check_data(dataset, recipe)
-        if encoder is not None: check_encoder(encoder, recipe)
+        if encoder is not None:
+            check_encoder(encoder, recipe)
         self.recipe = recipe
         self.dataset = dataset
         self.path = Path(path)
@@ -382,49 +519,67 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         start = build_encoder(recipe) if encoder is None else encoder
         self.loader = make_train_loader(
-            recipe, dataset.train, start.tokenize, extra, self.accelerator.process_index, self.world,
-            num_workers, pin_memory=self.device.type == "cuda")
-        self.epoch_steps = len(self.loader)//recipe.accumulate
+            recipe,
+            dataset.train,
+            start.tokenize,
+            extra,
+            self.accelerator.process_index,
+            self.world,
+            num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.epoch_steps = len(self.loader) // recipe.accumulate
         if not self.epoch_steps:
-            raise TiprError(f"recipe {recipe.name}: accumulate {recipe.accumulate} x batch_size {recipe.batch_size} "
-                            f"is more than the {len(dataset.train)} training captions; make one smaller")
-        self.total_steps = recipe.epochs*self.epoch_steps
+            raise TiprError(
+                f"recipe {recipe.name}: accumulate {recipe.accumulate} x "
+                f"batch_size {recipe.batch_size} is more than the {len(dataset.train)} training captions; make one smaller"
+            )
+        self.total_steps = recipe.epochs * self.epoch_steps
         self.train_step = TrainStep(recipe, start, dataset.train.n_ids, self.accelerator)
-        with os_errors(self.path): self.path.mkdir(parents=True, exist_ok=True)
+        with os_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(self.path)
         self.hashes = dict(data_hash=data_hash(dataset), weights_hash=weights_hash(recipe))
-        self.precisions = [[0, self.precision]]      # from which step on, what
+        self.precisions = [[0, self.precision]]  # from which step on, what
         self.notes = list(dataset.notes)
-        if not self.has_val: self.notes.append("no val split: the last weights are kept")
-        if self.world > 1 and not recipe.drop_last: self.notes.append("several processes: the last odd batch of an epoch is left out")
-        self.step = 0                                # steps that are done
-        self.stop:bool|str = False                   # set by a callback
+        if not self.has_val:
+            self.notes.append("no val split: the last weights are kept")
+        if self.world > 1 and not recipe.drop_last:
+            self.notes.append("several processes: the last odd batch of an epoch is left out")
+        self.step = 0  # steps that are done
+        self.stop: bool | str = False  # set by a callback
         self.status = "running"
         self.guard = NaNGuard([*self.train_step.retriever.objectives, "gradient"], self.device)
         self.clock = TimeLimit(max_seconds)
-        self.log = HistoryLog(History(self.path/"history.jsonl"))
+        self.log = HistoryLog(History(self.path / "history.jsonl"))
         self.saving = Saving(save_seconds, save_steps)
         self.validation = Validation()
         own = [self.guard, self.clock, self.log, ProgressBar(), self.saving, self.validation]
         self.callbacks = [*own, *callbacks]
 
     @property
-    def device(self) -> torch.device: return self.accelerator.device
+    def device(self) -> torch.device:
+        return self.accelerator.device
 
     @property
-    def main(self) -> bool: return self.accelerator.is_main_process
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
 
     @property
-    def world(self) -> int: return self.accelerator.num_processes
+    def world(self) -> int:
+        return self.accelerator.num_processes
 
     @property
-    def encoder(self) -> PersonCLIP: return self.train_step.encoder
+    def encoder(self) -> PersonCLIP:
+        return self.train_step.encoder
 
     @property
-    def epoch(self) -> float: return self.step/self.epoch_steps
+    def epoch(self) -> float:
+        return self.step / self.epoch_steps
 
     @property
-    def has_val(self) -> bool: return self.dataset.val is not None and len(self.dataset.val) > 0
+    def has_val(self) -> bool:
+        return self.dataset.val is not None and len(self.dataset.val) > 0
 
     @property
     def precision(self) -> str:
@@ -432,7 +587,7 @@ class Trainer:
         used = self.accelerator.mixed_precision
         return "fp32" if used == "no" else used
 
-    def fit(self) -> str: # "done", "capped" or "stopped"
+    def fit(self) -> str:  # "done", "capped" or "stopped"
         "Step until the recipe's end, the time limit, or a callback that says stop."
         alone = self.device.type == "cpu" and self.world == 1
         self.call("on_start")
@@ -441,10 +596,13 @@ class Trainer:
                 self.call("on_epoch")
                 for losses in self.rest_of_epoch():
                     self.call("on_step", losses)
-                    if self.stopping(): break
-        if self.step >= self.total_steps: self.status = "done"
+                    if self.stopping():
+                        break
+        if self.step >= self.total_steps:
+            self.status = "done"
         self.call("on_stop")
-        if self.status == "capped" and self.recipe.schedule == "time": self.status = "done"
+        if self.status == "capped" and self.recipe.schedule == "time":
+            self.status = "done"
         self.call("on_end")
         return self.status
 
@@ -452,8 +610,9 @@ class Trainer:
         "The losses of each step from here to the end of the epoch."
         epoch, first = divmod(self.step, self.epoch_steps)
         self.loader.set_epoch(epoch)
-        batches = self.loader.batches(first*self.recipe.accumulate)
-        if self.device.type == "cuda" and not self.loader.num_workers: batches = ahead(batches)
+        batches = self.loader.batches(first * self.recipe.accumulate)
+        if self.device.type == "cuda" and not self.loader.num_workers:
+            batches = ahead(batches)
         self.train_step.retriever.train()
         for _ in range(first, self.epoch_steps):
             start = time.perf_counter()
@@ -462,40 +621,46 @@ class Trainer:
             fit_threads()
             yield losses
 
-    def one_step(self, batches:Iterator[Batch]) -> dict[str, Tensor]: # detached losses and logs
+    def one_step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:  # detached losses and logs
         "One step of the optimizer."
-        done = self.step/self.total_steps
-        if self.recipe.schedule == "epochs": done = self.step//self.epoch_steps/self.recipe.epochs
-        if self.recipe.schedule == "time": done = max(done, self.clock.fraction())
+        done = self.step / self.total_steps
+        if self.recipe.schedule == "epochs":
+            done = self.step // self.epoch_steps / self.recipe.epochs
+        if self.recipe.schedule == "time":
+            done = max(done, self.clock.fraction())
         losses = self.train_step(batches, self.step, done, watch=self.watch)
         self.step += 1
         return losses
 
-    def watch(self, losses:dict[str, Tensor], norm:Tensor|None, batch:Batch): self.call("on_backward", losses, norm, batch)
+    def watch(self, losses: dict[str, Tensor], norm: Tensor | None, batch: Batch):
+        self.call("on_backward", losses, norm, batch)
 
-    def call(self, event:str, *args):
+    def call(self, event: str, *args):
         "An event, to all callbacks in order."
-        for callback in self.callbacks: getattr(callback, event)(self, *args)
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args)
 
     def stopping(self) -> bool:
         "Whether to leave the loop; `status` says why."
         reason = "stopped" if self.stop is True else self.stop or ""
         reason = broadcast_decision(self, reason)
-        if reason: self.status = reason
+        if reason:
+            self.status = reason
         return bool(reason)
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-046
+# %% ../../nbs/07_training/05_loop.ipynb #cell-048
 @dataclass
 class Run:
     "What `train` returns: the encoder, and how it came to be."
-    path:Path                     # the run's folder
-    recipe:Recipe                 # what was trained
-    model:PersonCLIP              # the weights that did best on val (the last where there is no val), in eval mode
-    history:pd.DataFrame          # losses and metrics by step
-    best:dict                     # step, epoch and val metrics of these weights
-    status:str                    # "done"; "capped" by max_seconds; "stopped" by a callback
-    notes:list[str]               # what a reader of the numbers should know
-    train_seconds:float           # time spent in steps, before a kill and after
+
+    path: Path  # the run's folder
+    recipe: Recipe  # what was trained
+    model: PersonCLIP  # best weights on val (without val: the last), in eval mode
+    history: pd.DataFrame  # losses and metrics by step
+    best: dict  # step, epoch and val metrics of these weights
+    status: str  # "done"; "capped" by max_seconds; "stopped" by a callback
+    notes: list[str]  # what a reader of the numbers should know
+    train_seconds: float  # time spent in steps, before a kill and after
 
     def __repr__(self):
         kept = self.best.get("epoch", 0)
@@ -503,88 +668,130 @@ class Run:
         epochs = f"{self.status} at epoch {self.history['epoch'].max():g}, kept epoch {kept:g}"
         return f"Run({self.path.name}: {epochs}{val}, {self.train_seconds:.0f} s of training)"
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-048
+# %% ../../nbs/07_training/05_loop.ipynb #cell-050
 @contextlib.contextmanager
-def only_run_in(path:Path) -> Iterator[None]:
+def only_run_in(path: Path) -> Iterator[None]:
     "One run in a folder at a time; the main process holds the lock."
     from filelock import FileLock, Timeout
+
     if int(os.environ.get("RANK", 0)):
         yield
         return
     with os_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(path/".lock"), timeout=0)
-        try: lock.acquire()
-        except Timeout: raise TiprError(f"{path}: another process is training here; wait for it or choose another folder") from None
-    try: yield
-    finally: lock.release()
-
-# %% ../../nbs/07_training/05_loop.ipynb #cell-050
-def prepare_folder(trainer:Trainer, resume:str):
-    "Start over, or put in order what a kill left; never mix two runs."
-    path = trainer.path
-    if resume == "never": trainer.checkpoints.clear()
-    trainer.checkpoints.recover()
-    if resume == "must" and not (path/"recipe.json").exists():
-        raise TiprError(f"{path}: nothing to resume; check the folder, or use resume='auto'")
-    check_same_run(path, trainer.recipe, trainer.hashes)
-    trainer.recipe.save(path/"recipe.json")
-    if not (path/"run.json").exists(): trainer.saving.write_run(trainer, "running")
+        lock = FileLock(str(path / ".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise TiprError(
+                f"{path}: another process is training here; wait for it or choose another folder"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-052
-def continue_run(trainer:Trainer, trackers:Sequence[str]=()) -> str: # status
+def prepare_folder(trainer: Trainer, resume: str):
+    "Start over, or put in order what a kill left; never mix two runs."
+    path = trainer.path
+    if resume == "never":
+        trainer.checkpoints.clear()
+    trainer.checkpoints.recover()
+    if resume == "must" and not (path / "recipe.json").exists():
+        raise TiprError(f"{path}: nothing to resume; check the folder, or use resume='auto'")
+    check_same_run(path, trainer.recipe, trainer.hashes)
+    trainer.recipe.save(path / "recipe.json")
+    if not (path / "run.json").exists():
+        trainer.saving.write_run(trainer, "running")
+
+# %% ../../nbs/07_training/05_loop.ipynb #cell-054
+def continue_run(trainer: Trainer, trackers: Sequence[str] = ()) -> str:  # status
     "From the newest checkpoint to the end; a run that has ended is taken as it is."
-    run = read_json(trainer.path/"run.json")
+    run = read_run_file(trainer.path)
     newest = trainer.checkpoints.newest()
     same_cap = run["status"] == "capped" and run["max_seconds"] == trainer.clock.max_seconds
-    if (run["status"] == "done" or same_cap) and (trainer.path/"best"/"metrics.json").exists():
+    if (run["status"] == "done" or same_cap) and read_best(trainer.checkpoints):
         trainer.step = run["step"]
         trainer.clock.load_state(run)
         trainer.validation.best = run["best"]
         trainer.log.history.load()
+        if trainer.main and run["status"] == "done":
+            trainer.checkpoints.keep_newest()  # a kill may have left it to us
         return run["status"]
     if newest is not None:
         trainer.saving.resume(trainer, newest)
-        if trainer.main and trainer.verbose: print(f"{trainer.recipe.name}: going on from step {trainer.step}", flush=True)
+        if trainer.main and trainer.verbose:
+            print(f"{trainer.recipe.name}: going on from step {trainer.step}", flush=True)
     half_row = trainer.log.summed > 0
-    if trainer.main: trainer.log.history.rewind(trainer.step, trainer.validation.evaluated, half_row)
+    if trainer.main:
+        trainer.log.history.rewind(trainer.step, trainer.validation.evaluated, half_row)
     if trackers:
-        settings = {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in trainer.recipe.to_dict().items()}
+        settings = {
+            k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v)
+            for k, v in trainer.recipe.to_dict().items()
+        }
         trainer.accelerator.init_trackers("tipr_nb", config=settings)
     return trainer.fit()
 
-# %% ../../nbs/07_training/05_loop.ipynb #cell-054
-def train(recipe:Recipe|str|Path, # a recipe, a name of `RECIPES`, or a JSON file
-          dataset:PersonDataset, # train is learned from, val chooses the weights that are kept
-          out_dir:str|Path, # the run's folder
-          resume:str="auto", # "auto": go on with what is there; "must": there has to be something; "never": start over
-          encoder:PersonCLIP|None=None, # start from this one instead of the recipe's weights
-          max_seconds:float|None=None, # wall-clock limit of the whole run, parts before a kill included
-          device:str|torch.device|None=None, # "cpu", or None for what Accelerate finds
-          callbacks:Sequence[Callback]=(), # see `Callback`
-          trackers:Sequence[str]=(), # Accelerate's trackers, such as "tensorboard"
-          save_seconds:float=60., # about as much work is lost to a kill
-          save_steps:int|None=None, # also save every so many steps
-          extra:dict[str, Callable]|None=None, # name -> function from caption indices to a tensor, for `extra_fields`
-          num_workers:int=0, # processes of the loader
-          verbose:bool=True # print a line per validation pass
-         ) -> Run:
-    "Train as the recipe says. Killed at any moment, the same call goes on from the last checkpoint."
+# %% ../../nbs/07_training/05_loop.ipynb #cell-056
+def train(
+    recipe: Recipe | str | Path,  # a recipe, a name of `RECIPES`, or a JSON file
+    dataset: PersonDataset,  # train is learned from, val chooses the weights that are kept
+    out_dir: str | Path,  # the run's folder
+    resume: str = "auto",  # "auto": continue what is there; "must": or fail; "never": start over
+    encoder: PersonCLIP | None = None,  # start from this one instead of the recipe's weights
+    max_seconds: float | None = None,  # time limit of the whole run, parts before a kill included
+    device: str | torch.device | None = None,  # "cpu", or None for what Accelerate finds
+    callbacks: Sequence[Callback] = (),  # see `Callback`
+    trackers: Sequence[str] = (),  # Accelerate's trackers, such as "tensorboard"
+    save_seconds: float = 60.0,  # about as much work is lost to a kill
+    save_steps: int | None = None,  # also save every so many steps
+    extra: dict[str, Callable] | None = None,  # name -> function from caption indices to a tensor
+    num_workers: int = 0,  # processes of the loader
+    verbose: bool = True,  # print a line per validation pass
+) -> Run:
+    "Train as the recipe says. After a kill, the same call continues from the last checkpoint."
     r = get_recipe(recipe)
     path = Path(out_dir)
-    if resume not in ("auto", "must", "never"): raise TiprError(f"resume = {resume!r}; choose 'auto', 'must' or 'never'")
-    if r.schedule == "time" and not max_seconds: raise TiprError(f"recipe {r.name}: schedule 'time' needs max_seconds")
+    if resume not in ("auto", "must", "never"):
+        raise TiprError(f"resume = {resume!r}; choose 'auto', 'must' or 'never'")
+    if r.schedule == "time" and not max_seconds:
+        raise TiprError(f"recipe {r.name}: schedule 'time' needs max_seconds")
     with only_run_in(path), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        trainer = Trainer(r, dataset, path, encoder, device, extra, callbacks, trackers, num_workers, verbose,
-                          max_seconds, save_seconds, save_steps)
-        if encoder is not None: trainer.hashes["weights_hash"] = "given"
-        if trainer.main: prepare_folder(trainer, resume)
+        trainer = Trainer(
+            r,
+            dataset,
+            path,
+            encoder,
+            device,
+            extra,
+            callbacks,
+            trackers,
+            num_workers,
+            verbose,
+            max_seconds,
+            save_seconds,
+            save_steps,
+        )
+        if encoder is not None:
+            trainer.hashes["weights_hash"] = "given"
+        if trainer.main:
+            prepare_folder(trainer, resume)
         trainer.accelerator.wait_for_everyone()
         status = continue_run(trainer, trackers)
         trainer.accelerator.end_training()
     model = merge_lora(trainer.encoder.to(trainer.device))
-    model.patch_dropout = 0.
-    kept = path/"best"/"model.safetensors"
-    if kept.exists(): model.load_weights(kept)
-    return Run(path, r, model.eval(), trainer.log.history.frame(), trainer.validation.best, status,
-               trainer.notes, trainer.clock.train_seconds)
+    model.patch_dropout = 0.0
+    if has_best_weights(path):
+        model.load_weights(best_weights(path) / "model.safetensors")
+    return Run(
+        path,
+        r,
+        model.eval(),
+        trainer.log.history.frame(),
+        trainer.validation.best,
+        status,
+        trainer.notes,
+        trainer.clock.train_seconds,
+    )

@@ -7,7 +7,8 @@ __all__ = ['peak_bytes', 'RandomState', 'chunks_of', 'batch_rows', 'check_cachea
            'cached_backward', 'average_gradients', 'lora_layers', 'add_lora', 'merge_lora', 'merged']
 
 # %% ../../nbs/07_training/03_memory.ipynb #cell-003
-import contextlib, copy
+import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,14 +18,25 @@ from torch import Tensor, nn
 
 # %% ../../nbs/07_training/03_memory.ipynb #cell-004
 from ..core import TiprError, ensure_torchvision
-from ..models import Features, PersonCLIP, gather_features, unit
 from ..data import Batch
+from ..models import Features, PersonCLIP, gather_features, unit
 from open_clip.transformer import VisionTransformer
 
 # %% ../../nbs/07_training/03_memory.ipynb #cell-009
-def peak_bytes(f:Callable[[], Any] # what is measured; run once
-              ) -> int: # bytes
-    "Most memory that tensors made while `f` runs take up at one moment, beyond what was there before."
+def _allocations(events: list) -> Iterator[tuple[int, int]]:
+    "(time, bytes) of every allocation, negative where memory is freed."
+    todo = list(events)
+    while todo:
+        event = todo.pop()
+        todo += event.children
+        if event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields.alloc_size
+
+# %% ../../nbs/07_training/03_memory.ipynb #cell-010
+def peak_bytes(
+    f: Callable[[], Any],  # what is measured; run once
+) -> int:  # bytes
+    "Peak memory of the tensors made while `f` runs, beyond what was allocated before."
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -33,163 +45,284 @@ def peak_bytes(f:Callable[[], Any] # what is measured; run once
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: f()
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        f()
+    results: Any = p.profiler.kineto_results
     level = top = 0
-    for _, n in sorted(_allocations(p.profiler.kineto_results.experimental_event_tree())):      # type: ignore[union-attr]
+    for _, n in sorted(_allocations(results.experimental_event_tree())):
         level += n
         top = max(top, level)
     return top
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-010
-def _allocations(events:list) -> Iterator[tuple[int, int]]:
-    "(time, bytes) of every allocation, negative where memory is given back."
-    todo = list(events)
-    while todo:
-        e = todo.pop()
-        todo += e.children
-        if e.name == "[memory]": yield e.start_time_ns, e.extra_fields.alloc_size
-
 # %% ../../nbs/07_training/03_memory.ipynb #cell-015
 class RandomState:
-    "Where PyTorch's generators stand: the CPU's, and that of the device if it has one of its own."
-    def __init__(self, device:torch.device):
-        self.device, self.cpu = device, torch.get_rng_state()
-        self.own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    "State of PyTorch's generators: the CPU's, and that of the device if it has its own."
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.own = None
+        if device.type == "cuda":
+            self.own = torch.cuda.get_rng_state(device)
 
     def restore(self):
-        "Go back there."
+        "Set the generators back to this state."
         torch.set_rng_state(self.cpu)
-        if self.own is not None: torch.cuda.set_rng_state(self.own, self.device)
+        if self.own is not None:
+            torch.cuda.set_rng_state(self.own, self.device)
 
 # %% ../../nbs/07_training/03_memory.ipynb #cell-018
-def chunks_of(n:int, size:int) -> list[slice]:
+def chunks_of(n: int, size: int) -> list[slice]:
     "Consecutive slices of `size` that cover n rows; the last may be shorter."
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
-def batch_rows(batch:Batch, rows:slice) -> Batch:
+
+def batch_rows(batch: Batch, rows: slice) -> Batch:
     "Some pairs of a batch."
     return batch.map(lambda t: t[rows], lambda items: items[rows])
 
 # %% ../../nbs/07_training/03_memory.ipynb #cell-021
-def check_cacheable(objectives:Any, # name -> objective, a dict or an `nn.ModuleDict`
-                    who:str="grad_cache"):
+def check_cacheable(
+    objectives: Any,  # name -> objective, a dict or an `nn.ModuleDict`
+    who: str = "grad_cache",
+):
     "A `TiprError` where an objective cannot be computed in chunks."
-    for name, o in objectives.items():
-        if o.chunked is None: raise TiprError(f"{who}: {name} compares more than the batch's image and caption features, so gradient caching cannot split it; set grad_cache=0 and use grad_checkpoint=True or a smaller batch_size")
-        if o.chunked not in ("features", "pairs"): raise TiprError(f"{who}: {name}.chunked = {o.chunked!r}; use 'features', 'pairs' or None")
+    for name, objective in objectives.items():
+        chunked = objective.chunked
+        if chunked is None:
+            raise TiprError(
+                f"{who}: {name} compares more than the batch's image and caption features, so gradient "
+                "caching cannot split it; set grad_cache=0 and use grad_checkpoint=True or a smaller batch_size"
+            )
+        if chunked not in ("features", "pairs"):
+            raise TiprError(
+                f"{who}: {name}.chunked = {chunked!r}; use 'features', 'pairs' or None"
+            )
 
 # %% ../../nbs/07_training/03_memory.ipynb #cell-024
 @torch.no_grad()
-def first_pass(encoder:PersonCLIP, batch:Batch, parts:list[slice], keep:Tensor|None # (b, m) patches to compute
-              ) -> tuple[Tensor, Tensor, list[RandomState]]: # raw image and text features (b, d), and where the generators stood before each chunk
+def first_pass(
+    encoder: PersonCLIP,
+    batch: Batch,
+    parts: list[slice],  # the chunks
+    keep: Tensor | None,  # (b, m) patches to compute
+) -> tuple[Tensor, Tensor, list[RandomState]]:  # raw image, text (b, d); states before each chunk
     "Raw features of a batch, chunk by chunk, without a graph."
-    images, texts, states = [], [], []
+    images = []
+    texts = []
+    states = []
     for rows in parts:
         states.append(RandomState(encoder.device))
-        f = encoder(batch_rows(batch, rows), None if keep is None else keep[rows])
+        kept = None if keep is None else keep[rows]
+        f = encoder(batch_rows(batch, rows), kept)
         images.append(f.image_raw)
         texts.append(f.text_raw)
     return torch.cat(images), torch.cat(texts), states
 
-def features_of(encoder:PersonCLIP, batch:Batch, image_raw:Tensor, text_raw:Tensor # (b, d) of this process
-               ) -> Features:
+# %% ../../nbs/07_training/03_memory.ipynb #cell-026
+def features_of(
+    encoder: PersonCLIP,
+    batch: Batch,
+    image_raw: Tensor,  # (b, d) of this process
+    text_raw: Tensor,  # (b, d)
+) -> Features:
     "What objectives see in step 2: unit and raw features of all processes, no tokens."
-    return gather_features(Features(unit(image_raw), unit(text_raw), image_raw, text_raw, batch.ids, encoder.scale, text_mask=encoder.token_mask(batch.tokens)))
+    own = Features(
+        unit(image_raw),
+        unit(text_raw),
+        image_raw,
+        text_raw,
+        batch.ids,
+        encoder.scale,
+        text_mask=encoder.token_mask(batch.tokens),
+    )
+    return gather_features(own)
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-027
-def cached_backward(encoder:PersonCLIP, objectives:Any, # name -> objective, a dict or an `nn.ModuleDict`
-                    weights:Mapping[str, float], # of the sum
-                    batch:Batch, size:int, # pairs in a chunk
-                    scaled:Callable[[Tensor], Tensor]=lambda loss: loss, # what is differentiated, where that is not the loss itself (accumulation, fp16)
-                    context:Callable[[], Any]=contextlib.nullcontext # such as autocast
-                   ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]: # weighted sum, losses, logs; all detached
-    "Add the gradient of a whole batch to every weight's `grad`, with the activations of one chunk in memory (GradCache)."
+# %% ../../nbs/07_training/03_memory.ipynb #cell-029
+def _weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    "The weighted sum; 0 of none."
+    return sum((weights[n] * v for n, v in losses.items()), torch.zeros(()))
+
+# %% ../../nbs/07_training/03_memory.ipynb #cell-031
+def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]):
+    "Add to the values of the same names."
+    for name, value in more.items():
+        total[name] = total[name] + value if name in total else value
+
+# %% ../../nbs/07_training/03_memory.ipynb #cell-033
+def _backward(roots: list[Tensor], gradients: list[Tensor | None]):
+    "Backpropagate gradients from several tensors; those that no learning weight made are left out."
+    live = [(root, g) for root, g in zip(roots, gradients) if root.requires_grad]
+    if live:
+        torch.autograd.backward([root for root, _ in live], [g for _, g in live])
+
+# %% ../../nbs/07_training/03_memory.ipynb #cell-035
+def cached_backward(
+    encoder: PersonCLIP,
+    objectives: Any,  # name -> objective, a dict or an `nn.ModuleDict`
+    weights: Mapping[str, float],  # of the sum
+    batch: Batch,
+    size: int,  # pairs in a chunk
+    scaled: Callable[[Tensor], Tensor] | None = None,  # what is differentiated instead of the loss
+    context: Callable[[], Any] = contextlib.nullcontext,  # such as autocast
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # weighted sum, losses, logs: detached
+    "Add a whole batch's gradient to every `grad`, with one chunk's activations in memory (GradCache)."
+    scaled = scaled or torch.clone
+    whole = {n: o for n, o in objectives.items() if o.chunked == "features"}
+    by_pair = {n: o for n, o in objectives.items() if o.chunked == "pairs"}
     parts = chunks_of(len(batch), size)
-    keep = encoder.random_keep(len(batch)) if encoder.training and encoder.patch_dropout else None
-    with context(): image_raw, text_raw, states = first_pass(encoder, batch, parts, keep)
-    leaves = [x.requires_grad_() for x in (image_raw, text_raw)]
+    keep = None
+    if encoder.training and encoder.patch_dropout:
+        keep = encoder.random_keep(len(batch))
+
+    with context():
+        image_raw, text_raw, states = first_pass(encoder, batch, parts, keep)
+    leaves = [image_raw.requires_grad_(), text_raw.requires_grad_()]
     with context():
         features = features_of(encoder, batch, *leaves)
-        losses = {n: o(features, batch, encoder) for n, o in objectives.items() if o.chunked == "features"}
-    if losses: scaled(_weighted(losses, weights)).backward()
-    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
-    after, pairs = RandomState(encoder.device), {n: o for n, o in objectives.items() if o.chunked == "pairs"}
-    logs:dict[str, Tensor] = {}
+        losses = {n: o(features, batch, encoder) for n, o in whole.items()}
+    if losses:
+        scaled(_weighted(losses, weights)).backward()
+    gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+    after = RandomState(encoder.device)
+    logs: dict[str, Tensor] = {}
     for rows, state in zip(parts, states):
         state.restore()
-        share = (rows.stop - rows.start)/len(batch)
+        fraction = (rows.stop - rows.start) / len(batch)
+        piece = batch_rows(batch, rows)
         with context():
-            piece = batch_rows(batch, rows)
             f = encoder(piece, None if keep is None else keep[rows])
             after.restore()
             seen = replace(f, ids=features.ids, offset=features.offset + rows.start)
-            own = {n: o(seen, piece, encoder) for n, o in pairs.items()}
-        roots:list[Tensor] = [f.image_raw, f.text_raw]
-        given:list[Tensor|None] = [g[rows] for g in grads]
-        if own: roots, given = [*roots, scaled(_weighted(own, weights)*share)], [*given, None]
-        live = [(r, g) for r, g in zip(roots, given) if r.requires_grad]
-        if live: torch.autograd.backward([r for r, _ in live], [g for _, g in live])
-        _add(losses, {n: v.detach()*share for n, v in own.items()})
-        _add(logs, {f"{n}/{k}": v*share for n, o in pairs.items() for k, v in o.logs.items()})
-    losses = {n: losses[n].detach() for n in objectives}
-    logs |= {f"{n}/{k}": v for n, o in objectives.items() if n not in pairs for k, v in (o.logs or {}).items()}
-    return _weighted(losses, weights), losses, logs
+            own = {n: o(seen, piece, encoder) for n, o in by_pair.items()}
+        roots: list[Tensor] = [f.image_raw, f.text_raw]
+        incoming: list[Tensor | None] = [g[rows] for g in gradients]
+        if own:
+            roots.append(scaled(_weighted(own, weights) * fraction))
+            incoming.append(None)
+        _backward(roots, incoming)
+        _add(losses, {n: v.detach() * fraction for n, v in own.items()})
+        for name, objective in by_pair.items():
+            _add(logs, {f"{name}/{k}": v * fraction for k, v in objective.logs.items()})
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-028
-def _weighted(losses:Mapping[str, Tensor], weights:Mapping[str, float]) -> Tensor: return sum((weights[n]*v for n, v in losses.items()), torch.zeros(()))
+    for name, objective in objectives.items():
+        if name not in by_pair:
+            logs |= {f"{name}/{k}": v for k, v in (objective.logs or {}).items()}
+    detached = {n: losses[n].detach() for n in objectives}
+    return _weighted(detached, weights), detached, logs
 
-def _add(total:dict[str, Tensor], more:Mapping[str, Tensor]):
-    for k, v in more.items(): total[k] = total[k] + v if k in total else v
-
-# %% ../../nbs/07_training/03_memory.ipynb #cell-034
-def average_gradients(params:list[nn.Parameter], bucket:int=2**23 # numbers sent at a time
-                     ):
-    "Average gradients over processes; nothing happens where there is one."
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1: return
-    for p in params:
-        if p.grad is None: p.grad = torch.zeros_like(p)
-    group:list[Tensor] = []
-    for i, p in enumerate(params):
-        group.append(p.grad)                      # type: ignore[arg-type]
-        if i + 1 < len(params) and params[i + 1].dtype == p.dtype and sum(g.numel() for g in group) < bucket: continue
-        flat = torch.cat([g.reshape(-1) for g in group])/torch.distributed.get_world_size()
-        torch.distributed.all_reduce(flat)
-        for g, part in zip(group, flat.split([g.numel() for g in group])): g.copy_(part.view_as(g))
-        group = []
+# %% ../../nbs/07_training/03_memory.ipynb #cell-041
+def _processes() -> int:
+    "How many processes train together."
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
 
 # %% ../../nbs/07_training/03_memory.ipynb #cell-042
-_LORA_LAYERS, _LORA_PARAMETERS = ["out_proj", "c_fc", "c_proj"], ["attn.in_proj_weight"]
+def _buckets(params: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Parameter]]:
+    "Consecutive parameters of one type, up to so many numbers together (or one larger than that)."
+    bucket: list[nn.Parameter] = []
+    filled = 0
+    for p in params:
+        if bucket and (p.dtype != bucket[0].dtype or filled >= numbers):
+            yield bucket
+            bucket = []
+            filled = 0
+        bucket.append(p)
+        filled += p.numel()
+    if bucket:
+        yield bucket
 
-def lora_layers(encoder:nn.Module) -> dict[str, Any]: # name -> PEFT's layer
+# %% ../../nbs/07_training/03_memory.ipynb #cell-044
+def average_gradients(
+    params: list[nn.Parameter],
+    bucket: int = 2**23,  # about so many numbers are sent at a time
+):
+    "Average gradients over processes; nothing happens where there is one."
+    world = _processes()
+    if world == 1:
+        return
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for some in _buckets(params, bucket):
+        gradients: list[Any] = [p.grad for p in some]
+        flat = torch.cat([g.reshape(-1) for g in gradients]) / world
+        torch.distributed.all_reduce(flat)
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
+
+# %% ../../nbs/07_training/03_memory.ipynb #cell-052
+def lora_layers(encoder: nn.Module) -> dict[str, Any]:  # name -> PEFT's layer
     "The encoder's adapted modules by name, the innermost first."
-    found = {n: m for n, m in encoder.named_modules() if hasattr(m, "lora_A") and hasattr(m, "get_base_layer")}
+    found = {}
+    for name, module in encoder.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            found[name] = module
     return dict(sorted(found.items(), key=lambda item: -item[0].count(".")))
 
-def add_lora(encoder:PersonCLIP, rank:int # of the updates
-            ) -> PersonCLIP: # the same, changed in place
-    "Freeze both towers and let low-rank updates of attention and MLP weights learn instead (Hu et al. 2021)."
+# %% ../../nbs/07_training/03_memory.ipynb #cell-054
+_LORA_LAYERS = ["out_proj", "c_fc", "c_proj"]
+_LORA_PARAMETERS = ["attn.in_proj_weight"]
+
+
+def add_lora(
+    encoder: PersonCLIP,
+    rank: int,  # of the updates
+) -> PersonCLIP:  # the same, changed in place
+    "Freeze both towers; low-rank updates of attention and MLP weights learn instead (Hu et al. 2021)."
     blocks = getattr(getattr(encoder.clip, "text", encoder.clip), "transformer", None)
-    if not isinstance(encoder.clip.visual, VisionTransformer) or not hasattr(blocks, "resblocks"): raise TiprError(f"lora: {encoder.arch} is not made of open_clip's transformer blocks; use a ViT such as ViT-B-16, or freeze=('visual',) instead")
-    if rank < 1: raise TiprError(f"lora={rank}: the rank of the updates must be 1 or more; 4 to 64 are usual")
-    if lora_layers(encoder): raise TiprError("this encoder has low-rank updates already; put them into its weights first, with merge_lora(encoder)")
+    if not isinstance(encoder.clip.visual, VisionTransformer) or not hasattr(blocks, "resblocks"):
+        raise TiprError(
+            f"lora: {encoder.arch} is not made of open_clip's transformer blocks; "
+            "use a ViT such as ViT-B-16, or freeze=('visual',) instead"
+        )
+    if rank < 1:
+        raise TiprError(f"lora={rank}: the rank must be 1 or more; 4 to 64 are usual")
+    if lora_layers(encoder):
+        raise TiprError(
+            "this encoder has low-rank updates already; merge them into its weights first, "
+            "with merge_lora(encoder)"
+        )
     ensure_torchvision()
-    try: from peft import LoraConfig, LoraModel
-    except ImportError: raise TiprError("lora needs the package peft; install it with: pip install 'tipr_nb[peft]'") from None
-    LoraModel(encoder.clip, LoraConfig(r=rank, lora_alpha=rank, target_modules=_LORA_LAYERS, target_parameters=_LORA_PARAMETERS), "default")
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError:
+        raise TiprError(
+            "lora needs the package peft; install it with: pip install 'tipr_nb[peft]'"
+        ) from None
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_LORA_LAYERS,
+        target_parameters=_LORA_PARAMETERS,
+    )
+    LoraModel(encoder.clip, config, "default")
     vars(encoder.clip).pop("peft_config", None)
-    for m in encoder.modules():         # PEFT puts this weight back at the end after each forward pass; there from the start, weights have one order
-        if isinstance(m, nn.MultiheadAttention): m._parameters["in_proj_weight"] = m._parameters.pop("in_proj_weight")
+    # PEFT moves this weight to the end after each forward pass; there from the start, the order stays
+    for module in encoder.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            own = module._parameters
+            own["in_proj_weight"] = own.pop("in_proj_weight")
     return encoder
 
-# %% ../../nbs/07_training/03_memory.ipynb #cell-047
-def merge_lora(encoder:PersonCLIP) -> PersonCLIP: # the same, changed in place; as it is where it has no updates
-    "Add the low-rank updates to the weights and take them away; what was frozen can learn again."
+# %% ../../nbs/07_training/03_memory.ipynb #cell-059
+def merge_lora(
+    encoder: PersonCLIP,
+) -> PersonCLIP:  # the same, changed in place; as it is where it has no updates
+    "Add the low-rank updates to the weights and remove them; what was frozen can learn again."
     for name, layer in lora_layers(encoder).items():
         layer.merge()
         parent, _, own = name.rpartition(".")
         setattr(encoder.get_submodule(parent), own, layer.get_base_layer())
-    return encoder.requires_grad_(True) if encoder.clip.logit_scale.requires_grad is False else encoder
+    if not encoder.clip.logit_scale.requires_grad:
+        encoder.requires_grad_(True)
+    return encoder
 
-def merged(encoder:PersonCLIP) -> PersonCLIP: # the same model where there is nothing to merge, else a copy
+# %% ../../nbs/07_training/03_memory.ipynb #cell-061
+def merged(
+    encoder: PersonCLIP,
+) -> PersonCLIP:  # the same model where there is nothing to merge, else a copy
     "The encoder as a plain one, for saving."
     return merge_lora(copy.deepcopy(encoder)) if lora_layers(encoder) else encoder

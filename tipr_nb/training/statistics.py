@@ -17,62 +17,88 @@ from .grid import GridTable
 from .loop import METRICS
 
 # %% ../../nbs/07_training/07_statistics.ipynb #cell-006
-def mean_sd(values:Sequence[float]|pd.Series # a number per seed
-            ) -> str:
-    "Mean and standard deviation as tables print them; of one value only itself, of none nothing."
+def mean_sd(
+    values: Sequence[float] | pd.Series,  # a number per seed
+) -> str:
+    "Mean and standard deviation as tables print them; one value alone has no deviation."
     x = pd.Series(values).dropna()
-    if not len(x): return ""
+    if not len(x):
+        return ""
     spread = f" ± {x.std():.1f}" if len(x) > 1 else ""
     return f"{x.mean():.1f}{spread}"
 
 # %% ../../nbs/07_training/07_statistics.ipynb #cell-010
-def one_evaluation(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
-                   captions:str="all", split:str="test") -> pd.DataFrame:
+def one_evaluation(
+    table: pd.DataFrame | str | Path,  # rows of a grid, or its CSV
+    captions: str = "all",
+    split: str = "test",
+) -> pd.DataFrame:
     "The rows of runs that succeeded, for some captions of a split."
     t = table if isinstance(table, pd.DataFrame) else GridTable(table).read()
     t = t[(t["captions"] == captions) & (t["split"] == split)]
     return t[t["status"] != "failed"] if "status" in t else t
 
 # %% ../../nbs/07_training/07_statistics.ipynb #cell-012
-def grid_summary(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
-                 metrics:Sequence[str]=METRICS, captions:str="all", split:str="test") -> pd.DataFrame:
-    "Mean and standard deviation over seeds, a line per row (and query type, where a hook asked in several), in the order of the table."
+def grid_summary(
+    table: pd.DataFrame | str | Path,  # rows of a grid, or its CSV
+    metrics: Sequence[str] = METRICS,
+    captions: str = "all",
+    split: str = "test",
+) -> pd.DataFrame:
+    "Mean and standard deviation over seeds, a line per row (and query type), in the table's order."
     t = table if isinstance(table, pd.DataFrame) else GridTable(table).read()
     several = "query" in t and t["query"].notna().any()
-    groups = one_evaluation(t, captions, split).groupby(["row", "query"] if several else ["row"], sort=False)
+    groups = one_evaluation(t, captions, split).groupby(
+        ["row", "query"] if several else ["row"], sort=False
+    )
     seconds = groups["train_seconds"].mean().round(1)
     return groups[list(metrics)].agg(mean_sd).assign(seeds=groups.size(), train_seconds=seconds)
 
 # %% ../../nbs/07_training/07_statistics.ipynb #cell-016
-def paired_interval(differences:Sequence[float]|pd.Series, # one per seed; missing ones are left out
-                    level:float=.95, power:float=.8) -> pd.Series: # difference, lo, hi, detectable; seeds
-    "Mean of paired differences with Student's interval, and the true difference that so many seeds would detect; one seed has neither."
+def paired_interval(
+    differences: Sequence[float] | pd.Series,  # one per seed; missing ones are left out
+    level: float = 0.95,
+    power: float = 0.8,
+) -> pd.Series:  # difference, lo, hi, detectable; seeds
+    "Mean of paired differences, Student's interval, and the true difference that so many seeds detect."
     from scipy.stats import t as student
+
     d = pd.Series(differences).dropna()
     n = len(d)
     half = detectable = np.nan
     if n > 1:
-        error = d.std()/np.sqrt(n)
-        half = error*student.ppf(.5 + level/2, n - 1)
-        detectable = half + error*student.ppf(power, n - 1)
+        error = d.std() / np.sqrt(n)
+        half = error * student.ppf(0.5 + level / 2, n - 1)
+        detectable = half + error * student.ppf(power, n - 1)
     mean = d.mean()
-    return pd.Series(dict(difference=mean, lo=mean - half, hi=mean + half, detectable=detectable, seeds=n))
+    return pd.Series(
+        dict(difference=mean, lo=mean - half, hi=mean + half, detectable=detectable, seeds=n)
+    )
 
 # %% ../../nbs/07_training/07_statistics.ipynb #cell-018
-def grid_differences(table:pd.DataFrame|str|Path, # rows of a grid, or its CSV
-                     baseline:str|tuple, # what all others are compared with: a row, or one value for each column of `by`
-                     metric:str="r1", by:str|Sequence[str]="row", # columns that tell the lines apart, such as ["row", "query"]
-                     captions:str="all", split:str="test",
-                     level:float=.95, power:float=.8
-                    ) -> pd.DataFrame: # difference, lo, hi, detectable: points; seeds that both have
-    "Mean differences to a baseline, paired by seed, with Student's interval and the difference that these seeds could detect."
+def grid_differences(
+    table: pd.DataFrame | str | Path,  # rows of a grid, or its CSV
+    baseline: str | tuple,  # compared with all others: a row, or a value for each column of `by`
+    metric: str = "r1",
+    by: str | Sequence[str] = "row",  # columns that tell the lines apart, such as ["row", "query"]
+    captions: str = "all",
+    split: str = "test",
+    level: float = 0.95,
+    power: float = 0.8,
+) -> pd.DataFrame:  # difference, lo, hi, detectable: points; seeds that both have
+    "Mean differences to a baseline, paired by seed: intervals, and what these seeds could detect."
     t = one_evaluation(table, captions, split)
     columns = [by] if isinstance(by, str) else list(by)
     if t.duplicated(["seed", *columns]).any():
-        raise TiprError(f"by={columns}: more than one row for a seed; name all columns that tell them apart, such as ['row', 'query']")
+        raise TiprError(
+            f"by={columns}: more than one row for a seed; "
+            "name all columns that tell them apart, such as ['row', 'query']"
+        )
     wide = t.pivot_table(index="seed", columns=columns, values=metric, sort=False)
     if baseline not in list(wide):
         there = ", ".join(map(repr, wide)) or "none"
-        raise TiprError(f"{baseline!r}: no such line among {captions} captions on {split}; there are {there}")
+        raise TiprError(
+            f"{baseline!r}: no such line among {captions} captions on {split}; there are {there}"
+        )
     others = wide.drop(columns=[baseline]).sub(wide[baseline], axis=0)
     return others.apply(paired_interval, level=level, power=power).T.astype(dict(seeds=int))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retriever', 'build_encoder', 'check_encoder', 'build_objectives', 'freeze_weights', 'param_groups', 'make_optimizer',
            'lr_factor', 'check_data', 'check_fields', 'make_train_loader', 'make_accelerator', 'prepare_encoder',
-           'averaged_copy', 'full_captions', 'TrainStep']
+           'averaged_copy', 'full_captions', 'diagnostics', 'restore_diagnostics', 'TrainStep']
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-003
 import math, re
@@ -19,178 +19,247 @@ from torch import Tensor, nn
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-004
 from ..core import TiprError, shipped_weights, usable_precision
-from ..data import (Batch, PairLoader, PersonDataset, Split, build_caption_transform, caption_specs, make_loader)
+from ..data import (Batch, PairLoader, PersonDataset, Split, build_caption_transform,
+    caption_specs, make_loader)
 from ..methods import build_objective
 from ..models import (Features, PersonCLIP, gather_features, pack_optimizer, read_safetensors,
     unpack_optimizer, write_safetensors)
-from .memory import add_lora, average_gradients, cached_backward, check_cacheable, merged
+from tipr_nb.training.memory import (add_lora, average_gradients, cached_backward, check_cacheable,
+    merged)
 from .recipes import Recipe
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-008
 class Retriever(nn.Module):
     "Encoder and objectives in one module, so that a data-parallel wrapper sees every weight."
 
-    def __init__(self,
-                 encoder:PersonCLIP, # the dual encoder
-                 objectives:dict[str, tuple[nn.Module, float]] # name -> (module, weight)
-                ):
+    def __init__(
+        self,
+        encoder: PersonCLIP,  # the dual encoder
+        objectives: dict[str, tuple[nn.Module, float]],  # name -> (module, weight)
+    ):
         super().__init__()
         self.encoder = encoder
         self.objectives = nn.ModuleDict({name: module for name, (module, _) in objectives.items()})
         self.weights = {name: float(weight) for name, (_, weight) in objectives.items()}
 
-    def encode(self, batch:Batch) -> Features:
+    def encode(self, batch: Batch) -> Features:
         "One image pass and one text pass; global features of all processes, tokens of this one."
         return gather_features(self.encoder(batch))
 
-    def losses(self, features:Features, batch:Batch
-              ) -> tuple[dict[str, Tensor], dict[str, Tensor]]: # unweighted losses; `objective/what` to log
+    def losses(
+        self, features: Features, batch: Batch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # unweighted losses; `objective/what` to log
         "What each objective says about a batch."
-        losses, logs = {}, {}
+        losses = {}
+        logs = {}
         for name, objective in self.objectives.items():
             losses[name] = objective(features, batch, self.encoder)
-            for key, value in (getattr(objective, "logs", None) or {}).items(): logs[f"{name}/{key}"] = value
+            for key, value in (getattr(objective, "logs", None) or {}).items():
+                logs[f"{name}/{key}"] = value
         return losses, logs
 
-    def forward(self, batch:Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]: # weighted sum, losses, logs
+    def forward(
+        self, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # weighted sum, losses, logs
         "The weighted sum of the objectives on a batch."
         losses, logs = self.losses(self.encode(batch), batch)
-        total:Any = sum(self.weights[name]*loss for name, loss in losses.items())
+        total: Any = sum(self.weights[name] * loss for name, loss in losses.items())
         return total, losses, logs
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-010
-def build_encoder(r:Recipe) -> PersonCLIP:
-    "The recipe's encoder: saved weights of the same architecture, an open_clip tag, or random weights."
+def build_encoder(r: Recipe) -> PersonCLIP:
+    "The recipe's encoder: saved weights of that architecture, an open_clip tag, or random weights."
     name = r.pretrained
-    size, positions = r.image_size, r.positions
-    if name is None or name.endswith(".safetensors"): return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
+    size = r.image_size
+    positions = r.positions
+    if name is None or name.endswith(".safetensors"):
+        return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
     saved = "/" in name or name == "synth-world" or name in shipped_weights() or Path(name).is_dir()
-    if saved: return PersonCLIP.from_pretrained(name, arch=r.arch, image_size=size, positions=positions)
+    if saved:
+        return PersonCLIP.from_pretrained(name, arch=r.arch, image_size=size, positions=positions)
     return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-012
-def check_encoder(encoder:PersonCLIP, r:Recipe):
+def check_encoder(encoder: PersonCLIP, r: Recipe):
     "An encoder of another architecture or image size than the recipe's is a `TiprError`."
     for name, have in dict(arch=encoder.arch, image_size=tuple(encoder.image_size)).items():
-        if have == getattr(r, name): continue
-        raise TiprError(f"recipe {r.name} wants {name} {getattr(r, name)}, the encoder has {have}; "
-                        "change the recipe or give another encoder")
+        if have == getattr(r, name):
+            continue
+        raise TiprError(
+            f"recipe {r.name} wants {name} {getattr(r, name)}, the encoder has {have}; "
+            "change the recipe or give another encoder"
+        )
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-014
-def build_objectives(r:Recipe, encoder:PersonCLIP, n_ids:int # training identities
-                    ) -> dict[str, tuple[nn.Module, float]]: # name -> (module, weight)
+def build_objectives(
+    r: Recipe,
+    encoder: PersonCLIP,
+    n_ids: int,  # training identities
+) -> dict[str, tuple[nn.Module, float]]:  # name -> (module, weight)
     "The recipe's objectives; one that is named twice is counted up."
-    built:dict[str, tuple[nn.Module, float]] = {}
+    built: dict[str, tuple[nn.Module, float]] = {}
     for name, arguments in r.objectives:
         own = {k: v for k, v in arguments.items() if k != "weight"}
         same = sum(n.startswith(name) for n in built) if name in built else 0
         key = f"{name}{same + 1}" if same else name
-        built[key] = build_objective(name, encoder, n_ids, **own), arguments.get("weight", 1.)
+        built[key] = build_objective(name, encoder, n_ids, **own), arguments.get("weight", 1.0)
     return built
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-019
-def freeze_weights(model:Retriever, r:Recipe):
+def freeze_weights(model: Retriever, r: Recipe):
     "Weights whose names fit a pattern of the recipe's `freeze` stay as they are."
     names = [name for name, _ in model.named_parameters()]
     for pattern in r.freeze:
         found = [p for name, p in model.named_parameters() if re.search(pattern, name)]
-        if not found: raise TiprError(f"recipe {r.name}: freeze {pattern!r} fits no weight; names look like {names[0]}")
-        for p in found: p.requires_grad_(False)
+        if not found:
+            raise TiprError(
+                f"recipe {r.name}: freeze {pattern!r} fits no weight; names look like {names[0]}"
+            )
+        for p in found:
+            p.requires_grad_(False)
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-021
-def param_groups(model:Retriever, r:Recipe) -> list[dict]: # groups: params, names, lr, base_lr, weight_decay
+def param_groups(
+    model: Retriever, r: Recipe
+) -> list[dict]:  # groups: params, names, lr, base_lr, weight_decay
     "Sort the weights that learn into groups of one learning rate and decay."
     freeze_weights(model, r)
-    objectives:list[Any] = list(model.objectives.values())
-    own = {id(p): o.lr_scale*r.new_lr_scale for o in objectives for p in o.parameters()}
-    groups:dict[tuple, dict] = {}
+    objectives: list[Any] = list(model.objectives.values())
+    own = {id(p): o.lr_scale * r.new_lr_scale for o in objectives for p in o.parameters()}
+    groups: dict[tuple, dict] = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
+        if not p.requires_grad:
+            continue
         decays = p.ndim > 1 or r.decay_1d
-        rule = dict(lr_scale=own.get(id(p), 1.), weight_decay=r.weight_decay if decays else 0.)
+        rule = dict(lr_scale=own.get(id(p), 1.0), weight_decay=r.weight_decay if decays else 0.0)
         for pattern, changes in r.groups:
-            if re.search(pattern, name): rule |= changes
-        lr = r.lr*rule["lr_scale"]
+            if re.search(pattern, name):
+                rule |= changes
+        lr = r.lr * rule["lr_scale"]
         new = dict(params=[], names=[], lr=lr, base_lr=lr, weight_decay=rule["weight_decay"])
         group = groups.setdefault(tuple(rule.values()), new)
         group["params"].append(p)
         group["names"].append(name)
-    if not groups: raise TiprError(f"recipe {r.name}: freeze {r.freeze} leaves nothing to learn; freeze less")
+    if not groups:
+        raise TiprError(f"recipe {r.name}: freeze {r.freeze} leaves nothing to learn; freeze less")
     return list(groups.values())
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-024
-def make_optimizer(model:Retriever, r:Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: Retriever, r: Recipe) -> torch.optim.Optimizer:
     "Fused Adam or AdamW over `param_groups`."
     kinds = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)
     groups = [{k: v for k, v in g.items() if k != "names"} for g in param_groups(model, r)]
     return kinds[r.optimizer](groups, lr=r.lr, betas=r.betas, eps=r.eps, fused=True)
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-027
-def lr_factor(done:float, # fraction of the run that is done, 0 to 1
-              warmup:float, # fraction that is warm-up
-              start:float=.1, # factor at the first step
-              end:float=0. # factor at the last
-             ) -> float:
+def lr_factor(
+    done: float,  # fraction of the run that is done, 0 to 1
+    warmup: float,  # fraction that is warm-up
+    start: float = 0.1,  # factor at the first step
+    end: float = 0.0,  # factor at the last
+) -> float:
     "Linear warm-up, then half a cosine."
-    if done < warmup: return start + (1 - start)*done/warmup
-    along = min(1., (done - warmup)/max(1 - warmup, 1e-12))
-    return end + (1 - end)*.5*(1 + math.cos(math.pi*along))
+    if done < warmup:
+        return start + (1 - start) * done / warmup
+    along = min(1.0, (done - warmup) / max(1 - warmup, 1e-12))
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * along))
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-030
-def check_data(dataset:PersonDataset, r:Recipe):
+def check_data(dataset: PersonDataset, r: Recipe):
     "A `TiprError` where a recipe cannot train on this data."
     train = dataset.train
     n = 0 if train is None else len(train)
-    if not n: raise TiprError(f"{dataset.name}: no training captions; look at the folder with `tipr data check`")
-    if train.n_ids < 2: raise TiprError(f"{dataset.name}: one training identity only; retrieval needs two or more")
+    if not n:
+        raise TiprError(
+            f"{dataset.name}: no training captions; look at the folder with `tipr data check`"
+        )
+    if train.n_ids < 2:
+        raise TiprError(f"{dataset.name}: one training identity only; retrieval needs two or more")
     if r.batch_size > n:
-        raise TiprError(f"recipe {r.name}: batch_size {r.batch_size} is larger than the {n} training captions; make it smaller")
+        raise TiprError(
+            f"recipe {r.name}: batch_size {r.batch_size} is larger than the {n} training captions; "
+            "make it smaller"
+        )
     if set(np.unique(train.caption_ids)) != set(range(train.n_ids)):
-        raise TiprError(f"{dataset.name}: training identities are not 0 to n-1; "
-                        "renumber them with train.subset_ids(ids, relabel=True)")
+        raise TiprError(
+            f"{dataset.name}: training identities are not 0 to n-1; "
+            "renumber them with train.subset_ids(ids, relabel=True)"
+        )
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-033
-def check_fields(r:Recipe, split:Split,
-                 extra:dict[str, Callable]|None, # name -> function from caption indices to a tensor
-                 world:int # processes
-                ):
+def check_fields(
+    r: Recipe,
+    split: Split,
+    extra: dict[str, Callable] | None,  # name -> function from caption indices to a tensor
+    world: int,  # processes
+):
     "A `TiprError` where a recipe asks its batches for what is not there."
     where = f"recipe {r.name}"
     for name in r.extra_fields:
-        if name == "other" or callable((extra or {}).get(name)): continue
-        raise TiprError(f"{where} wants {name!r} in its batches; "
-                        f"give train(..., extra={{{name!r}: a function from caption indices to a tensor}})")
+        if name == "other" or callable((extra or {}).get(name)):
+            continue
+        raise TiprError(
+            f"{where} wants {name!r} in its batches; "
+            f"give train(..., extra={{{name!r}: a function from caption indices to a tensor}})"
+        )
     if r.batch_size % world:
-        raise TiprError(f"{where}: batch_size {r.batch_size} does not divide over {world} processes; choose a multiple")
+        raise TiprError(
+            f"{where}: batch_size {r.batch_size} does not divide over {world} processes; "
+            "choose a multiple"
+        )
     if r.lookalikes and "family" not in split.image_columns:
-        raise TiprError(f"{where}: lookalikes=True needs a column 'family', and this data has none; set lookalikes=False")
-    for part in caption_specs(r.caption_transform): build_caption_transform(part)
+        raise TiprError(
+            f"{where}: lookalikes=True needs a column 'family', and this data has none; "
+            "set lookalikes=False"
+        )
+    for part in caption_specs(r.caption_transform):
+        build_caption_transform(part)
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-035
-def make_train_loader(r:Recipe, split:Split,
-                      tokenize:Callable, # `PersonCLIP.tokenize`
-                      extra:dict[str, Callable]|None=None, # name -> function from caption indices to a tensor
-                      rank:int=0, world:int=1, # this process among how many
-                      num_workers:int=0, pin_memory:bool=False
-                     ) -> PairLoader:
+def make_train_loader(
+    r: Recipe,
+    split: Split,
+    tokenize: Callable,  # `PersonCLIP.tokenize`
+    extra: dict[str, Callable] | None = None,  # name -> function from caption indices to a tensor
+    rank: int = 0,
+    world: int = 1,  # this process among how many
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> PairLoader:
     "This process's part of the recipe's batches of a split."
     check_fields(r, split, extra, world)
     return make_loader(
-        split, tokenize, r.image_size, r.batch_size//world,
-        sampler=r.sampler, k=r.per_id, same_photo=r.same_photo, groups="family" if r.lookalikes else None, seed=r.seed,
-        drop_last=r.drop_last or world > 1,   # processes need parts of one size
-        caption_transform=r.caption_transform, swap_sides=r.swap_sides, augment=r.augment or None,
+        split,
+        tokenize,
+        r.image_size,
+        r.batch_size // world,
+        sampler=r.sampler,
+        k=r.per_id,
+        same_photo=r.same_photo,
+        groups="family" if r.lookalikes else None,
+        seed=r.seed,
+        drop_last=r.drop_last or world > 1,  # processes need parts of one size
+        caption_transform=r.caption_transform,
+        swap_sides=r.swap_sides,
+        augment=r.augment or None,
         extra_fields={name: (extra or {}).get(name, True) for name in r.extra_fields},
-        rank=rank, world_size=world, num_workers=num_workers, pin_memory=pin_memory)
+        rank=rank,
+        world_size=world,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-040
-def make_accelerator(r:Recipe, device:str|torch.device|None=None, # "cpu", or None for what Accelerate finds
-                     path:str|Path=".", # folder for trackers
-                     trackers:Sequence[str]=() # Accelerate's, such as "tensorboard"
-                    ) -> Any: # an `Accelerator`
+def make_accelerator(
+    r: Recipe,
+    device: str | torch.device | None = None,  # "cpu", or None for what Accelerate finds
+    path: str | Path = ".",  # folder for trackers
+    trackers: Sequence[str] = (),  # Accelerate's, such as "tensorboard"
+) -> Any:  # an `Accelerator`
     "An `Accelerator` for this recipe."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, GradientState, PartialState
+
     parallel = dist.is_available() and dist.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=not parallel)
     GradientState._reset_state()
@@ -198,49 +267,90 @@ def make_accelerator(r:Recipe, device:str|torch.device|None=None, # "cpu", or No
     if r.precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise TiprError(f"recipe {r.name}: precision fp16 needs a GPU; use 'bf16' or 'no'")
     accelerator = Accelerator(
-        mixed_precision=usable_precision(r.precision, PartialState(cpu=cpu).device), cpu=cpu,
-        gradient_accumulation_steps=r.accumulate, log_with=list(trackers) or None, project_dir=str(path),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        mixed_precision=usable_precision(r.precision, PartialState(cpu=cpu).device),
+        cpu=cpu,
+        gradient_accumulation_steps=r.accumulate,
+        log_with=list(trackers) or None,
+        project_dir=str(path),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     kind = accelerator.distributed_type.name
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-        raise TiprError(f"Accelerate's settings ask for {kind}, which spreads weights or their moments over processes, "
-                        "and checkpoints here hold them whole; launch with --multi_gpu, and set grad_checkpoint, "
-                        "grad_cache or lora in the recipe to save memory")
+        raise TiprError(
+            f"Accelerate's settings ask for {kind}, which spreads weights or their moments over "
+            "processes, and checkpoints here hold them whole; launch with --multi_gpu, and set "
+            "grad_checkpoint, grad_cache or lora in the recipe to save memory"
+        )
     return accelerator
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-043
-def prepare_encoder(encoder:PersonCLIP, r:Recipe) -> PersonCLIP: # the same, changed in place
-    "Switch on what the recipe wants inside the towers: patch dropout, checkpointing, low-rank updates."
+def prepare_encoder(encoder: PersonCLIP, r: Recipe) -> PersonCLIP:  # the same, changed in place
+    "Set up the towers as the recipe says: patch dropout, checkpointing, low-rank updates."
     encoder.patch_dropout = r.patch_dropout
-    if r.grad_checkpoint: encoder.set_grad_checkpointing(True)
+    if r.grad_checkpoint:
+        encoder.set_grad_checkpointing(True)
     return add_lora(encoder, r.lora) if r.lora else encoder
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-045
-def averaged_copy(encoder:PersonCLIP, decay:float) -> Any: # torch's AveragedModel
+def averaged_copy(encoder: PersonCLIP, decay: float) -> Any:  # torch's AveragedModel
     "A copy of the encoder that follows it as an exponential moving average."
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
     return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-# %% ../../nbs/07_training/04_steps.ipynb #fc1
-def full_captions(encoder:PersonCLIP, tokens:Tensor # (b, L) ids
-                 ) -> Tensor: # (b, context) ids, padded
+# %% ../../nbs/07_training/04_steps.ipynb #cell-047
+def full_captions(
+    encoder: PersonCLIP,
+    tokens: Tensor,  # (b, L) ids
+) -> Tensor:  # (b, context) ids, padded
     "Captions at the full length of the text tower, where objectives are to see their padding."
     missing = encoder.context_length - tokens.shape[1]
     return nn.functional.pad(tokens, (0, missing), value=encoder.pad_id) if missing > 0 else tokens
 
-# %% ../../nbs/07_training/04_steps.ipynb #cell-048
+# %% ../../nbs/07_training/04_steps.ipynb #cell-050
+def diagnostics(
+    objectives: nn.ModuleDict,  # name -> objective
+) -> dict[str, dict]:  # name -> calls, logs
+    "How often objectives were called and what they logged last, as plain values."
+    found: dict[str, dict] = {}
+    for name, objective in objectives.items():
+        logs = {k: float(v) for k, v in (getattr(objective, "logs", None) or {}).items()}
+        found[name] = dict(calls=getattr(objective, "calls", None), logs=logs)
+    return found
+
+# %% ../../nbs/07_training/04_steps.ipynb #cell-052
+def restore_diagnostics(
+    objectives: nn.ModuleDict,  # name -> objective
+    saved: dict[str, dict],  # of `diagnostics`
+):
+    "Continue the counts and logs of objectives."
+    for name, values in saved.items():
+        objective: Any = objectives[name]
+        if values["calls"] is not None:
+            objective.calls = values["calls"]
+        if values["logs"]:
+            objective.logs = {k: torch.tensor(v) for k, v in values["logs"].items()}
+
+# %% ../../nbs/07_training/04_steps.ipynb #cell-054
 class TrainStep:
     "Encoder, objectives and optimizer, and one optimizer step on them."
 
-    def __init__(self, recipe:Recipe, encoder:PersonCLIP, n_ids:int, # training identities
-                 accelerator:Any # of `make_accelerator`
-                ):
+    def __init__(
+        self,
+        recipe: Recipe,
+        encoder: PersonCLIP,
+        n_ids: int,  # training identities
+        accelerator: Any,  # of `make_accelerator`
+    ):
         self.recipe = recipe
         self.accelerator = accelerator
-        self.lr = 0.   # of the backbone, at the last step
+        self.lr = 0.0  # of the backbone, at the last step
         encoder = prepare_encoder(encoder, recipe)
-        self.retriever = Retriever(encoder, build_objectives(recipe, encoder, n_ids)).to(accelerator.device)
-        if recipe.grad_cache: check_cacheable(self.retriever.objectives, f"recipe {recipe.name}: grad_cache {recipe.grad_cache}")
+        objectives = build_objectives(recipe, encoder, n_ids)
+        self.retriever = Retriever(encoder, objectives).to(accelerator.device)
+        if recipe.grad_cache:
+            who = f"recipe {recipe.name}: grad_cache {recipe.grad_cache}"
+            check_cacheable(self.retriever.objectives, who)
         optimizer = make_optimizer(self.retriever, recipe)
         self.params = [p for p in self.retriever.parameters() if p.requires_grad]
         self.model, self.optimizer = accelerator.prepare(self.retriever, optimizer)
@@ -251,33 +361,43 @@ class TrainStep:
         "What is evaluated and kept: the averaged encoder if there is one."
         return self.retriever.encoder if self.ema is None else self.ema.module
 
-    def __call__(self, batches:Iterator[Batch], number:int, # of the step, from 0
-                 done:float, # fraction of the run before this step
-                 watch:Callable[[dict[str, Tensor], Tensor|None, Batch], None]|None=None # sees losses, gradient norm, batch
-                ) -> dict[str, Tensor]: # detached losses and logs
+    def __call__(
+        self,
+        batches: Iterator[Batch],
+        number: int,  # of the step, from 0
+        done: float,  # fraction of the run before this step
+        watch: Callable | None = None,  # sees losses, gradient norm (or None), batch
+    ) -> dict[str, Tensor]:  # detached losses and logs
         "One optimizer step, over `accumulate` batches."
-        torch.manual_seed(self.recipe.seed*1_000_003 + number)
+        torch.manual_seed(self.recipe.seed * 1_000_003 + number)
         self.set_lr(done)
         for _ in range(self.recipe.accumulate):
             batch = next(batches).to(self.accelerator.device)
-            if not self.recipe.trim_captions: batch.tokens = full_captions(self.retriever.encoder, batch.tokens)
+            if not self.recipe.trim_captions:
+                batch.tokens = full_captions(self.retriever.encoder, batch.tokens)
             with self.accelerator.accumulate(self.model):
                 total, losses, logs = self.backward(batch)
                 norm = self.gradient_norm() if self.accelerator.sync_gradients else None
-                if watch is not None: watch(losses, norm, batch)
+                if watch is not None:
+                    watch(losses, norm, batch)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        if self.ema is not None: self.ema.update_parameters(self.retriever.encoder)
-        return {"loss": total.detach()} | {f"loss/{k}": v.detach() for k, v in losses.items()} | logs
+        if self.ema is not None:
+            self.ema.update_parameters(self.retriever.encoder)
+        named_losses = {f"loss/{k}": v.detach() for k, v in losses.items()}
+        return {"loss": total.detach()} | named_losses | logs
 
-    def set_lr(self, done:float):
+    def set_lr(self, done: float):
         "Every group's learning rate for a step."
         r = self.recipe
-        factor = lr_factor(done, min(r.warmup_epochs/r.epochs, .5), r.warmup_start, r.final_lr)
-        for group in self.optimizer.param_groups: group["lr"] = group["base_lr"]*factor
-        self.lr = r.lr*factor
+        factor = lr_factor(done, min(r.warmup_epochs / r.epochs, 0.5), r.warmup_start, r.final_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.lr = r.lr * factor
 
-    def backward(self, batch:Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]: # weighted sum, losses, logs
+    def backward(
+        self, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:  # weighted sum, losses, logs
         "Losses of a batch; their gradient is added to the weights'."
         size = self.recipe.grad_cache
         if not 0 < size < len(batch):
@@ -285,38 +405,60 @@ class TrainStep:
             self.accelerator.backward(total)
             return total, losses, logs
         own = self.retriever
-        out = cached_backward(own.encoder, own.objectives, own.weights, batch, size, self.scaled, self.accelerator.autocast)
-        if self.accelerator.sync_gradients: average_gradients(self.params)
+        out = cached_backward(
+            own.encoder,
+            own.objectives,
+            own.weights,
+            batch,
+            size,
+            self.scaled,
+            self.accelerator.autocast,
+        )
+        if self.accelerator.sync_gradients:
+            average_gradients(self.params)
         return out
 
-    def scaled(self, loss:Tensor) -> Tensor:
+    def scaled(self, loss: Tensor) -> Tensor:
         "What is differentiated: a loss over the batches of a step, times the scale of fp16."
         scaler = self.accelerator.scaler
-        return (loss if scaler is None else scaler.scale(loss))/self.recipe.accumulate
+        return (loss if scaler is None else scaler.scale(loss)) / self.recipe.accumulate
 
     def gradient_norm(self) -> Tensor:
         "The gradient's norm; clips if the recipe says so."
-        if self.recipe.clip_grad is not None: return self.accelerator.clip_grad_norm_(self.params, self.recipe.clip_grad)
+        if self.recipe.clip_grad is not None:
+            return self.accelerator.clip_grad_norm_(self.params, self.recipe.clip_grad)
         return nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
 
-    def write(self, folder:Path) -> dict: # what goes into JSON beside the tensors
+    def write(self, folder: Path) -> dict:  # what goes into JSON beside the tensors
         "Everything that the next step depends on, as safetensors."
         merged(self.retriever.encoder).save_pretrained(folder)
-        if self.recipe.lora:   # to go on from; model.safetensors is the same model, merged
-            write_safetensors(folder/"adapted.safetensors", self.retriever.encoder.state_dict())
+        if self.recipe.lora:  # to go on from; model.safetensors is the same model, merged
+            write_safetensors(folder / "adapted.safetensors", self.retriever.encoder.state_dict())
         tensors, groups = pack_optimizer(self.optimizer)
-        write_safetensors(folder/"objectives.safetensors", self.retriever.objectives.state_dict())
-        write_safetensors(folder/"optimizer.safetensors", tensors)
-        if self.ema is not None: write_safetensors(folder/"ema.safetensors", self.ema.state_dict())
+        write_safetensors(folder / "objectives.safetensors", self.retriever.objectives.state_dict())
+        write_safetensors(folder / "optimizer.safetensors", tensors)
+        if self.ema is not None:
+            write_safetensors(folder / "ema.safetensors", self.ema.state_dict())
         scaler = self.accelerator.scaler
-        return dict(groups=groups, scaler=None if scaler is None else scaler.state_dict())
+        return dict(
+            groups=groups,
+            scaler=None if scaler is None else scaler.state_dict(),
+            objectives=diagnostics(self.retriever.objectives),
+        )
 
-    def read(self, folder:Path, state:dict):
+    def read(self, folder: Path, state: dict):
         "Take up what `write` left."
-        tensors = read_safetensors(folder/"optimizer.safetensors")
-        if self.recipe.lora: self.retriever.encoder.load_state_dict(read_safetensors(folder/"adapted.safetensors"))
-        else: self.retriever.encoder.load_weights(folder/"model.safetensors")
-        self.retriever.objectives.load_state_dict(read_safetensors(folder/"objectives.safetensors"))
+        tensors = read_safetensors(folder / "optimizer.safetensors")
+        if self.recipe.lora:
+            self.retriever.encoder.load_state_dict(read_safetensors(folder / "adapted.safetensors"))
+        else:
+            self.retriever.encoder.load_weights(folder / "model.safetensors")
+        self.retriever.objectives.load_state_dict(
+            read_safetensors(folder / "objectives.safetensors")
+        )
         unpack_optimizer(self.optimizer, tensors, state["groups"])
-        if self.ema is not None: self.ema.load_state_dict(read_safetensors(folder/"ema.safetensors"))
-        if state["scaler"] and self.accelerator.scaler is not None: self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(read_safetensors(folder / "ema.safetensors"))
+        if state["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        restore_diagnostics(self.retriever.objectives, state.get("objectives", {}))
