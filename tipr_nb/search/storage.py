@@ -155,8 +155,25 @@ def _check_manifest(folder, manifest):
         raise Damaged(f"{folder}: gallery.json names dtype {manifest['dtype']!r}; {_AGAIN}")
     if not isinstance(manifest.setdefault("sha256", {}), dict):
         raise Damaged(f"{folder}: gallery.json has no usable checksums; {_AGAIN}")
+    for name, options in manifest["engines"].items():
+        _check_engine(folder, name, options)
     for name in ("skipped", "duplicates"):
-        manifest.setdefault(name, 0)
+        if not isinstance(manifest.setdefault(name, 0), int):
+            raise Damaged(f"{folder}: gallery.json has no usable {name!r}; {_AGAIN}")
+
+
+def _check_engine(folder, name, options):
+    "Types of an engine's options; what only a user may say is taken out, whoever wrote the file."
+    built = options.get("built", {}) if isinstance(options, dict) else None
+    if not isinstance(built, dict):
+        raise Damaged(f"{folder}: gallery.json has no usable options of engine {name!r}; {_AGAIN}")
+    for part in (options, built):
+        for own in ("trusted", "token"):
+            part.pop(own, None)
+        if not isinstance(part.get("uri", ""), (str, type(None))):
+            raise Damaged(f"{folder}: gallery.json has no usable address of {name!r}; {_AGAIN}")
+    if name == "milvus" and built and not isinstance(built.get("collection"), str):
+        raise Damaged(f"{folder}: gallery.json names no collection of {name!r}; {_AGAIN}")
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-018
 def write_manifest(folder: str | Path, manifest: Mapping):
