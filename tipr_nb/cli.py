@@ -770,8 +770,9 @@ def tipr_evaluate(
     from tipr_nb import evaluation
     from tipr_nb.core import free_threads
 
+    check_place(data, root)
+    model = open_model(checkpoint)  # a slip here is said before the benchmark is drawn
     dataset = open_dataset(data, root, need=(), **left_out(skip, skip_missing))
-    model = open_model(checkpoint)
     found = dict(dataset.splits) | dict(getattr(dataset, "others", {}))
     there = [k for k, v in found.items() if v is not None and len(v)]
     part = found[known_name(split, there, f"split of {data}")]
