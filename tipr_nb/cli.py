@@ -934,6 +934,11 @@ def tipr_index(
         bool, typer.Option("--recut", help="Cut people out as this command says, not as the gallery remembers.")
     ] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Start anew, e.g. with another model.")] = False,
+    part: Annotated[
+        Optional[str],
+        typer.Option(metavar="I/N", help="Encode the I-th of N parts only, for job arrays; afterwards run --join."),
+    ] = None,
+    join: Annotated[bool, typer.Option("--join", help="Put parts that were encoded with --part together.")] = False,
     wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for another indexer of this gallery.")] = 0.0,
     skipped: Annotated[
         bool, typer.Option("--skipped", help="List every file that was skipped, not only the first few.")
@@ -955,6 +960,19 @@ def tipr_index(
 
     given = dict(dtype=dtype, workers=workers, max_pixels=max_pixels)
     more: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if part is not None:
+        if join or rebuild or engine:
+            raise TiprError("--part only encodes: --join, --rebuild and --engine go with the run that joins")
+        from tipr_nb.search import index_part
+
+        cut = dict(metadata=metadata, pattern=pattern, boxes=boxes, box_format=box_format, exclude=exclude)
+        cut |= dict(detector=named_detector(detect), every=every, start=start)
+        with contextlib.ExitStack() as stack:
+            loader = threaded_loader(stack)
+            done = index_part(
+                photos, gallery, part, model, loader=loader, add=add, recut=recut, given=cut, batch_size=batch_size, **more
+            )
+        return say_json(vars(done)) if as_json else say("\n".join(done.lines()))
     with contextlib.ExitStack() as stack:
         built = Gallery.build(
             photos,
@@ -975,6 +993,7 @@ def tipr_index(
             rebuild=rebuild,
             batch_size=batch_size,
             wait=wait,
+            join=join,
             loader=threaded_loader(stack),
             **more,
         )
