@@ -192,8 +192,8 @@ def export(model, folder, fingerprint=None):
 
 @pytest.fixture
 def towers(monkeypatch):
-    import tipr_nb.search.gallery, tipr_nb.search.indexing
-    monkeypatch.setattr(tipr_nb.search.gallery, "TextTower", Tower)
+    import tipr_nb.search.views, tipr_nb.search.indexing
+    monkeypatch.setattr(tipr_nb.search.views, "TextTower", Tower)
     monkeypatch.setattr(tipr_nb.search.indexing, "export_text_tower", export)
 
 

@@ -234,7 +234,7 @@ def test_broken_files(tmp_path):
     (tmp_path/"features.pkl").write_bytes(b"\x80\x04.")
     np.save(tmp_path/"pickle.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     np.savez(tmp_path/"two.npz", image=np.ones((2, 2)), text=np.ones((2, 2)))
-    for name, says in {"cut.npz": "cannot be read", "cut.safetensors": "cannot be read", "features.pkl": "convert", "pickle.npy": "cannot be read", "two.npz": "several arrays (image, text)"}.items():
+    for name, says in {"cut.npz": "that can be read", "cut.safetensors": "that can be read", "features.pkl": "convert", "pickle.npy": "that can be read", "two.npz": "several arrays (image, text)"}.items():
         with pytest.raises(TiprError) as e: read_features(tmp_path/name)
         assert says in str(e.value) and name in str(e.value) and "\n" not in str(e.value)
     assert read_features(tmp_path/"two.npz", "text")[0].shape == (2, 2)

@@ -3,6 +3,7 @@ import subprocess, sys, threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tipr_nb.core import TiprError
 from tipr_nb.search import TextTower, as_numpy, clean_text, export_text_tower, model_fingerprint, tokenizer_json
@@ -139,3 +140,28 @@ def test_a_tower_that_must_not_be_cut_keeps_its_padding(tmp_path, monkeypatch):
     for trims in (True, False):
         towers.export_onnx(SimpleNamespace(trims=trims, tokenize=lambda texts: SimpleNamespace(to=lambda device: None), device="cpu"), tmp_path/"x")
     assert seen == [[0, 1], [0]]
+
+
+def test_token_selection_is_part_of_exported_towers(tmp_path, monkeypatch):
+    "A model that searches by two features has both in its towers, and another fingerprint than without."
+    import torch
+    from tipr_nb.methods import attach_selection
+    from tipr_nb.models import PersonCLIP
+    from tipr_nb.search.towers import TextTower, export_image_tower, export_text_tower, image_tower, model_fingerprint
+    monkeypatch.setenv("TIPR_CACHE", str(tmp_path/"cache"))
+    torch.manual_seed(0)
+    model = PersonCLIP("tipr-nano").eval()
+    before = model_fingerprint(model)
+    attach_selection(model).eval()
+    after = model_fingerprint(model)
+    assert before != after
+    export_text_tower(model, tmp_path/"text")
+    tower = TextTower(tmp_path/"text")
+    words = ["a man in red", "a tall woman with a black bag, a long blue coat, white shoes and an umbrella", "hat"]*25
+    want = model.encode_text(words).detach().numpy()
+    assert tower.dim == model.feature_dim and np.abs(tower.encode_text(words) - want).max() < 1e-5
+    assert export_image_tower(model) is not None
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (*model.image_size, 3), dtype=np.uint8)) for _ in range(3)]
+    want = model.encode_image(pictures).detach().numpy()
+    assert np.abs(image_tower(after).encode_image(pictures) - want).max() < 1e-5

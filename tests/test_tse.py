@@ -5,7 +5,7 @@ import torch
 from tipr_nb.core import TiprError
 from tipr_nb.data import load_dataset
 from tipr_nb.evaluation import evaluate
-from tipr_nb.methods import LastAttention, TokenSelectionModel, attach_selection, build_objective, with_selection
+from tipr_nb.methods import LastAttention, attach_selection, build_objective
 from tipr_nb.models import PersonCLIP
 
 
@@ -31,10 +31,10 @@ def test_attention_of_the_photo_is_the_towers_own(nano):
 
 @pytest.mark.parametrize("n", [3, 70])     # 70: the tower runs captions of like length together
 def test_a_captions_feature_does_not_depend_on_its_batch(nano, n):
-    model = TokenSelectionModel(nano)
+    attach_selection(nano).eval()
     words = sentences(n)
-    together = model.encode_text(words)
-    alone = torch.cat([model.encode_text(words[i]) for i in (0, 1, n - 1)])
+    together = nano.encode_text(words)
+    alone = torch.cat([nano.encode_text(words[i]) for i in (0, 1, n - 1)])
     assert torch.allclose(together[[0, 1, n - 1]], alone, atol=1e-4)
 
 
@@ -50,14 +50,45 @@ def test_travels_with_the_checkpoint(nano, tmp_path):
     build_objective("TSE", nano, 4, width=48)
     nano.save_pretrained(tmp_path)
     back = PersonCLIP.from_pretrained(tmp_path)
-    assert not back.addons and "tse" in back.config()["addons"]
-    both = with_selection(back)
-    assert isinstance(both, TokenSelectionModel) and both.dim == nano.dim + 48
-    want = TokenSelectionModel(nano)
-    assert torch.equal(both.encode_text(sentences(3)), want.encode_text(sentences(3)))
-    assert torch.allclose(both.encode_text(sentences(3)).norm(dim=1), torch.ones(3), atol=1e-5)
+    assert "tse" in back.addons and not back.unclaimed_addons and back.config()["addons"] == ["tse"]
+    assert back.feature_dim == nano.dim + 48 and back.dim == nano.dim
+    nano.eval()
+    assert torch.equal(back.encode_text(sentences(3)), nano.encode_text(sentences(3)))
+    assert torch.allclose(back.encode_text(sentences(3)).norm(dim=1), torch.ones(3), atol=1e-5)
+    assert back.encode_text([]).shape == (0, back.feature_dim)
     plain = PersonCLIP("tipr-nano")
-    assert with_selection(plain) is plain
+    assert plain.readout is None and plain.feature_dim == plain.dim
+    again = build_objective("TSE", back, 4)                   # goes on with the branches that it has
+    assert back.addons["tse"].width == 48 and not list(again.parameters())
+
+
+def test_one_dot_product_is_the_mean_of_both_cosines(nano):
+    selection = attach_selection(nano).eval()
+    x = torch.randn(3, 3, *nano.image_size)
+    with torch.no_grad():
+        both = nano.encode_text(sentences(3)) @ nano.encode_image(x).T
+        recorder = LastAttention(nano)
+        with recorder.record():
+            _, tokens = nano.image_features(x)
+        z = selection.image_feature(tokens, recorder.row("image", torch.zeros(3, dtype=torch.long)))
+        ids = nano.tokenize(sentences(3))
+        with recorder.record():
+            _, states, mask = nano.text_features(ids)
+        w = selection.text_feature(states, recorder.row("text", mask.sum(1) - 1, mask.sum(1)), mask, 77)
+        cosine = torch.nn.functional.cosine_similarity
+        first = cosine(nano.text_features(ids)[0][:, None], nano.image_features(x)[0][None], dim=-1)
+        second = cosine(w[:, None], z[None], dim=-1)
+    assert torch.allclose(both, (first + second)/2, atol=1e-5)
+
+
+def test_an_averaged_copy_reads_out_too(nano):
+    import copy
+    build_objective("TSE", nano, 4)
+    twin = copy.deepcopy(nano)
+    with torch.no_grad():
+        for p in twin.parameters(): p.mul_(1.01)
+    assert twin.encode_text(sentences(2)).shape == (2, nano.feature_dim)
+    assert not torch.equal(twin.encode_text(sentences(2)), nano.encode_text(sentences(2)))
 
 
 def test_selected_words_are_the_attended_ones(nano):
@@ -87,8 +118,12 @@ def test_trains_and_evaluates(tmp_path):
                                          caption_transform=("mask", {"flavour": "rde"}))
     run = train(recipe, data, tmp_path/"run", device="cpu", verbose=False)
     assert run.history["loss/TSE"].dropna().gt(0).all()
-    model = with_selection(PersonCLIP.from_pretrained(tmp_path/"run"/"best"))
-    assert evaluate(model, data.val, n_boot=0).n_queries == len(data.val)
+    model = PersonCLIP.from_pretrained(tmp_path/"run"/"best")
+    kept = evaluate(model, data.val, n_boot=0, per_query=False)
+    assert kept.n_queries == len(data.val) and run.model.feature_dim == model.feature_dim == 3*model.dim
+    assert abs(kept.mAP - run.best["mAP"]) < 1e-3            # validation while training searched by both features
+    del model.addons["tse"]
+    assert abs(evaluate(model, data.val, n_boot=0, per_query=False).mAP - run.best["mAP"]) > 1e-3
 
 
 def released_text_feature(branch, states, attention, mask, k):

@@ -197,6 +197,8 @@ def convert_file(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TiprError(f"{out}: there is something in it already; choose another folder")
     model = open_weights(source, image_size, quick_gelu, say)
+    if say is not None and model.readout is not None and to in ("open_clip", "hf"):
+        say(f"left aside: token selection (TSE), which {to}'s layout has no place for; the global feature alone is written")
     with atomic_path(out, folder=True) as tmp:
         TARGETS[to](model, tmp)
     if say is not None:

@@ -8,6 +8,7 @@ __all__ = ['Origin', 'config_part', 'find_activation', 'find_grid', 'check_shape
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-003
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor
 from ..core import TiprError, shipped_weights
 from .checkpoints import Checkpoint, read_checkpoint
 from .peers import (IMAGENET, Peer, from_hf_siglip, guess_grid, model_config, name_arch, name_heads,
-    recognise, siglip_config)
+    recognise, siglip_config, token_selection)
+from ..methods import attach_selection
 from ..models import PersonCLIP, load_strict
 from ..training import best_weights, has_best_weights
 
@@ -257,7 +259,9 @@ def _origin(
     scaled: bool,
 ) -> Origin:
     "The note that a loaded model keeps."
-    notes = [peer.note] if peer.note else []
+    notes = [peer.note] if peer.note and model.readout is None else []
+    if model.readout is not None:
+        notes.append("searches by global features and selected tokens (TSE), side by side; 30 % of the tokens, as RDE's script has it")
     if trained != model.image_size:
         rows, columns = (trained[i] // model.patch_size[i] for i in (0, 1))
         notes.append(f"positions resampled from a grid of {rows}x{columns} to {model.grid[0]}x{model.grid[1]}")
@@ -316,6 +320,11 @@ def load_peer(
     scaled = "logit_scale" in state
     if not scaled and peer.temperature:
         model.clip.logit_scale.data.fill_(math.log(1 / peer.temperature))
+    selection = token_selection(rest)
+    if selection:
+        rest = {k: v for k, v in rest.items() if not re.match("(visul|texual)_emb_layer", k)}
+        model.unclaimed_addons = selection
+        attach_selection(model).eval()
     object.__setattr__(model, "origin", _origin(model, found, peer, rest, quick, plan.size, scaled))
     if say is not None:
         say(repr(vars(model)["origin"]))

@@ -67,7 +67,5 @@ from .tir import unpatchify as unpatchify
 from .tse import LastAttention as LastAttention
 from .tse import TSE as TSE
 from .tse import TokenSelection as TokenSelection
-from .tse import TokenSelectionModel as TokenSelectionModel
 from .tse import attach_selection as attach_selection
 from .tse import side_by_side as side_by_side
-from .tse import with_selection as with_selection

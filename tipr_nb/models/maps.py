@@ -66,9 +66,9 @@ def interaction_maps(
         return unit(encoder.encode_kept(views, keep.to(x.device))[:, 0])
 
     with torch.no_grad():
-        t = encoder.encode_text(
-            [caption, *(caption.replace(phrase, instead) for phrase in phrases)]
-        )
+        wordings = [caption, *(caption.replace(phrase, instead) for phrase in phrases)]
+        ids = encoder.tokenize(wordings).to(encoder.device)
+        t = unit(encoder.text_features(ids)[0])
         missing_words = t[:1] - t[1:]
         missing_patches = image_feature(everything) - image_feature(others)
     both = (missing_words @ missing_patches.T).cpu()

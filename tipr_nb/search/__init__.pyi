@@ -32,9 +32,9 @@ from .engines import top_k as top_k
 from .filters import Column as Column
 from .filters import parse_filter as parse_filter
 from .filters import Selection as Selection
-from .gallery import DEFAULT_MODEL as DEFAULT_MODEL
+from .views import DEFAULT_MODEL as DEFAULT_MODEL
 from .gallery import Gallery as Gallery
-from .gallery import model_for as model_for
+from .views import model_for as model_for
 from .indexing import import_features as import_features
 from .indexing import index_photos as index_photos
 from .indexing import IndexReport as IndexReport

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATTERN', 'TOWER_FILES', 'model_fingerprint', 'as_numpy', 'tokenizer_json', 'clean_text', 'TextTokens',
-           'quiet_exporter', 'trace_onnx', 'export_onnx', 'export_text_tower', 'onnx_session', 'tower_facts',
-           'TextTower', 'export_image_tower', 'image_tower_folder', 'write_image_tower', 'ImageTower', 'image_tower']
+           'quiet_exporter', 'trace_onnx', 'reads_full', 'export_onnx', 'export_text_tower', 'onnx_session',
+           'tower_facts', 'TextTower', 'export_image_tower', 'image_tower_folder', 'write_image_tower', 'ImageTower',
+           'image_tower']
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-003
 import contextlib, hashlib, html, logging, os, shutil, warnings
@@ -29,9 +30,12 @@ def model_fingerprint(encoder:Any # a `PersonCLIP`, or anything that encodes and
                         "so that galleries of different models are told apart")
     import torch
     shape = (getattr(encoder, "arch", kind), tuple(encoder.image_size))
+    used = getattr(encoder, "readout", None)        # the add-on that search uses too
+    addons = dict(getattr(encoder, "addons", {}))
+    skipped = tuple(f"addons.{name}." for name, module in addons.items() if module is not used)
     digest = hashlib.sha256(repr(shape).encode())
     for name, value in sorted(encoder.state_dict().items()):
-        if name.startswith("addons."):
+        if name.startswith(skipped):
             continue
         value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -144,13 +148,20 @@ def trace_onnx(encoder:Any, # a module
     encoder.train(was_training)
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-027
+def reads_full(encoder:Any) -> bool:
+    "Whether the exported text tower takes captions at full length, padded."
+    return not getattr(encoder, "trims", True) or getattr(encoder, "readout", None) is not None
+
 def export_onnx(encoder:Any, path:str|Path) -> None:
     "The text tower, token ids (b, L) to unit features (b, d), as one ONNX file."
     import torch
     any_length = torch.export.Dim.DYNAMIC
     example = encoder.tokenize(["a man in a red coat", "a woman with a backpack"]).to(encoder.device)
-    axes = {0: any_length, 1: any_length} if getattr(encoder, "trims", True) else {0: any_length}
-    trace_onnx(encoder, lambda model, tokens: model.text_features(tokens)[0], example, path, "tokens", axes)
+    axes = {0: any_length} if reads_full(encoder) else {0: any_length, 1: any_length}
+    if getattr(encoder, "readout", None) is not None:
+        example = torch.nn.functional.pad(example, (0, encoder.context_length - example.shape[1]))
+        encoder.encode_text(example)      # sizes are settled before tracing
+    trace_onnx(encoder, lambda model, tokens: model.encode_text(tokens), example, path, "tokens", axes)
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-029
 TOWER_FILES = ("text.onnx", "tokenizer.json", "text.json")
@@ -167,7 +178,7 @@ def export_text_tower(encoder:Any, # a `PersonCLIP`
     folder = Path(folder)
     kept = cache_dir()/"text-towers"/fingerprint
     with locked(kept):
-        if not is_complete(kept, fingerprint, data, full=not getattr(encoder, "trims", True)):
+        if not is_complete(kept, fingerprint, data, full=reads_full(encoder)):
             write_text_tower(encoder, kept, data, fingerprint)
         if folder != kept:
             copy_tower(kept, folder)
@@ -197,9 +208,9 @@ def write_text_tower(encoder, folder, data, fingerprint):
     write_text(folder/"tokenizer.json", data)
     with atomic_path(folder/"text.onnx") as p:
         export_onnx(encoder, p)
-    facts = dict(format=1, fingerprint=fingerprint, dim=encoder.dim, start=tokenizer.sot_token_id,
+    facts = dict(format=1, fingerprint=fingerprint, dim=getattr(encoder, "feature_dim", encoder.dim), start=tokenizer.sot_token_id,
                  end=tokenizer.eot_token_id, context_length=tokenizer.context_length,
-                 full=not getattr(encoder, "trims", True),
+                 full=reads_full(encoder),
                  n_bytes=(folder/"text.onnx").stat().st_size)
     write_json(folder/"text.json", facts)
 
@@ -289,8 +300,8 @@ def write_image_tower(encoder:Any, # a `PersonCLIP`
     example = torch.zeros(2, 3, *encoder.image_size, device=encoder.device)
     batch = {0: torch.export.Dim.DYNAMIC}
     with atomic_path(folder/"image.onnx") as p:
-        trace_onnx(encoder, lambda model, images: model.image_features(images)[0], example, p, "images", batch)
-    facts = dict(format=1, fingerprint=fingerprint, dim=encoder.dim, image_size=list(encoder.image_size),
+        trace_onnx(encoder, lambda model, images: model.encode_image(images), example, p, "images", batch)
+    facts = dict(format=1, fingerprint=fingerprint, dim=getattr(encoder, "feature_dim", encoder.dim), image_size=list(encoder.image_size),
                  mean=[float(v) for v in encoder.mean], std=[float(v) for v in encoder.std],
                  n_bytes=(folder/"image.onnx").stat().st_size)
     write_json(folder/"image.json", facts)
