@@ -996,7 +996,7 @@ def word_weights(
             _say(ax, word, x + w / 2, y + line * 0.37, points, ha="center", va="center")
     return fig
 
-# %% ../nbs/10_figures.ipynb #378e1ef2
+# %% ../nbs/10_figures.ipynb #3d44dfff
 _WORN = ("upper", "lower", "shoes", "hat", "hair", "scarf", "bag", "held", "inner", "sleeves")
 _COLOUR = {"shoes": "shoe_colour", "sleeves": "sleeve_colour"}
 _MISSING = (214, 39, 40)  # red

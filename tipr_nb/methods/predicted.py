@@ -6,7 +6,7 @@
 __all__ = ['PREDICTOR_FILE', 'PREDICTED_WEIGHT', 'PREDICTED_SUFFIX', 'PicturePredictor', 'fit_predictor', 'world_pairs',
            'save_predictor', 'load_predictor', 'PredictedQuery']
 
-# %% ../../nbs/05_methods/12_predicted.ipynb #a0d34901
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-002
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/05_methods/12_predicted.ipynb #636f20d6
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-003
 from ..core import TiprError, resolve_model, shipped_weights
 from .tgte import enhance
 from ..models import (PersonCLIP, fingerprint, load_strict, read_metadata, read_safetensors,
     unit, write_safetensors)
 
-# %% ../../nbs/05_methods/12_predicted.ipynb #d1115dce
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-008
 class PicturePredictor(nn.Module):
     "Predicts the feature of the picture that a caption describes."
 
@@ -50,7 +50,7 @@ class PicturePredictor(nn.Module):
         "The expected picture's feature of each caption's feature."
         return unit(self.net(text.float()))
 
-# %% ../../nbs/05_methods/12_predicted.ipynb #315aca80
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-012
 def fit_predictor(
     texts: Tensor,  # (n, d) unit features of captions
     pictures: Tensor,  # (n, d) unit features of a picture of each
@@ -89,7 +89,7 @@ def fit_predictor(
         losses.append(total / steps)
     return net.eval(), losses
 
-# %% ../../nbs/05_methods/12_predicted.ipynb #de78af32
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-017
 @torch.no_grad()
 def world_pairs(
     model: PersonCLIP,
@@ -115,7 +115,7 @@ def world_pairs(
     words = [model.encode_text(flat[a : a + batch_size]) for a in range(0, len(flat), batch_size)]
     return torch.cat(words).float().cpu(), torch.cat(encoded).float().cpu()[owner]
 
-# %% ../../nbs/05_methods/12_predicted.ipynb #6c950ffb
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-021
 PREDICTOR_FILE = "picture_predictor.safetensors"  # beside a checkpoint's weights
 PREDICTED_WEIGHT = 0.3  # of the predicted picture in a query, where none was chosen on val
 
@@ -137,7 +137,7 @@ def save_predictor(
     write_safetensors(file, tensors, notes)
     return file
 
-# %% ../../nbs/05_methods/12_predicted.ipynb #5165316b
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-023
 def load_predictor(
     folder: str | Path,  # of the checkpoint
     model: Any,  # whose features it is to predict from
@@ -163,7 +163,7 @@ def load_predictor(
     load_strict(predictor, state, file, "a picture predictor")
     return predictor.eval(), weight
 
-# %% ../../nbs/05_methods/12_predicted.ipynb #3a6e5769
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-028
 PREDICTED_SUFFIX = "+predicted"  # after a model's name: with its predicted pictures
 
 
