@@ -996,7 +996,7 @@ def word_weights(
             _say(ax, word, x + w / 2, y + line * 0.37, points, ha="center", va="center")
     return fig
 
-# %% ../nbs/10_figures.ipynb #3d44dfff
+# %% ../nbs/10_figures.ipynb #cell-067
 _WORN = ("upper", "lower", "shoes", "hat", "hair", "scarf", "bag", "held", "inner", "sleeves")
 _COLOUR = {"shoes": "shoe_colour", "sleeves": "sleeve_colour"}
 _MISSING = (214, 39, 40)  # red
@@ -1018,7 +1018,7 @@ def left_out(
             shown[regions[name]] = 0.25 * shown[regions[name]] + 0.75 * np.array(_MISSING)
     return shown, missing
 
-# %% ../nbs/10_figures.ipynb #cell-067
+# %% ../nbs/10_figures.ipynb #cell-070
 def diagram(
     boxes: Mapping[
         str, tuple
