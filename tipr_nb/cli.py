@@ -9,8 +9,8 @@ __all__ = ['app', 'data_app', 'Out', 'Seed', 'Name', 'NameArg', 'Root', 'Skip', 
            'data_stats', 'tipr_generate', 'generate_sentences', 'generate_captions', 'learn_to_generate', 'parse_value',
            'parse_settings', 'tipr_train', 'generated_extra', 'tipr_evaluate', 'open_model', 'predicted_name',
            'open_predicted', 'tipr_grid', 'tipr_index', 'check_engine', 'threaded_loader', 'named_detector', 'enriched',
-           'predicting', 'row_or_key', 'tipr_search', 'tipr_app', 'tipr_models', 'tipr_convert', 'tipr_card',
-           'tipr_push', 'data_export', 'main']
+           'check_served', 'named_numbers', 'predicting', 'row_or_key', 'tipr_search', 'tipr_app', 'tipr_models',
+           'tipr_convert', 'tipr_card', 'tipr_push', 'data_export', 'main']
 
 # %% ../nbs/13_cli.ipynb #cell-002
 import contextlib, dataclasses, functools, json, os, sys
@@ -940,10 +940,16 @@ def tipr_index(
             "--uri",
             "--milvus-uri",
             help=(
-                "Address of a Milvus server; a file in the gallery when left out. The token comes from "
-                "TIPR_MILVUS_TOKEN."
+                "Address of a Milvus server: only rows that changed are sent, `tipr search --milvus-uri` asks there; "
+                "a file in the gallery when left out. The token comes from TIPR_MILVUS_TOKEN."
             ),
         ),
+    ] = None,
+    milvus_name: Annotated[
+        Optional[str], typer.Option(help="Name of the gallery on the server; tipr when left out.")
+    ] = None,
+    index: Annotated[
+        Optional[str], typer.Option(help="The server's index: flat, auto, hnsw, ivf, ivf_rabitq or diskann.")
     ] = None,
     dtype: Annotated[Optional[str], typer.Option(help="Features on the disk: float32 or float16.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at a time.")] = 64,
@@ -973,7 +979,8 @@ def tipr_index(
 
     Example: tipr index photos --gallery my-gallery --pattern '(?P<camera>c\\d+)_'
     """
-    options = {k: v for k, v in dict(quantise=quantise, nlist=nlist, recall=recall, uri=uri).items() if v is not None}
+    asked = dict(quantise=quantise, nlist=nlist, recall=recall, uri=uri, name=milvus_name, index=index)
+    options = {k: v for k, v in asked.items() if v is not None}
     engine = check_engine(engine, options)
     from tipr_nb.search import DEFAULT_MODEL, Gallery
 
@@ -1023,10 +1030,15 @@ def check_engine(engine: str | None, options: dict) -> str | None:
         known_name(engine, ("exact", "flat", "ivf", "hnsw", "milvus"), "engine")
     if options.get("quantise") and known_name(options["quantise"], ("none", "fp16", "8bit"), "quantiser") == "none":
         options["quantise"] = None
-    fits = dict(quantise=("flat", "ivf", "hnsw"), nlist=("ivf",), recall=("ivf", "hnsw"), uri=("milvus",))
+    served = ("milvus",)
+    fits = dict(quantise=("flat", "ivf", "hnsw"), nlist=("ivf",), recall=("ivf", "hnsw"))
+    fits |= dict(uri=served, name=served, index=served)
     for name in options:
         if engine not in fits[name]:
-            raise TiprError(f"--{name} goes with --engine {' or '.join(fits[name])}")
+            shown = "milvus-name" if name == "name" else name
+            raise TiprError(f"--{shown} goes with --engine {' or '.join(fits[name])}")
+    if "name" in options and "uri" not in options:
+        raise TiprError("--milvus-name goes with --milvus-uri ADDRESS")
     return engine
 
 
@@ -1076,6 +1088,28 @@ def enriched(
     return Gallery(gallery.folder, model, gallery.root, loader=open_model)
 
 
+def check_served(gallery: Path | None, local_only: dict) -> None:
+    "Options that need a gallery's folder do not go with an address."
+    if gallery is not None:
+        raise TiprError("--gallery or --milvus-uri, not both")
+    for name, value in local_only.items():
+        if value:
+            raise TiprError(f"--{name} needs the gallery's folder: use --gallery instead of --milvus-uri")
+
+
+def named_numbers(given: list[str] | None) -> dict[str, float] | None:
+    "`ef=200` as a name and a number."
+    values = {}
+    for one in given or ():
+        name, _, number = one.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise TiprError(f"--search-params {one}: a name and a number, such as ef=200") from None
+        values[name] = int(value) if value.is_integer() else value
+    return values or None
+
+
 def predicting(
     gallery: Any,  # a `Gallery`
     name: str | None = None,  # of its weights; None: the gallery knows
@@ -1099,9 +1133,6 @@ def row_or_key(text: str) -> int | str:
     return int(text) if text.isdigit() and len(text) < 12 else text
 
 # %% ../nbs/13_cli.ipynb #cell-042
-_REQUIRED: Any = ...  # Typer's default of an option that must be given
-
-
 @register_command(app, "search")
 def tipr_search(
     text: Annotated[
@@ -1110,7 +1141,26 @@ def tipr_search(
             metavar="SENTENCE", help="What the person looks like; several sentences about the same person are combined."
         ),
     ] = None,
-    gallery: Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")] = _REQUIRED,
+    gallery: Annotated[Optional[Path], typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")] = None,
+    milvus_uri: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="ADDRESS",
+            help="Instead of --gallery: a Milvus server that `tipr index --milvus-uri` sent the people to.",
+        ),
+    ] = None,
+    milvus_name: Annotated[str, typer.Option(help="Name of the gallery on that server.")] = "tipr",
+    search_params: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME=VALUE", help="Of the server's index, e.g. ef=200; may be given several times."),
+    ] = None,
+    text_tower: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            help="The folder text-... of the gallery that was indexed; the cache or the model when left out.",
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many people.")] = 10,
     where: Annotated[
         Optional[str], typer.Option(help="Filter on columns, e.g. \"camera == 'c2' and taken >= '2024-05-01'\".")
@@ -1178,29 +1228,37 @@ def tipr_search(
 
     Example: tipr search "a woman in a red coat" --gallery my-gallery -k 10 --where "camera == 'c2'"
     """
-    from tipr_nb.search import Gallery
+    local_only = dict(rerank=rerank, engine=engine, root=root, imagine=imagine or generator)
+    if milvus_uri is not None:
+        check_served(gallery, local_only)
+    elif gallery is None:
+        raise TiprError("say where to search: --gallery DIR or --milvus-uri ADDRESS")
+    from tipr_nb.search import Gallery, ServedGallery
 
-    opened = Gallery(gallery, model, root, loader=open_model)
+    examples = [*(row_or_key(one) for one in like or ()), *(image or ())]
+    question: dict[str, Any] = dict(
+        image=examples or None,
+        without=without or None,
+        where=where,
+        unique=not copies,
+        group=group,
+        image_weight=image_weight,
+        without_weight=without_weight,
+    )
+    opened: Any
+    if milvus_uri is not None:
+        how = dict(search_params=named_numbers(search_params), text_tower=text_tower, loader=open_model)
+        opened = ServedGallery(milvus_uri, milvus_name, model, **how)
+    else:
+        opened = Gallery(gallery, model, root, loader=open_model)
+        question |= dict(rerank=rerank, engine=engine)
     if predict and (imagine or generator):
         raise TiprError("--predict takes the place of --imagine; give one of them")
     if predict:
         opened = predicting(opened, model, weight)
     if imagine or generator:
         opened = enriched(opened, generator, weight)
-    examples = [*(row_or_key(one) for one in like or ()), *(image or ())]
-    hits = opened.search(
-        text or None,
-        k,
-        image=examples or None,
-        without=without or None,
-        where=where,
-        rerank=rerank,
-        engine=engine,
-        unique=not copies,
-        group=group,
-        image_weight=image_weight,
-        without_weight=without_weight,
-    )
+    hits = opened.search(text or None, k, **question)
     written = dict(html=page, csv=table, zip=archive)
     for kind, path in written.items():
         if path:

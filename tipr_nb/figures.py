@@ -172,12 +172,9 @@ def as_picture(
 ) -> np.ndarray:  # (h, w, 3) uint8
     "Any of the usual forms of a picture as an RGB array."
     if isinstance(x, (str, Path)):
-        try:
-            with Image.open(x) as im:
-                x = ImageOps.exif_transpose(im).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as e:
-            reason = f"not a readable picture ({type(e).__name__})"
-            raise TiprError(f"{x}: {reason}; remove it or save it again") from None
+        from tipr_nb.data import read_image
+
+        x = read_image(x)
     if isinstance(x, Image.Image):
         return np.asarray(x.convert("RGB"))
     if hasattr(x, "detach"):

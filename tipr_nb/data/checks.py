@@ -142,6 +142,7 @@ def _parts(e:DatasetError|str) -> tuple[str, str]:
     found, _, remedy = str(e).partition("; ")
     return found, remedy
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-016
 @dataclass
 class Gathered:
     "What could be parsed of a dataset, and what could not."
@@ -159,7 +160,7 @@ class Gathered:
             except DatasetError: self.bad.append(str(e))
             else: self.empty.append(where)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-016
+# %% ../../nbs/01_data/05_checks.ipynb #cell-018
 def gather(report:Report, name:str, root:str|Path) -> tuple[Path, list[Row]]|None: # the dataset's folder, its rows
     "Find and parse what can be parsed, noting the rest; None when there is nothing to look at."
     layout = LAYOUTS.get(name)
@@ -201,7 +202,7 @@ def _gather_table(root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
     if not found.total: raise DatasetError(f"{path}: no rows in it; the table needs image, caption and id")
     return path.parent, [path.name]
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-018
+# %% ../../nbs/01_data/05_checks.ipynb #cell-020
 def check_own(report:Report, rows:list[Row]) -> list[Row]:
     "What only people's own tables can have wrong: an image under two people, splits for some rows only."
     try:
@@ -210,7 +211,7 @@ def check_own(report:Report, rows:list[Row]) -> list[Row]:
     except DatasetError as e: report.add("error", "table", *_parts(e))
     return rows
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-021
+# %% ../../nbs/01_data/05_checks.ipynb #cell-023
 Count = tuple[int, int, int]   # identities, images, captions
 
 def count_rows(rows:Iterable[Row]) -> Count:
@@ -218,6 +219,7 @@ def count_rows(rows:Iterable[Row]) -> Count:
     part = list(rows)
     return len({r.id for r in part}), len(part), sum(len(r.captions) for r in part)
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-025
 def check_counts(report:Report, name:str, rows:list[Row], counts:dict[str, Count]):
     "Counts against the official ones."
     official = LAYOUTS[name].official if name in LAYOUTS else {}
@@ -257,7 +259,7 @@ def check_splits(report:Report, name:str, rows:list[Row]):
     single = int((per_person == 1).sum())
     if single: report.add("note", "single photos", f"{single:,} training identities have one photo only")
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-025
+# %% ../../nbs/01_data/05_checks.ipynb #cell-029
 @dataclass
 class ImageFacts:
     "What reading an image file gave."
@@ -265,6 +267,7 @@ class ImageFacts:
     size:tuple[int, int] = (0, 0)       # (w, h)
     error:str = ""
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-031
 def image_facts(path:Path, verify:bool=True) -> ImageFacts:
     "Read (and decode) a file."
     if os.path.exists(path) and not os.path.isfile(path): return ImageFacts(error="not a file")
@@ -278,7 +281,7 @@ def image_facts(path:Path, verify:bool=True) -> ImageFacts:
             return ImageFacts(digest, im.size)
     except Exception as e: return ImageFacts(digest, error=one_line(e))   # Pillow's plugins raise all kinds
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-027
+# %% ../../nbs/01_data/05_checks.ipynb #cell-033
 def check_missing(report:Report, images:Path, rows:list[Row], allowed:int=0) -> list[str]: # images that are there
     "Images that are not there; as many as are `allowed` to be missing are a warning."
     paths = list(dict.fromkeys(r.path for r in rows))
@@ -294,6 +297,7 @@ def check_missing(report:Report, images:Path, rows:list[Row], allowed:int=0) -> 
     report.add(level, "missing images", f"{len(report.missing):,} of {len(paths):,}", hint, report.missing)
     return [p for p in paths if p in there]
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-035
 def check_unreadable(report:Report, facts:dict[str, ImageFacts], verify:bool):
     "Images that cannot be decoded."
     report.unreadable = [p for p, f in facts.items() if f.error]
@@ -303,6 +307,7 @@ def check_unreadable(report:Report, facts:dict[str, ImageFacts], verify:bool):
                    "replace them, or load with skip=report.unreadable", examples)
     else: report.add("ok", "unreadable images", "none" if verify else "none, by their headers")
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-037
 def check_sizes(report:Report, rows:list[Row], facts:dict[str, ImageFacts]):
     "Whether the images look like crops of people."
     whole = [facts.get(r.path) for r in rows if not r.box]
@@ -315,7 +320,7 @@ def check_sizes(report:Report, rows:list[Row], facts:dict[str, ImageFacts]):
         report.add("warning", "image sizes", f"{size}, {100*wide:.0f} % wider than tall",
                    "these look like scenes: give boxes x, y, w, h to cut people out")
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-029
+# %% ../../nbs/01_data/05_checks.ipynb #cell-039
 def check_duplicates(report:Report, rows:list[Row], facts:dict[str, ImageFacts]):
     "The same picture twice, by the hash of its bytes, or listed twice."
     same:dict[str, list[Row]] = {}
@@ -344,7 +349,7 @@ def check_images(report:Report, images:Path, rows:list[Row], verify:bool=True, w
     check_duplicates(report, rows, facts)
     check_sizes(report, rows, facts)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-032
+# %% ../../nbs/01_data/05_checks.ipynb #cell-042
 _FOREIGN = re.compile(r"[^\x00-\u024f\u02b0-\u02ff\u1e00-\u1eff\u2000-\u2bff\ufb00-\ufb06\ufe0f\ufeff]")
 _CODE = re.compile(r"[{}<>\\|=]|https?://|&[a-z]+;")
 
@@ -357,7 +362,7 @@ def token_lengths(captions:Sequence[str]) -> np.ndarray: # (n,)
     known = {c: len(encode(c)) + 2 for c in progress(different, "counting tokens")}
     return np.array([known[c] for c in captions], dtype=np.int64)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-034
+# %% ../../nbs/01_data/05_checks.ipynb #cell-044
 def check_wording(report:Report, rows:list[Row]):
     "Odd numbers of captions; duplicate, foreign, odd and short ones."
     captions = [c for r in rows for c in r.captions]
@@ -377,6 +382,7 @@ def check_wording(report:Report, rows:list[Row]):
         examples = [text if len(text) < 60 else text[:57] + "..." for text in found]
         if found: report.add("note", check, f"{len(found):,} {what}", "", examples)
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-046
 def check_captions(report:Report, rows:list[Row], lengths:Callable[[Sequence[str]], np.ndarray]|None=token_lengths,
                    limit:int=77):
     "Wording and length of captions."
@@ -396,7 +402,7 @@ def check_captions(report:Report, rows:list[Row], lengths:Callable[[Sequence[str
                    f"{said}; {cut:,} ({100*fraction:.1f} %) are longer than {limit}",
                    "CLIP cuts them: take an encoder with a longer context, or live with it")
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-038
+# %% ../../nbs/01_data/05_checks.ipynb #cell-050
 def rows_of(data:PersonDataset) -> list[Row]:
     "A loaded dataset as rows, with the dataset's own identity numbers."
     rows = []
@@ -408,7 +414,7 @@ def rows_of(data:PersonDataset) -> list[Row]:
             rows.append(Row(f"{split} image {i}", split, int(source[i]), os.path.normpath(path), captions))
     return rows
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-040
+# %% ../../nbs/01_data/05_checks.ipynb #cell-052
 _TABLE_NAMES = ("folder", "csv", "jsonl")
 _OWN_IMAGE_DIRS = (".", "imgs", "images")
 

@@ -60,6 +60,7 @@ from .practice import colour_archive as colour_archive
 from .practice import colour_figure as colour_figure
 from .practice import ColourModel as ColourModel
 from .practice import FIGURE_COLOURS as FIGURE_COLOURS
+from .publishing import publish as publish
 from .queries import expanded_query as expanded_query
 from .queries import mix_query as mix_query
 from .queries import query_words as query_words
@@ -70,6 +71,7 @@ from .reports import Hit as Hit
 from .reports import Hits as Hits
 from .reports import hits_html as hits_html
 from .reports import printable as printable
+from .served import ServedGallery as ServedGallery
 from .storage import indexing_lock as indexing_lock
 from .storage import Journal as Journal
 from .storage import load_features as load_features

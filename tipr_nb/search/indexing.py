@@ -23,7 +23,8 @@ from .tables import column_name, tidy_table
 from .detectors import Opened, looks_like_scene, open_ahead, scene_warning
 from .filters import column_kind
 from .engines import FAISS_KINDS, build_faiss
-from .milvus import Milvus, build_milvus, milvus_errors
+from .milvus import Milvus, build_milvus, milvus_errors, public_uri
+from .publishing import publish
 from .towers import as_numpy, export_text_tower, model_fingerprint
 from .storage import (FORMAT, HIDDEN, ITEM_TYPES, NO_PERSON, RESERVED, STATE,
     Damaged, Items, Journal, Snapshot, file_sums, indexing_lock, item_schema, journal_schema,
@@ -620,6 +621,8 @@ def build_engine(
     options: Mapping,  # what the user chose
     files: Path,  # the snapshot
     manifest: Mapping,
+    trusted: bool = False,  # the user gave the options in this call, an address among them
+    rebuild: bool = False,  # also where a store holds features of another model
 ) -> dict:  # the options, with what was found while building under 'built'
     "Build one engine for a snapshot."
     options = {k: v for k, v in options.items() if k != "built"}
@@ -632,11 +635,16 @@ def build_engine(
     if name != "milvus":
         raise TiprError(f"engine {name!r}: choose exact, {', '.join(FAISS_KINDS)} or milvus")
     items = Items(files)
-    uri = options.get("uri") or os.fspath(files / "milvus.db")
     more = {k: v for k, v in options.items() if k != "uri"}
+    if options.get("uri"):
+        uri = options["uri"]
+        sure = dict(trusted=trusted, rebuild=rebuild)
+        built, _ = publish(uri, items, x, manifest, **sure, **more)
+        return options | dict(uri=public_uri(uri), built=built)
+    own = os.fspath(files / "milvus.db")
     collection = f"tipr_{manifest['id']}_{manifest['generation']}"
-    built = build_milvus(x, {c: items[c] for c in items.names}, uri, collection, **more)
-    return options | dict(built=built | ({} if options.get("uri") else dict(uri=None)))
+    built = build_milvus(x, {c: items[c] for c in items.names}, own, collection, **more)
+    return options | dict(built=built | dict(uri=None))
 
 
 def drop_engines(
@@ -644,8 +652,8 @@ def drop_engines(
 ):
     "Remove what a snapshot left on a server."
     built = manifest["engines"].get("milvus", {}).get("built", {})
-    if not built.get("uri"):
-        return
+    if not built.get("uri") or built.get("kind") == "store":
+        return  # a store is brought up to date row by row
     with contextlib.suppress(TiprError), milvus_errors(built["uri"]):
         Milvus.at(built["uri"]).drop_collection(built["collection"])
 
@@ -1010,7 +1018,10 @@ class Indexer:
         wanted = dict(old["engines"] if asked is None else asked)
         default = old["engine"] if asked is None else next(iter(wanted), "exact")
         built = {
-            name: build_engine(name, options, files, manifest) for name, options in wanted.items()
+            name: build_engine(
+                name, options, files, manifest, asked is not None, self.settings.rebuild
+            )
+            for name, options in wanted.items()
         }
         return dict(engines=built, engine=self.settings.default or default)
 

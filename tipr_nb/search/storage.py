@@ -102,6 +102,10 @@ _MANIFEST_TYPES = dict(
 _AGAIN = "build the gallery again with `tipr index`"
 
 
+_MOST = dict(count=1 << 40, dim=1 << 20)  # items, numbers in a feature
+_TOWER = re.compile(r"[\w-][\w.-]{0,99}")  # a folder in the gallery
+
+
 class Damaged(TiprError):
     "A gallery whose files are torn, missing or do not agree; indexing again makes it new."
 
@@ -141,12 +145,35 @@ def _check_manifest(folder, manifest):
     wrong = [k for k, kind in _MANIFEST_TYPES.items() if not isinstance(manifest.get(k), kind)]
     if wrong:
         raise Damaged(f"{folder}: gallery.json has no usable {wrong[0]!r}; {_AGAIN}")
+    for name, most in _MOST.items():
+        if not 0 <= manifest[name] <= most:
+            raise Damaged(f"{folder}: gallery.json says {name} {manifest[name]!r:.40}; {_AGAIN}")
+    tower = manifest.get("text_tower")
+    if tower and tower is not True and not (isinstance(tower, str) and _TOWER.fullmatch(tower)):
+        raise Damaged(f"{folder}: gallery.json names no usable text tower; {_AGAIN}")
     if manifest["dtype"] not in ("float32", "float16"):
         raise Damaged(f"{folder}: gallery.json names dtype {manifest['dtype']!r}; {_AGAIN}")
     if not isinstance(manifest.setdefault("sha256", {}), dict):
         raise Damaged(f"{folder}: gallery.json has no usable checksums; {_AGAIN}")
+    for name, options in manifest["engines"].items():
+        _check_engine(folder, name, options)
     for name in ("skipped", "duplicates"):
-        manifest.setdefault(name, 0)
+        if not isinstance(manifest.setdefault(name, 0), int):
+            raise Damaged(f"{folder}: gallery.json has no usable {name!r}; {_AGAIN}")
+
+
+def _check_engine(folder, name, options):
+    "Types of an engine's options; what only a user may say is taken out, whoever wrote the file."
+    built = options.get("built", {}) if isinstance(options, dict) else None
+    if not isinstance(built, dict):
+        raise Damaged(f"{folder}: gallery.json has no usable options of engine {name!r}; {_AGAIN}")
+    for part in (options, built):
+        for own in ("trusted", "token"):
+            part.pop(own, None)
+        if not isinstance(part.get("uri", ""), (str, type(None))):
+            raise Damaged(f"{folder}: gallery.json has no usable address of {name!r}; {_AGAIN}")
+    if name == "milvus" and built and not isinstance(built.get("collection"), str):
+        raise Damaged(f"{folder}: gallery.json names no collection of {name!r}; {_AGAIN}")
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-018
 def write_manifest(folder: str | Path, manifest: Mapping):

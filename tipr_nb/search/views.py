@@ -18,6 +18,7 @@ from ..core import TiprError, need
 from .filters import Selection
 from .engines import ExactEngine, FaissEngine
 from .milvus import MilvusEngine
+from .publishing import store_engine
 from .towers import TextTower, as_numpy, clean_text, image_tower, model_fingerprint
 from tipr_nb.search.storage import (ITEM_TYPES, KEY, Snapshot, person_key, read_manifest, shown_name,
     tower_folder)
@@ -165,6 +166,8 @@ class EngineSet:
         built = self.files.manifest["engines"][name]["built"]
         if name != "milvus":
             return FaissEngine(self.files.folder/f"index-{name}.faiss", self.files.features, **built)
+        if built.get("kind") == "store":
+            return store_engine(built, self.files.items, self.files.manifest["fingerprint"])
         own = os.fspath(self.files.folder/"milvus.db")
         return MilvusEngine(self.files.features, **built | dict(uri=built["uri"] or own))
 
