@@ -33,6 +33,10 @@ def load_model(model:Any # a loaded model, or a folder, alias or hub id
     if loader is not None:
         found = loader(str(model))
         return found, getattr(found, "source", None) or str(model)
+    if str(model).endswith("+predicted"):
+        from tipr_nb.methods import PredictedQuery
+        asks = PredictedQuery.from_pretrained(model)
+        return asks, asks.source
     from tipr_nb.models import PersonCLIP
     encoder:Any = PersonCLIP.from_pretrained(model)
     encoder.source = os.path.abspath(model) if os.path.isdir(model) else str(model)   # a gallery notes it down
@@ -56,7 +60,8 @@ SHIPPED_NOTE = ("the shipped weights were trained on rendered people: on one sur
 
 def weights_note(manifest:Mapping) -> str|None:
     "What must be known of a gallery's weights; None where they are the user's own choice."
-    return SHIPPED_NOTE if manifest.get("model") in ("synth-pedes", "clip-synth-pedes") else None
+    name = (manifest.get("model") or "").removesuffix("+predicted")
+    return SHIPPED_NOTE if name in ("synth-pedes", "clip-synth-pedes") else None
 
 # %% ../../nbs/08_search/15_views.ipynb #cell-014
 class QueryEncoder:
@@ -80,7 +85,12 @@ class QueryEncoder:
         return manifest["fingerprint"] == self.manifest["fingerprint"]
 
     def _checked(self, model):
-        if model_fingerprint(getattr(model, "model", model)) == self.manifest["fingerprint"]: return model
+        wrapped = getattr(model, "model", None)   # its photos' features are the same
+        marks = [] if wrapped is None else [model_fingerprint(wrapped)]
+        if wrapped is None or hasattr(model, "state_dict"):
+            marks.append(model_fingerprint(model))
+        if self.manifest["fingerprint"] in marks:
+            return model
         other = self.manifest.get("model") or self.manifest.get("arch")
         raise TiprError(f"{self.folder}: made by another model ({other}), whose features cannot be compared "
                         "with this one's; search with that model, or index again")
