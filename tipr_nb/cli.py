@@ -774,10 +774,12 @@ def tipr_evaluate(
     from tipr_nb import evaluation
     from tipr_nb.core import free_threads
 
-    dataset = open_dataset(data, root, need=(), **left_out(skip, skip_missing))
     if predict and pictures is not None:
         raise TiprError("--predict takes the place of --pictures; give one of them")
+    check_place(data, root)
+    # a slip in the checkpoint's name is said before the benchmark is drawn
     model = open_predicted(checkpoint, weight) if predict else open_model(checkpoint)
+    dataset = open_dataset(data, root, need=(), **left_out(skip, skip_missing))
     found = dict(dataset.splits) | dict(getattr(dataset, "others", {}))
     there = [k for k, v in found.items() if v is not None and len(v)]
     part = found[known_name(split, there, f"split of {data}")]
