@@ -926,10 +926,10 @@ def tipr_index(
     ] = False,
     engine: Annotated[
         Optional[str],
-        typer.Option(help="exact, flat, ivf, hnsw or milvus; as the gallery has it when left out, exact in a new one."),
+        typer.Option(help="exact, flat, ivf, ivfpq, hnsw or milvus; as the gallery has it, exact in a new one."),
     ] = None,
     quantise: Annotated[Optional[str], typer.Option(help="Features inside a FAISS engine: none, fp16 or 8bit.")] = None,
-    nlist: Annotated[Optional[int], typer.Option(min=1, help="Cells of the ivf engine.")] = None,
+    nlist: Annotated[Optional[int], typer.Option(min=1, help="Cells of the ivf and ivfpq engines.")] = None,
     recall: Annotated[
         Optional[float],
         typer.Option(
@@ -1048,11 +1048,12 @@ def tipr_index(
 def check_engine(engine: str | None, options: dict) -> str | None:
     "The engine that options go with; `none` as a quantiser becomes None."
     if engine:
-        known_name(engine, ("exact", "flat", "ivf", "hnsw", "milvus"), "engine")
+        known_name(engine, ("exact", "flat", "ivf", "ivfpq", "hnsw", "milvus"), "engine")
     if options.get("quantise") and known_name(options["quantise"], ("none", "fp16", "8bit"), "quantiser") == "none":
         options["quantise"] = None
     served = ("milvus",)
-    fits = dict(quantise=("flat", "ivf", "hnsw"), nlist=("ivf",), recall=("ivf", "hnsw"))
+    cells = ("ivf", "ivfpq")
+    fits = dict(quantise=("flat", "ivf", "hnsw"), nlist=cells, recall=(*cells, "hnsw"))
     fits |= dict(uri=served, name=served, index=served)
     for name in options:
         if engine not in fits[name]:
