@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/06_evaluation/05_calibration.ipynb #cell-003
-from ..core import TiprError, read_json, write_json
+from ..core import TiprError, read_json, reading, write_json
 from ..data import Split
 from .protocol import SplitFeatures
 from .ranking import Rows, cosine_blocks, make_plan
@@ -136,17 +136,17 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         "Read what `save` wrote."
-        found = read_json(path, "calibrate again")
-        try:
-            return cls(
-                tuple(found["weights"]),
-                float(found["bias"]),
-                tuple(found["mean"]),
-                tuple(found["scale"]),
-                float(found["present"]),
-            )
-        except (KeyError, TypeError, ValueError):
-            raise TiprError(f"{path}: not a calibration; calibrate again") from None
+        found = read_json(path, "calibrate again", dict)
+        with reading(path, "a calibration", "calibrate again"):
+            pairs = [tuple(float(v) for v in found[k]) for k in ("weights", "mean", "scale")]
+            bias, present = float(found["bias"]), float(found["present"])
+            if [len(p) for p in pairs] != [2, 2, 2]:
+                raise ValueError("weights, mean and scale are pairs")
+            if not np.isfinite([*pairs[0], *pairs[1], *pairs[2], bias, present]).all():
+                raise ValueError("its numbers are not finite")
+            if not 0 < present < 1 or min(pairs[2]) <= 0:
+                raise ValueError("present is a share, and scales are above 0")
+        return cls(pairs[0], bias, pairs[1], pairs[2], present)
 
 # %% ../../nbs/06_evaluation/05_calibration.ipynb #cell-019
 def open_set(

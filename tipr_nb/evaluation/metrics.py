@@ -13,7 +13,7 @@ from typing import Any, Callable, Mapping, Sequence
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-004
 import numpy as np, pandas as pd
 from torch import Tensor
-from ..core import TiprError, atomic_path, read_json, write_json
+from ..core import TiprError, atomic_path, read_json, reading, write_json
 from .ranking import (TIES, RankingPlan, Rows, cosine_blocks, given_blocks,
     item_ids, make_plan, rank_within)
 
@@ -437,29 +437,44 @@ def _storable(column: pd.Series) -> np.ndarray:
     )
 
 
+_PLAIN_KINDS: dict[str, Any] = dict(chance_r1=(int, float), direction=str, ties=str, name=str)
+
+
+def _of_kind(name: str, value: Any, kind: Any) -> Any:
+    "A value of a file, if it is of its kind."
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} is {type(value).__name__}")
+    return value
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    "An interval of a file."
+    low, high = value
+    return float(_of_kind(name, low, (int, float))), float(_of_kind(name, high, (int, float)))
+
+
 def load_metrics(path: str | Path) -> Metrics:
     "Read what `save_metrics` wrote."
-    d, path = read_json(path, "evaluate again"), Path(path)
-    by = {
-        c: pd.DataFrame.from_dict(rows, orient="index").rename_axis(c)
-        for c, rows in d.pop("by", {}).items()
-    }
-    try:
-        per_query = None
-        if path.with_suffix(".npz").is_file():
-            with np.load(path.with_suffix(".npz")) as z:
-                per_query = pd.DataFrame({c: z[c] for c in z.files})
-        recall = {int(k[1:]): d[k] for k in list(d) if k[0] == "r" and k[1:].isdigit()}
-        return Metrics(
-            **{
-                k: v for k, v in d.items() if k in Metrics.__dataclass_fields__ and k != "intervals"
-            },
-            intervals={k: tuple(v) for k, v in d["intervals"].items()},
-            by=by,
-            per_query=per_query,
-            recall=recall,
-        )
-    except Exception as e:
-        raise TiprError(
-            f"{path}: not metrics saved by save_metrics ({type(e).__name__}); evaluate again"
-        ) from None
+    path = Path(path)
+    found = read_json(path, "evaluate again", dict)
+    with reading(path, "metrics saved by save_metrics", "evaluate again"):
+        numbers = {k: _of_kind(k, found[k], (int, float)) for k in HEADLINE}
+        plain = {k: _of_kind(k, found[k], _PLAIN_KINDS.get(k, int)) for k in _PLAIN if k in found}
+        recall = {
+            int(k[1:]): _of_kind(k, v, (int, float))
+            for k, v in found.items()
+            if k[:1] == "r" and k[1:].isdigit()
+        }
+        intervals = {k: _pair(k, v) for k, v in found["intervals"].items()}
+        by = {
+            c: pd.DataFrame.from_dict(rows, orient="index").rename_axis(c)
+            for c, rows in found.get("by", {}).items()
+        }
+    table = path.with_suffix(".npz")
+    per_query = None
+    if table.is_file():
+        with reading(table, "an archive of NumPy arrays", "evaluate again"), np.load(table) as z:
+            per_query = pd.DataFrame({c: z[c] for c in z.files})
+    return Metrics(
+        **numbers, **plain, intervals=intervals, by=by, per_query=per_query, recall=recall
+    )

@@ -49,6 +49,8 @@ from .milvus import StoreEngine as StoreEngine
 from .milvus import StoreFacts as StoreFacts
 from .milvus import sync_store as sync_store
 from .milvus import SyncReport as SyncReport
+from .parts import index_part as index_part
+from .parts import parse_part as parse_part
 from .photos import decode_picture as decode_picture
 from .photos import EXCLUDED as EXCLUDED
 from .photos import is_picture as is_picture
@@ -62,6 +64,7 @@ from .practice import ColourModel as ColourModel
 from .practice import FIGURE_COLOURS as FIGURE_COLOURS
 from .probabilities import hit_probabilities as hit_probabilities
 from .probabilities import HitProbabilities as HitProbabilities
+from .publishing import publish as publish
 from .queries import expanded_query as expanded_query
 from .queries import mix_query as mix_query
 from .queries import query_words as query_words
@@ -72,6 +75,7 @@ from .reports import Hit as Hit
 from .reports import Hits as Hits
 from .reports import hits_html as hits_html
 from .reports import printable as printable
+from .served import ServedGallery as ServedGallery
 from .storage import indexing_lock as indexing_lock
 from .storage import Journal as Journal
 from .storage import load_features as load_features

@@ -350,7 +350,7 @@ class Gallery:
         "Build an engine for the rows that are there; returns what was built."
         with indexing_lock(self.folder):
             self.refresh()
-            built = build_engine(name, options, self.view.files.folder, self.manifest)
+            built = build_engine(name, options, self.view.files.folder, self.manifest, trusted=True)
             new = dict(engines=self.manifest["engines"] | {name: built})
             if default:
                 new["engine"] = name

@@ -23,6 +23,7 @@ from .towers import (TextTower, as_numpy, clean_text, export_image_tower,
 from .storage import (ITEM_TYPES, KEY, Snapshot, person_key, read_manifest,
     shown_name, tower_folder)
 from .probabilities import HitProbabilities, hit_probabilities
+from .publishing import store_engine
 from .reports import Hit, read_picture
 
 # %% ../../nbs/08_search/16_views.ipynb #cell-006
@@ -36,6 +37,10 @@ def load_model(
     if loader is not None:
         found = loader(str(model))
         return found, getattr(found, "source", None) or str(model)
+    if str(model).endswith("+predicted"):
+        from tipr_nb.methods import PredictedQuery
+        asks = PredictedQuery.from_pretrained(model)
+        return asks, asks.source
     from tipr_nb.models import PersonCLIP
 
     encoder: Any = PersonCLIP.from_pretrained(model)
@@ -71,7 +76,8 @@ SHIPPED_NOTE = (
 
 def weights_note(manifest: Mapping) -> str | None:
     "What must be known of a gallery's weights; None where they are the user's own choice."
-    return SHIPPED_NOTE if manifest.get("model") in ("synth-pedes", "clip-synth-pedes") else None
+    name = (manifest.get("model") or "").removesuffix("+predicted")
+    return SHIPPED_NOTE if name in ("synth-pedes", "clip-synth-pedes") else None
 
 # %% ../../nbs/08_search/16_views.ipynb #cell-014
 class QueryEncoder:
@@ -98,7 +104,11 @@ class QueryEncoder:
         return manifest["fingerprint"] == self.manifest["fingerprint"]
 
     def _checked(self, model):
-        if model_fingerprint(getattr(model, "model", model)) == self.manifest["fingerprint"]:
+        wrapped = getattr(model, "model", None)   # its photos' features are the same
+        marks = [] if wrapped is None else [model_fingerprint(wrapped)]
+        if wrapped is None or hasattr(model, "state_dict"):
+            marks.append(model_fingerprint(model))
+        if self.manifest["fingerprint"] in marks:
             return model
         other = self.manifest.get("model") or self.manifest.get("arch")
         raise TiprError(
@@ -207,6 +217,8 @@ class EngineSet:
             return FaissEngine(
                 self.files.folder / f"index-{name}.faiss", self.files.features, **built
             )
+        if built.get("kind") == "store":
+            return store_engine(built, self.files.items, self.files.manifest["fingerprint"])
         own = os.fspath(self.files.folder / "milvus.db")
         return MilvusEngine(self.files.features, **built | dict(uri=built["uri"] or own))
 
