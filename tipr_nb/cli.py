@@ -774,10 +774,12 @@ def tipr_evaluate(
     from tipr_nb import evaluation
     from tipr_nb.core import free_threads
 
-    dataset = open_dataset(data, root, need=(), **left_out(skip, skip_missing))
     if predict and pictures is not None:
         raise TiprError("--predict takes the place of --pictures; give one of them")
+    check_place(data, root)
+    # a slip in the checkpoint's name is said before the benchmark is drawn
     model = open_predicted(checkpoint, weight) if predict else open_model(checkpoint)
+    dataset = open_dataset(data, root, need=(), **left_out(skip, skip_missing))
     found = dict(dataset.splits) | dict(getattr(dataset, "others", {}))
     there = [k for k, v in found.items() if v is not None and len(v)]
     part = found[known_name(split, there, f"split of {data}")]
@@ -924,10 +926,10 @@ def tipr_index(
     ] = False,
     engine: Annotated[
         Optional[str],
-        typer.Option(help="exact, flat, ivf, hnsw or milvus; as the gallery has it when left out, exact in a new one."),
+        typer.Option(help="exact, flat, ivf, ivfpq, hnsw or milvus; as the gallery has it, exact in a new one."),
     ] = None,
     quantise: Annotated[Optional[str], typer.Option(help="Features inside a FAISS engine: none, fp16 or 8bit.")] = None,
-    nlist: Annotated[Optional[int], typer.Option(min=1, help="Cells of the ivf engine.")] = None,
+    nlist: Annotated[Optional[int], typer.Option(min=1, help="Cells of the ivf and ivfpq engines.")] = None,
     recall: Annotated[
         Optional[float],
         typer.Option(
@@ -965,6 +967,11 @@ def tipr_index(
         bool, typer.Option("--recut", help="Cut people out as this command says, not as the gallery remembers.")
     ] = False,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Start anew, e.g. with another model.")] = False,
+    part: Annotated[
+        Optional[str],
+        typer.Option(metavar="I/N", help="Encode the I-th of N parts only, for job arrays; afterwards run --join."),
+    ] = None,
+    join: Annotated[bool, typer.Option("--join", help="Put parts that were encoded with --part together.")] = False,
     wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for another indexer of this gallery.")] = 0.0,
     skipped: Annotated[
         bool, typer.Option("--skipped", help="List every file that was skipped, not only the first few.")
@@ -988,6 +995,19 @@ def tipr_index(
         model = predicted_name(model or DEFAULT_MODEL)
     given = dict(dtype=dtype, workers=workers, max_pixels=max_pixels)
     more: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if part is not None:
+        if join or rebuild or engine:
+            raise TiprError("--part only encodes: --join, --rebuild and --engine go with the run that joins")
+        from tipr_nb.search import index_part
+
+        cut = dict(metadata=metadata, pattern=pattern, boxes=boxes, box_format=box_format, exclude=exclude)
+        cut |= dict(detector=named_detector(detect), every=every, start=start)
+        with contextlib.ExitStack() as stack:
+            loader = threaded_loader(stack)
+            done = index_part(
+                photos, gallery, part, model, loader=loader, add=add, recut=recut, given=cut, batch_size=batch_size, **more
+            )
+        return say_json(vars(done)) if as_json else say("\n".join(done.lines()))
     with contextlib.ExitStack() as stack:
         built = Gallery.build(
             photos,
@@ -1008,6 +1028,7 @@ def tipr_index(
             rebuild=rebuild,
             batch_size=batch_size,
             wait=wait,
+            join=join,
             loader=threaded_loader(stack),
             **more,
         )
@@ -1027,11 +1048,12 @@ def tipr_index(
 def check_engine(engine: str | None, options: dict) -> str | None:
     "The engine that options go with; `none` as a quantiser becomes None."
     if engine:
-        known_name(engine, ("exact", "flat", "ivf", "hnsw", "milvus"), "engine")
+        known_name(engine, ("exact", "flat", "ivf", "ivfpq", "hnsw", "milvus"), "engine")
     if options.get("quantise") and known_name(options["quantise"], ("none", "fp16", "8bit"), "quantiser") == "none":
         options["quantise"] = None
     served = ("milvus",)
-    fits = dict(quantise=("flat", "ivf", "hnsw"), nlist=("ivf",), recall=("ivf", "hnsw"))
+    cells = ("ivf", "ivfpq")
+    fits = dict(quantise=("flat", "ivf", "hnsw"), nlist=cells, recall=(*cells, "hnsw"))
     fits |= dict(uri=served, name=served, index=served)
     for name in options:
         if engine not in fits[name]:

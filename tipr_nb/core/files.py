@@ -152,6 +152,7 @@ def _exchange(a:Path, b:Path) -> bool: # whether it was done
     sys.audit("os.rename", str(a), str(b), -1, -1)   # as a rename by Python itself tells its watchers
     return renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
+# %% ../../nbs/00_core/02_files.ipynb #9dd008ac
 def _activate(new:Path, path:Path):
     "Rename `new` over `path`; a folder cannot replace a full one, so the two are exchanged, or that one steps aside."
     aside = new.parent/"old"
@@ -336,6 +337,7 @@ def read_parquet(
     parquet = need("pyarrow.parquet", "search", "reading Parquet files")
     with reading(path, "a Parquet file", remedy, error): return parquet.read_table(path, columns=columns)
 
+# %% ../../nbs/00_core/02_files.ipynb #2f6e4133
 def read_npy(
     path:str|Path,
     mmap:bool=False,                    # map it into memory instead of reading it

@@ -348,6 +348,7 @@ def check_room(folder:Path, n_bytes:int):
     raise DatasetError(f"{folder}: the image cache needs {n_bytes/2**30:.2f} GiB and the disk has less; free some, set "
                        "TIPR_CACHE to another disk, or do without (cache=False)")
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-056
 def write_cache(file:Path, paths:list[Path], boxes:np.ndarray|None, shape:tuple[int, ...], stamps:np.ndarray,
                 workers:int|None=None) -> np.ndarray:
     "Decode what is new or changed, keep the rest, and put the file in place in one step."
@@ -374,12 +375,12 @@ def write_cache(file:Path, paths:list[Path], boxes:np.ndarray|None, shape:tuple[
         finally: pool.shutdown(cancel_futures=True)
     return np.memmap(file, np.uint8, "r", shape=shape)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-056
+# %% ../../nbs/01_data/03_crops.ipynb #cell-058
 def _files(source) -> list: return source.images if isinstance(source, Split) else list(source)
 
 def _boxes(source, boxes): return source.image_columns.get("box") if isinstance(source, Split) else boxes
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-057
+# %% ../../nbs/01_data/03_crops.ipynb #cell-059
 class ImageCache:
     "Decoded, resized images in one memory-mapped file, built once."
     def __init__(self,
@@ -428,7 +429,7 @@ class ImageCache:
             if pixels is None: pixels = write_cache(file, paths, boxes, shape, stamps, workers)
         return cls(pixels)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-059
+# %% ../../nbs/01_data/03_crops.ipynb #cell-061
 class ImageFiles:
     "The same access as `ImageCache`, but decoding every time."
     def __init__(self,
@@ -450,7 +451,7 @@ class ImageFiles:
         "These images."
         return stack_images([self.read(i) for i in index], self.image_size)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-061
+# %% ../../nbs/01_data/03_crops.ipynb #cell-063
 def image_batches(
     source:Split|Sequence[str|Path],            # a split, or image files
     image_size:tuple[int, int]=(384, 128),      # (h, w)

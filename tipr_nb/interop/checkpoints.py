@@ -206,7 +206,7 @@ def _read_store(path: Path, store: ZipStore | LegacyStore) -> tuple[dict[str, Te
     named = {str(name): note for name, note in walk_notes(found)}
     return _read_notes(strip_wrappers(named), store), beside
 
-
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #45b06bde
 def read_pickle(
     path: str | Path,
 ) -> tuple[dict[str, Tensor], list[str]]:  # tensors by name, names of what lay beside them

@@ -200,7 +200,7 @@ def upload(
         ) from None
     return str(sent)
 
-
+# %% ../../nbs/09_interop/07_hub.ipynb #11ad7e59
 def push_to_hub(
     folder: str | Path,  # a run of `train`
     repo: str,  # hub id `owner/name`

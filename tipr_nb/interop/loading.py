@@ -159,7 +159,7 @@ def check_shapes(arch: str, size: tuple[int, int], cfg: dict | None, state: dict
                 "here; choose a checkpoint of that architecture"
             )
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #e52fd3e3
 def fill(model: PersonCLIP, state: dict[str, Tensor], where: str) -> PersonCLIP:
     "Load tensors of open_clip's layout as float32."
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

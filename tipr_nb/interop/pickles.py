@@ -242,7 +242,7 @@ def stand_in(module: str, name: str) -> Any:
         return Placeholder
     raise pickle.UnpicklingError(f"GLOBAL {full}")
 
-
+# %% ../../nbs/09_interop/01_pickles.ipynb #788f18b1
 def _empty_array(*args) -> ArrayNote:
     return ArrayNote()
 

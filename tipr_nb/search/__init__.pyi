@@ -49,6 +49,8 @@ from .milvus import StoreEngine as StoreEngine
 from .milvus import StoreFacts as StoreFacts
 from .milvus import sync_store as sync_store
 from .milvus import SyncReport as SyncReport
+from .parts import index_part as index_part
+from .parts import parse_part as parse_part
 from .photos import decode_picture as decode_picture
 from .photos import EXCLUDED as EXCLUDED
 from .photos import is_picture as is_picture

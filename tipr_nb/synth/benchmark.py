@@ -201,7 +201,7 @@ def make_synth_pedes(
     _build_once(Path(root), settings, write)
     return Path(root)
 
-
+# %% ../../nbs/02_synth/07_benchmark.ipynb #6c7e5a04
 def _settings(world: World, size: tuple[int, int], **more: Any) -> Record:
     "What makes one build differ from another."
     return dict(name=world.name, version=1, image_size=list(size), **more)
@@ -291,7 +291,7 @@ def _fill_world(out: np.ndarray, jobs: list[tuple], workers: int | None) -> Worl
         ids.append(i)
     return out, texts, np.unique(np.concatenate(ids), return_inverse=True)[1]
 
-
+# %% ../../nbs/02_synth/07_benchmark.ipynb #fc9bcaa4
 def world_arrays(
     n_images: int,  # photos, two per identity
     size: tuple[int, int] = (96, 32),  # (height, width)
