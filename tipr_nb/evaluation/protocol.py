@@ -186,7 +186,7 @@ def encode_split(
     return found
 
 # %% ../../nbs/06_evaluation/03_protocol.ipynb #cell-035
-def _check_counts(f: SplitFeatures, split: Split):
+def check_counts(f: SplitFeatures, split: Split):
     "Stored features must be those of this split."
     found = len(f.text), len(f.image)
     wanted = len(split.captions), len(split.images)
@@ -284,7 +284,7 @@ def evaluate(
     if direction not in ("t2i", "i2t"):
         raise TiprError(f"direction={direction!r}: 't2i' or 'i2t'")
     f = features or encode_split(model, split, batch_size, cache=cache)
-    _check_counts(f, split)
+    check_counts(f, split)
     captions = (f.text, split.caption_ids, split.caption_columns)
     images = (f.image, split.image_ids, split.image_columns)
     asked, answered = (captions, images) if direction == "t2i" else (images, captions)
