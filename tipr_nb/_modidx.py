@@ -1356,6 +1356,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'tipr_nb.methods.cmt.CMT.__init__': ('05_methods/cmt.html#cmt.__init__', 'tipr_nb/methods/cmt.py'),
                                      'tipr_nb.methods.cmt.CMT.forward': ('05_methods/cmt.html#cmt.forward', 'tipr_nb/methods/cmt.py'),
                                      'tipr_nb.methods.cmt._check': ('05_methods/cmt.html#_check', 'tipr_nb/methods/cmt.py'),
+                                     'tipr_nb.methods.cmt._check_margin': ('05_methods/cmt.html#_check_margin', 'tipr_nb/methods/cmt.py'),
                                      'tipr_nb.methods.cmt.all_rows': ('05_methods/cmt.html#all_rows', 'tipr_nb/methods/cmt.py'),
                                      'tipr_nb.methods.cmt.cmt_loss': ('05_methods/cmt.html#cmt_loss', 'tipr_nb/methods/cmt.py'),
                                      'tipr_nb.methods.cmt.cmt_terms': ('05_methods/cmt.html#cmt_terms', 'tipr_nb/methods/cmt.py'),
