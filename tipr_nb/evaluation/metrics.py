@@ -19,16 +19,16 @@ from ..core import TiprError, atomic_path, read_json, reading, write_json
 from .ranking import (TIES, RankingPlan, Rows, cosine_blocks, given_blocks,
     item_ids, make_plan, rank_within)
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-009
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-007
 HEADLINE = ("r1", "r5", "r10", "mAP", "mINP")
 TITLES = {"r1": "R@1", "r5": "R@5", "r10": "R@10", "mAP": "mAP", "mINP": "mINP"}
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-010
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-008
 def number(v: Any) -> Any:
     "A number of NumPy as Python's own."
     return v.item() if hasattr(v, "item") else v
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-012
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-010
 def _plain_rows(table: pd.DataFrame) -> dict[str, dict]:
     "A breakdown as nested dicts."
     plain = {}
@@ -36,7 +36,7 @@ def _plain_rows(table: pd.DataFrame) -> dict[str, dict]:
         plain[str(value)] = {k: number(v) for k, v in row.items()}
     return plain
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-014
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-012
 _PLAIN = (
     "chance_r1",
     "n_queries",
@@ -129,7 +129,7 @@ class Metrics:
         title = f"<p><b>{self.name}</b></p>" if self.name else ""
         return f"{title}{self.table().to_html()}<p>{self.note()}</p>"
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-019
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-015
 def _clusters(
     values: np.ndarray, ids: np.ndarray, groups: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -142,7 +142,7 @@ def _clusters(
         out.append((sums, np.bincount(identity).astype(float)))
     return out
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-021
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-017
 def bootstrap(
     values: np.ndarray,  # (n, c) scores per query, one column per metric
     ids: np.ndarray,  # (n,) identity of each query
@@ -167,7 +167,7 @@ def bootstrap(
             draws[a : a + b] += w @ sums / (w @ counts)[:, None] / len(clusters)
     return mean, draws
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-026
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-022
 def query_table(
     values: np.ndarray,  # (n, 3+k) by `rank_within`
     n_hits: np.ndarray,  # (n,)
@@ -191,7 +191,7 @@ def query_table(
         table[f"r{k}"] = 100 * values[:, 3 + i]
     return table
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-028
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-024
 _COLUMN = {"mAP": "AP", "mINP": "INP"}
 
 
@@ -199,7 +199,7 @@ def columns_of(names: Sequence[str]) -> list[str]:
     "Columns of the per-query table that hold these metrics."
     return [_COLUMN.get(k, k) for k in names]
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-030
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-026
 def levels(column: pd.Series, edges: Sequence[float] | None) -> pd.Series:
     "Values to group by, in order; numbers with many values become ranges."
     if edges is None and (column.dtype.kind not in "fiu" or column.nunique() <= 12):
@@ -213,7 +213,7 @@ def levels(column: pd.Series, edges: Sequence[float] | None) -> pd.Series:
     labels = [f"{a:g} to {b:g}" for a, b in zip(cuts[:-1], cuts[1:])]
     return pd.cut(column, cuts, labels=labels, include_lowest=True)
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-032
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-028
 _NESTED = (dict, list, set, tuple)
 
 
@@ -230,7 +230,7 @@ def parts_of(column: pd.Series, edges: Sequence[float] | None = None) -> dict[An
     masks = {v: (level == v).to_numpy() for v in values}
     return {v: mask for v, mask in masks.items() if mask.any()}
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-034
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-030
 def _breakdown(
     t: pd.DataFrame, column: str, n_boot: int, seed: int, edges: Sequence[float] | None = None
 ) -> pd.DataFrame:
@@ -251,7 +251,7 @@ def _breakdown(
         rows[value] = row
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(column)
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-036
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-032
 def summarise(
     table: pd.DataFrame,  # by `query_table`
     n_gallery: int,
@@ -283,12 +283,12 @@ def summarise(
         **kwargs,
     )
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-039
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-035
 def _groups(groups: Any, n: int, name: str) -> np.ndarray | None:
     "Galleries of `n` items, checked like identities; None when there is one gallery."
     return None if groups is None else item_ids(groups, n, name)
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-041
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-037
 def _add_columns(table: pd.DataFrame, columns: Mapping[str, Any]):
     "More columns for the per-query table, one value per query."
     for name, column in columns.items():
@@ -301,7 +301,7 @@ def _add_columns(table: pd.DataFrame, columns: Mapping[str, Any]):
             raise TiprError(f"column {name!r}: {counts}; give one per query")
         table[name] = column
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-043
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-039
 def _evaluate_blocks(
     make_block: Callable,  # see `rank_within`
     query_ids: np.ndarray,
@@ -331,7 +331,7 @@ def _evaluate_blocks(
     m = summarise(table, len(gallery_ids), n_boot, seed, breakdown or {}, **kwargs)
     return replace(m, per_query=table if per_query else None)
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-045
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-041
 def rank_metrics(
     query: Tensor | np.ndarray | str | Path,  # (n_q, d) features, or a file of them
     gallery: Tensor | np.ndarray | str | Path,  # (n_g, d) features, or a file of them
@@ -379,7 +379,7 @@ def rank_metrics(
         **kwargs,
     )
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-058
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-053
 def rank_similarity(
     sim: Tensor | np.ndarray | Callable,  # (n_q, n_g), or f(row numbers, columns) -> a part of it
     query_ids: Sequence,  # (n_q,)
@@ -428,14 +428,14 @@ def rank_similarity(
         **kwargs,
     )
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-067
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-059
 def _storable(column: pd.Series) -> np.ndarray:
     "A column as an array that needs no pickle: numbers as they are, all else as text."
     if column.dtype.kind in "biuf":
         return column.to_numpy()
     return column.astype(str).to_numpy(str)
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-069
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-061
 def save_metrics(
     m: Metrics,
     path: str | Path,  # a .json; the per-query table goes beside it as .npz
@@ -453,7 +453,7 @@ def save_metrics(
             np.savez_compressed(p, **kept)
     write_json(path, m.to_dict())
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-071
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-063
 def _read_per_query(path: Path) -> pd.DataFrame | None:
     "The per-query table beside saved metrics; None when there is none."
     if not os.path.isfile(path):
@@ -461,7 +461,7 @@ def _read_per_query(path: Path) -> pd.DataFrame | None:
     with reading(path, "a per-query table", "evaluate again"), np.load(path) as archive:
         return pd.DataFrame({c: archive[c] for c in archive.files})
 
-# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-073
+# %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-065
 def load_metrics(path: str | Path) -> Metrics:
     "Read what `save_metrics` wrote."
     path = Path(path)
