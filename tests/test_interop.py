@@ -557,3 +557,38 @@ def test_known_weights_say_what_was_not_tried():
     from tipr_nb.interop import known_weights
     rows = known_weights()
     assert len(rows) > 5 and not any(w.downloaded for w in rows) and all(w.address.startswith("https://") and w.source for w in rows)
+
+
+def test_rde_keeps_its_token_selection(plain, tmp_path):
+    "A whole checkpoint searches by both features, as its own evaluation does, and converts with them."
+    from tipr_nb.methods import TokenSelection, attach_selection
+    torch.manual_seed(3)
+    branches = TokenSelection(64, 128)
+    for name, value in branches.named_buffers():
+        if name.endswith("running_mean"): value.normal_()
+        if name.endswith("running_var"): value.uniform_(.5, 2)
+    parts = {"hidden": "mlp.layers.0", "norm": "mlp.bns.0", "out": "mlp.layers.1"}
+    heads = {}
+    for ours, theirs, linear in (("image", "visul_emb_layer", "fc"), ("text", "texual_emb_layer", "linear")):
+        for k, v in getattr(branches, ours).state_dict().items():
+            part, _, kind = k.rpartition(".")
+            heads[f"{theirs}.{parts.get(part, linear)}.{kind}"] = v
+    heads["visul_emb_layer.linear.weight"] = torch.randn(128, 64)            # there, and never used
+    state = {f"base_model.{k}": v for k, v in plain.state_dict().items()}
+    torch.save({"model": state | heads, "epoch": 3}, tmp_path/"best.pth")
+    said = []
+    model = load_peer(tmp_path/"best.pth", say=said.append)
+    assert model.feature_dim == 64 + 128 and "side by side" in said[0] and "published numbers" not in said[0]
+    with torch.no_grad():
+        got = model.encode_text(TEXTS)
+        assert same(got[:, :64], plain.text(full_tokens(model)))             # the global feature is as it was
+        attach_selection(model).load_state_dict(branches.state_dict())
+        assert torch.equal(model.encode_text(TEXTS), got)
+    model.save_pretrained(tmp_path/"ours")
+    again = load_peer(tmp_path/"ours", say=None)
+    with torch.no_grad(): assert torch.equal(again.encode_text(TEXTS), got)
+    heads.pop("texual_emb_layer.mlp.bns.0.running_var")
+    torch.save({"model": state | heads, "epoch": 3}, tmp_path/"part.pth")
+    partly = load_peer(tmp_path/"part.pth", say=said.append)
+    assert partly.feature_dim == 64 and "not all there" in said[-1]
+    assert convert_file(tmp_path/"best.pth", tmp_path/"towers", "open_clip", say=said.append).is_dir() and any("no place for" in s for s in said)

@@ -137,13 +137,17 @@ class Calibration:
         "Read what `save` wrote."
         found = read_json(path, "calibrate again", dict)
         with reading(path, "a calibration", "calibrate again"):
-            return cls(
-                tuple(found["weights"]),
-                float(found["bias"]),
-                tuple(found["mean"]),
-                tuple(found["scale"]),
-                float(found["present"]),
-            )
+            pairs = [tuple(float(v) for v in found[k]) for k in ("weights", "mean", "scale")]
+            bias = float(found["bias"])
+            present = float(found["present"])
+            weights, mean, scale = pairs
+            if [len(p) for p in pairs] != [2, 2, 2]:
+                raise ValueError("weights, mean and scale are pairs")
+            if not np.isfinite([*weights, *mean, *scale, bias, present]).all():
+                raise ValueError("its numbers are not finite")
+            if not 0 < present < 1 or min(scale) <= 0:
+                raise ValueError("present is a fraction, and scales are above 0")
+        return cls(weights, bias, mean, scale, present)
 
 # %% ../../nbs/06_evaluation/05_calibration.ipynb #cell-025
 def open_set(

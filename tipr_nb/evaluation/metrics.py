@@ -7,7 +7,7 @@ __all__ = ['HEADLINE', 'TITLES', 'Metrics', 'bootstrap', 'rank_metrics', 'rank_s
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-003
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -462,21 +462,45 @@ def _read_per_query(path: Path) -> pd.DataFrame | None:
         return pd.DataFrame({c: archive[c] for c in archive.files})
 
 # %% ../../nbs/06_evaluation/02_metrics.ipynb #cell-065
+_TEXTS = ("direction", "ties", "name")
+
+
+def _of_kind(name: str, value: Any, kind: Any) -> Any:
+    "A value of a file, if it is of its kind."
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name} is {type(value).__name__}")
+    return value
+
+
+def _real(name: str, value: Any) -> float:
+    "A number of a file."
+    return float(_of_kind(name, value, (int, float)))
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    "An interval of a file."
+    low, high = value
+    return _real(name, low), _real(name, high)
+
+
 def load_metrics(path: str | Path) -> Metrics:
     "Read what `save_metrics` wrote."
     path = Path(path)
     stored = read_json(path, "evaluate again", expect=dict)
     per_query = _read_per_query(path.with_suffix(".npz"))
     with reading(path, "metrics saved by save_metrics", "evaluate again"):
-        values = {f.name: stored[f.name] for f in fields(Metrics) if f.name in stored}
-        values["recall"] = {int(k[1:]): v for k, v in stored.items() if _is_recall(k)}
-        values["intervals"] = {k: tuple(v) for k, v in stored["intervals"].items()}
+        values: dict[str, Any] = {k: _real(k, stored[k]) for k in HEADLINE}
+        for k in ("chance_r1", "mSD"):
+            if k in stored:
+                values[k] = _real(k, stored[k])
+        for k in _PLAIN:
+            if k in stored and k != "chance_r1":
+                values[k] = _of_kind(k, stored[k], str if k in _TEXTS else int)
+        recalls = [k for k in stored if k[:1] == "r" and k[1:].isdigit()]
+        values["recall"] = {int(k[1:]): _real(k, stored[k]) for k in recalls}
+        values["intervals"] = {k: _pair(k, v) for k, v in stored["intervals"].items()}
         values["by"] = {}
         for column, rows in stored.get("by", {}).items():
             table = pd.DataFrame.from_dict(rows, orient="index")
             values["by"][column] = table.rename_axis(column)
         return Metrics(**values, per_query=per_query)
-
-
-def _is_recall(key: str) -> bool:
-    return key[:1] == "r" and key[1:].isdigit()

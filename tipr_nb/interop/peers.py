@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'PEERS', 'Peer', 'drop_prefix', 'stack_attention', 'from_hf', 'to_hf', 'from_hf_siglip', 'join_positions',
            'find_peer', 'wrapper_prefix', 'nearest_peer', 'recognise', 'count_layers', 'model_config', 'siglip_config',
-           'visible_shape', 'name_arch', 'guess_grid', 'name_heads']
+           'visible_shape', 'name_arch', 'guess_grid', 'name_heads', 'token_selection']
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-003
 import functools, math, re
@@ -201,8 +201,8 @@ def join_positions(
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-025
 _family = functools.partial(drop_prefix, prefix="base_model.")
 _RDE = (
-    "RDE ranks by the mean of two similarities, global features and selected tokens; only the global ones are kept, "
-    "so its published numbers are not to be expected"
+    "RDE ranks by the mean of two similarities, global features and selected tokens; only the global ones are kept "
+    "(the second's tensors are not all there), so its published numbers are not to be expected"
 )
 PEERS = [
     Peer(
@@ -492,3 +492,25 @@ def name_heads(names: Iterable[str]) -> dict[str, int]:  # what -> how many tens
         return next((label for pattern, label in _HEADS if re.match(pattern, n)), n.split(".")[0])
 
     return dict(Counter(what(n) for n in names))
+
+# %% ../../nbs/09_interop/03_peers.ipynb #cell-055
+_BRANCHES = {"visul_emb_layer": ("image", "fc"), "texual_emb_layer": ("text", "linear")}  # theirs: ours, its linear map
+_PARTS = {"mlp.layers.0": "hidden", "mlp.bns.0": "norm", "mlp.layers.1": "out"}
+_RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def token_selection(
+    rest: dict[str, Tensor],  # what an RDE checkpoint holds beside CLIP
+    fraction: float = 0.3,  # of the tokens; the file does not say it, this is what RDE's script gives
+) -> dict[str, Tensor]:  # tensors of the add-on `tse`; empty where one is missing
+    "RDE's token selection under the names of ours."
+    found = {"tse.fraction": torch.tensor(float(fraction))}
+    for theirs, (ours, linear) in _BRANCHES.items():
+        for part, name in {linear: "linear", **_PARTS}.items():
+            for kind in ("weight", "bias", *(_RUNNING if name == "norm" else ())):
+                value = rest.get(f"{theirs}.{part}.{kind}")
+                if value is None:
+                    return {}
+                found[f"tse.{ours}.{name}.{kind}"] = value.float() if value.is_floating_point() else value
+    return found
+
