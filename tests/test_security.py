@@ -2,7 +2,6 @@
 import html
 import json
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,12 +18,9 @@ def sent(monkeypatch):
     pytest.importorskip("pymilvus")
     given = []
 
-    class Client(SimpleNamespace):
-        def __getattr__(self, name): return lambda *args, **kwargs: Client()
-
     def connect(uri, token="", timeout=0):
         given.append((uri, token))
-        return Client()
+        raise RuntimeError("nobody answers")
 
     monkeypatch.setattr("pymilvus.MilvusClient", connect)
     monkeypatch.setattr(Milvus, "clients", {})
@@ -47,11 +43,10 @@ def gallery_from_elsewhere(tmp_path, **more):
 @pytest.mark.parametrize("more", [{}, dict(trusted=True), dict(token=None, trusted=1), dict(token="theirs", trusted=True)])
 def test_an_address_from_a_file_gets_no_token(tmp_path, sent, monkeypatch, more):
     folder = gallery_from_elsewhere(tmp_path, **more)
-    Gallery(folder, ColourModel()).engine("milvus")
+    with pytest.raises(TiprError, match="no token was sent"): Gallery(folder, ColourModel()).engine("milvus")
     assert sent == [(ELSEWHERE, "")], "nothing of the file makes an address trusted"
-    Milvus.clients.clear()
     monkeypatch.setenv("TIPR_MILVUS_URI", ELSEWHERE)        # the user's word
-    Gallery(folder, ColourModel()).engine("milvus")
+    with pytest.raises(TiprError, match="cannot be opened"): Gallery(folder, ColourModel()).engine("milvus")
     assert sent[-1] == (ELSEWHERE, "secret")
 
 
@@ -116,3 +111,66 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch):
     assert reasons and all("not a picture" in why for why in reasons.values())
     answer = Page(gallery).ask(Question(k=3), shelf / "x.jpg")
     assert answer.wrong and "not a picture" in answer.note
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("people")
+    return Gallery.build(colour_archive(folder / "p"), ColourModel(), folder / "g")
+
+
+def test_names_of_columns_are_escaped():
+    "A gallery from elsewhere can name its columns as it likes."
+    from tipr_nb.search.app import facts_table
+    assert BAD not in facts_table({BAD: "x"}) and BAD not in facts_table({"x": BAD})
+
+
+def test_reasons_are_escaped(people, monkeypatch):
+    "What went wrong is said with the words of a file, a name or a question."
+    import numpy as np
+    from tipr_nb.search import app
+
+    def fail(*args, **kwargs): raise TiprError(f"{BAD}.jpg: not there")
+
+    page = Page(people)
+    key = page.ask(Question("a man", k=3)).keys[0]
+    monkeypatch.setattr(app, "match_map", fail)
+    facts = page.look(key, np.ones(people.manifest["dim"], np.float32))[2]
+    assert "no map of what matched" in facts and BAD not in facts
+    monkeypatch.setattr(page, "_look", fail)
+    assert "not there" in page.look(key, None)[2] and BAD not in page.look(key, None)[2]
+
+
+def test_title_of_the_page_is_escaped(people):
+    gradio = pytest.importorskip("gradio")
+    from tipr_nb.search import search_page
+    blocks = search_page(people, title=BAD)
+    said = [b.value for b in blocks.blocks.values() if isinstance(b, gradio.Markdown)]
+    assert said and not any(BAD in str(text) for text in said)
+
+
+def test_advice_is_escaped(people):
+    from tipr_nb.search.app import _note
+    answer = Page(people).ask(Question("a man", k=3))
+    answer.advice, answer.note = [BAD], BAD
+    assert BAD not in _note(answer, Question(f'{BAD}" onclick="x'))
+
+
+def test_the_box_of_a_notebook_is_escaped(people, monkeypatch):
+    widgets = pytest.importorskip("ipywidgets")
+    from tipr_nb.search import search_box
+
+    class Broken:
+        def search(self, *args, **kwargs): raise TiprError(BAD)
+
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *a, **k: shown.extend(a))
+    box = search_box(Broken())
+    found, todo = [], [b for b in [box, *shown] if b is not None]
+    while todo:
+        widget = todo.pop()
+        found.append(widget)
+        todo.extend(getattr(widget, "children", ()))
+    next(w for w in found if isinstance(w, widgets.Button)).click()
+    values = [w.value for w in found if isinstance(w, widgets.HTML)]
+    assert values and not any(BAD in v for v in values) and any("script" in v for v in values)

@@ -441,6 +441,7 @@ class TrainStep:
             write_safetensors(folder / "ema.safetensors", self.ema.state_dict())
         scaler = self.accelerator.scaler
         return dict(
+            lr=self.lr,
             groups=groups,
             scaler=None if scaler is None else scaler.state_dict(),
             objectives=diagnostics(self.retriever.objectives),
@@ -462,3 +463,4 @@ class TrainStep:
         if state["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         restore_diagnostics(self.retriever.objectives, state.get("objectives", {}))
+        self.lr = state.get("lr", 0.0)  # a row of the history may be closed before the next step
