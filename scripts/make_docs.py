@@ -47,13 +47,28 @@ def tidy(text: str) -> str:
     return re.sub(r"\[source\]\(/blob/[^)]*\)\{[^}]*\}|__main__\.(?=[A-Z])", "", text)
 
 
+def quoted(text: str) -> str:
+    "Documentation whose example commands and options stand in back-ticks: Pandoc makes a long dash of `--`, which nobody can copy. Types that only a command reads are left out of signatures."
+    parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)
+    for i in range(0, len(parts), 2):
+        part = re.sub(r"(?m)^(Examples?: )(tipr .+)$", r"\1`\2`", parts[i])
+        spans = re.split(r"(`[^`\n]*`)", part)
+        spans[::2] = [re.sub(r"(?<![\w`-])(--[a-z][\w-]*)", r"`\1`", span) for span in spans[::2]]
+        parts[i] = "".join(spans)
+    parts[1::2] = [re.sub(r":Annotated(?=[=,)\n])", "", part) for part in parts[1::2]]
+    return "".join(parts)
+
+
 def light(path: Path):
-    "A processed notebook's pictures with a palette, so that its page stays light."
+    "A processed notebook's pictures with a palette, so that its page stays light; its documentation fit to be copied."
     from run_nbs import shrink
     book = json.loads(tidy(path.read_text(encoding="utf-8")))
     for cell in book["cells"]:
         for out in cell.get("outputs", []):
-            shrink(out.get("data", {}))
+            data = out.get("data", {})
+            shrink(data)
+            text = "".join(data.get("text/markdown", ""))
+            if "```python\ndef " in text or "```python\nclass " in text: data["text/markdown"] = quoted(text)
     path.write_text(json.dumps(book, ensure_ascii=False, indent=1), encoding="utf-8")
 
 

@@ -158,6 +158,14 @@ def test_links_to_methods_lead_to_their_class(monkeypatch):
         assert living(kept, "a/x.html", ids) == kept
 
 
+def test_documentation_can_be_copied(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_docs import quoted
+    given = "```python\ndef demo(\n    quick:Annotated=False, root:Annotated\n):\n```\n\nWith --quick less; `--out` is kept, a-b--c too.\n\nExample: tipr demo --quick"
+    wanted = "```python\ndef demo(\n    quick=False, root\n):\n```\n\nWith `--quick` less; `--out` is kept, a-b--c too.\n\nExample: `tipr demo --quick`"
+    assert quoted(given) == wanted
+
+
 def dead_anchors(root: Path) -> list[str]:
     "Links within the processed site to headings that no page has."
     dead = []
