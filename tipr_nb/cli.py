@@ -1226,6 +1226,12 @@ def tipr_search(
         Optional[str],
         typer.Option(metavar="COLUMN", help="One hit per value of a column, e.g. track: the best frame of each."),
     ] = None,
+    min_probability: Annotated[
+        Optional[float],
+        typer.Option(
+            min=0.0, max=1.0, help="Leave out hits that are less probable; for one sentence alone, with calibrated weights."
+        ),
+    ] = None,
     engine: Annotated[Optional[str], typer.Option(help="Another engine of this gallery than its default.")] = None,
     copies: Annotated[bool, typer.Option("--copies", help="Show pictures with the same bytes one by one.")] = False,
     model: Annotated[Optional[str], typer.Option(help="Where the gallery's weights are now, if they moved.")] = None,
@@ -1266,6 +1272,7 @@ def tipr_search(
         group=group,
         image_weight=image_weight,
         without_weight=without_weight,
+        min_probability=min_probability,
     )
     opened: Any
     if milvus_uri is not None:
@@ -1287,13 +1294,17 @@ def tipr_search(
             getattr(hits, f"to_{kind}")(path)
     opened.close()
     if as_json:
-        return say_json(hits.to_json())
-    if filepath_only:
-        return say("\n".join(str(hit.path) for hit in hits))
-    say(hits.table())
-    for kind, path in written.items():
-        if path:
-            say(f"{kind}: {path}")
+        say_json(hits.to_json())
+    elif filepath_only:
+        say("\n".join(str(hit.path) for hit in hits))
+    else:
+        say(hits.table())
+        for kind, path in written.items():
+            if path:
+                say(f"{kind}: {path}")
+    if image:
+        opened.keep_picture_tower()
+
 
 # %% ../nbs/13_cli.ipynb #cell-044
 @register_command(app, "app")

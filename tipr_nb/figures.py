@@ -166,7 +166,7 @@ def sheet(
     ax.axis("off")
     return fig, ax
 
-# %% ../nbs/10_figures.ipynb #cell-016
+
 def as_picture(
     x,  # path, PIL image, (h, w, 3) uint8 array, or (3, h, w) tensor or array in [0, 1] or uint8
 ) -> np.ndarray:  # (h, w, 3) uint8
@@ -1005,7 +1005,7 @@ def left_out(
     visible: Sequence[str],  # the attributes that can be seen
     mentioned: Mapping[str, str],  # attribute -> what a caption says
 ) -> tuple[np.ndarray, list[str]]:  # (h, w, 3) uint8, the regions that were painted
-    "A photo with what a caption leaves out in red."
+    "A photo with what a caption leaves out in red: garments of which kind or colour can be seen and is not said."
     shown = as_picture(photo).copy()
     missing = []
     for name in _WORN:

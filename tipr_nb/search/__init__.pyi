@@ -62,6 +62,8 @@ from .practice import colour_archive as colour_archive
 from .practice import colour_figure as colour_figure
 from .practice import ColourModel as ColourModel
 from .practice import FIGURE_COLOURS as FIGURE_COLOURS
+from .probabilities import hit_probabilities as hit_probabilities
+from .probabilities import HitProbabilities as HitProbabilities
 from .publishing import publish as publish
 from .queries import expanded_query as expanded_query
 from .queries import mix_query as mix_query

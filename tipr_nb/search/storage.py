@@ -7,7 +7,8 @@ __all__ = ['ITEM_TYPES', 'RESERVED', 'HIDDEN', 'KEY', 'FORMAT', 'CHECKED_FILES',
            'NO_PERSON', 'PART_MARK', 'item_schema', 'shown_name', 'person_key', 'Damaged', 'read_manifest',
            'write_manifest', 'snapshot_folder', 'tower_folder', 'Items', 'load_features', 'file_sums', 'check_sums',
            'write_skipped', 'read_skipped', 'Snapshot', 'journal_schema', 'Journal', 'remove', 'indexing_lock',
-           'film_folder', 'sweep', 'next_generation', 'sync_folder', 'Part', 'finish_part', 'finished_parts']
+           'film_folder', 'picture_folder', 'sweep', 'next_generation', 'sync_folder', 'Part', 'finish_part',
+           'finished_parts']
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-003
 import contextlib, json, os, re, shutil, zlib
@@ -575,7 +576,7 @@ def _check_folder(folder):
     other = [
         p.name
         for p in folder.iterdir()
-        if not re.fullmatch(r"g\d{6,}|text(-\w+)?|films|parts|\..*", p.name)
+        if not re.fullmatch(r"g\d{6,}|text(-\w+)?|films|parts|pictures|calibration\.json|\..*", p.name)
     ]
     if other:
         raise TiprError(
@@ -587,11 +588,22 @@ def film_folder(
     folder: Path,  # the gallery
 ) -> Path:
     "Where a gallery keeps what was detected in films; made if need be."
+    return _own_folder(folder, "films")
+
+
+def picture_folder(
+    folder: Path,  # the gallery
+) -> Path:
+    "Where a gallery keeps pictures that a program handed over; made if need be."
+    return _own_folder(folder, "pictures")
+
+
+def _own_folder(folder, name):
     _check_folder(folder)
     with os_errors(folder):
-        for place in (folder, folder / "films"):
+        for place in (folder, folder / name):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / "films"
+    return folder / name
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-044
 def sweep(folder: Path):
