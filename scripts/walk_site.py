@@ -203,12 +203,16 @@ def missed_searches(context, address: str) -> list[str]:
     "Searches whose first five pages lack the one that a reader looks for."
     lines = []
     for words, wanted in SEARCHES.items():
-        page = open_page(context, address + "index.html", None)
-        page.click("#quarto-search button, #quarto-search .aa-DetachedSearchButton")
-        page.fill(".aa-DetachedContainer input", words)
-        page.wait_for_selector(".aa-DetachedContainer .search-result-link")
-        page.wait_for_timeout(1500)
-        links = page.evaluate("() => [...document.querySelectorAll('.aa-DetachedContainer .search-result-link')].map(a => a.href.split('#')[0].split('?')[0])")
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(address + "benchmarks.html", wait_until="domcontentloaded")
+        page.wait_for_selector("#quarto-search button", state="attached")
+        page.set_viewport_size(DESK)
+        page.evaluate("document.querySelector('#quarto-search button').click()")
+        page.wait_for_timeout(800)
+        page.keyboard.type(words)
+        page.wait_for_timeout(6000)
+        links = page.evaluate("() => [...document.querySelectorAll('.aa-DetachedContainer .aa-List a[href]')].map(a => a.href.split('#')[0].split('?')[0])")
         first = list(dict.fromkeys(links))[:5]
         if not any(link.endswith(wanted) for link in first):
             lines.append(f"the search for {words!r} does not find {wanted} but {', '.join(link.removeprefix(address) for link in first)}")

@@ -9,6 +9,7 @@ from PIL import Image
 from gallery_pictures import archive, figure
 from tipr_nb.core import TiprError, shipped_weights
 from tipr_nb.search import FIGURE_COLOURS, ColourModel
+from tipr_nb.search import Page, Question
 from tipr_nb.search import (DEFAULT_MODEL, Gallery, Hit, HitProbabilities, Hits, expanded_query, hits_html, mix_query, model_for,
     printable, query_words, reranked, search_box, smoothed_scores, unit_rows)
 
@@ -569,3 +570,30 @@ def test_hits_for_fiftyone(gallery, monkeypatch):
     assert dataset.name == "people" and len(dataset) == 3
     first = dataset[0].people.detections[0]
     assert dataset[0].filepath == str(hits[0].path) and first.bounding_box == [0, 0, 1, 1] and first.camera == hits[0].metadata["camera"]
+
+
+def test_clicks_and_permalinks_while_somebody_indexes(own):
+    "A key found before an update names the same person after it, or nobody: never somebody else, in 200 clicks."
+    gallery, shelf = own
+    rng = np.random.default_rng(0)
+    page = Page(gallery)
+    spare = shelf.parent/"spare"
+    spare.mkdir()
+    right = gone = 0
+    for turn in range(10):
+        hits = gallery.search("a red coat and blue trousers", k=20)
+        known = {h.key: h.picture().tobytes() for h in hits}
+        files = sorted(shelf.rglob("*.png"))
+        for path in rng.choice(files, 4, replace=False): path.rename(spare/f"{turn}-{path.name}")
+        for n in range(4): figure("white", "green", (50 + turn, 99 + n)).save(shelf/"c1"/f"aa-{turn}-{n}.png")
+        Gallery.build(shelf, ColourModel(), gallery.folder)     # another process would do the same
+        for key, before in known.items():
+            shown, _, words = page.look(key, hits.vector)
+            answer = page.ask(Question(like=key))
+            if shown is None:
+                gone += 1
+                assert "the gallery has changed; ask again" in words and "the gallery has changed" in answer.note
+                continue
+            right += 1
+            assert gallery.find(key).picture().tobytes() == before and not answer.wrong and key not in answer.keys
+    assert right + gone == 200 and right > 100 and gone > 0

@@ -158,11 +158,7 @@ class QueryEncoder:
     @property
     def enriches(self) -> bool:
         "Whether a model that wraps the gallery's own encodes, whose scores are others."
-        return (
-            self.loaded is not None
-            and hasattr(self.loaded, "model")
-            and hasattr(self.loaded, "imagined")
-        )
+        return getattr(self.loaded, "model", None) is not None
 
     def keep_picture_tower(self):
         "Export the image tower of a loaded model, so that the next picture needs no model; for after the answer."
