@@ -469,6 +469,8 @@ def _of_kind(name: str, value: Any, kind: Any) -> Any:
     "A value of a file, if it is of its kind."
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name} is {type(value).__name__}")
+    if not isinstance(value, str):
+        float(value)  # a number of hundreds of digits is none
     return value
 
 

@@ -165,7 +165,7 @@ class History:
                 continue
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 continue
-            if all(name.isprintable() for name in row):
+            if json.dumps(row, ensure_ascii=False).isprintable():  # no half characters
                 self.rows.append(row)
 
     def rewind(

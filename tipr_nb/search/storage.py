@@ -153,6 +153,8 @@ def _check_manifest(folder, manifest):
     tower = manifest.get("text_tower")
     if tower and tower is not True and not (isinstance(tower, str) and _TOWER.fullmatch(tower)):
         raise Damaged(f"{folder}: gallery.json names no usable text tower; {_AGAIN}")
+    if not isinstance(manifest.get("model"), (str, type(None))):
+        raise Damaged(f"{folder}: gallery.json names no usable model; {_AGAIN}")
     if manifest["dtype"] not in ("float32", "float16"):
         raise Damaged(f"{folder}: gallery.json names dtype {manifest['dtype']!r}; {_AGAIN}")
     if not isinstance(manifest.setdefault("sha256", {}), dict):
