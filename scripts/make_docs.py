@@ -64,12 +64,18 @@ def light(path: Path):
     from run_nbs import shrink
     book = json.loads(tidy(path.read_text(encoding="utf-8")))
     for cell in book["cells"]:
+        if cell["cell_type"] == "markdown": cell["source"] = described("".join(cell["source"]))
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             shrink(data)
             text = "".join(data.get("text/markdown", ""))
             if "```python\ndef " in text or "```python\nclass " in text: data["text/markdown"] = quoted(text)
     path.write_text(json.dumps(book, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def described(text: str) -> str:
+    "Markdown whose pictures keep their words as alternative text: Quarto takes the words of a picture on its own line for a caption."
+    return re.sub(r'!\[([^\]"]+)\]\(([^)\s]+)\)(?!\{)', r'![\1](\2){fig-alt="\1"}', text)
 
 
 def mend_anchors(site: Path) -> int:

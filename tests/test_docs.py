@@ -277,3 +277,11 @@ def test_wrong_address_is_refused(copy):
         done = script(copy, "set_address.py", *args, "--root", str(copy))
         assert done.returncode == 1 and "write it like https://" in done.stderr and "Traceback" not in done.stderr
     assert everything(copy) == before
+
+
+def test_pictures_keep_their_words(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_docs
+    assert make_docs.described("![A man](a.png)") == '![A man](a.png){fig-alt="A man"}'
+    assert make_docs.described('![A man](a.png){width="50%"}') == '![A man](a.png){width="50%"}'
+    assert make_docs.described("![](a.png) and [a link](b.html)") == "![](a.png) and [a link](b.html)"

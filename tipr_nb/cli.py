@@ -1000,7 +1000,7 @@ def tipr_index(
             raise TiprError("--part only encodes: --join, --rebuild and --engine go with the run that joins")
         from tipr_nb.search import index_part
 
-        cut = dict(metadata=metadata, pattern=pattern, boxes=boxes, box_format=box_format, exclude=exclude)
+        cut: dict[str, Any] = dict(metadata=metadata, pattern=pattern, boxes=boxes, box_format=box_format, exclude=exclude)
         cut |= dict(detector=named_detector(detect), every=every, start=start)
         with contextlib.ExitStack() as stack:
             loader = threaded_loader(stack)
@@ -1276,9 +1276,12 @@ def tipr_search(
     )
     opened: Any
     if milvus_uri is not None:
-        how = dict(search_params=named_numbers(search_params), text_tower=text_tower, loader=open_model)
-        opened = ServedGallery(milvus_uri, milvus_name, model, **how)
+        numbers = named_numbers(search_params)
+        opened = ServedGallery(
+            milvus_uri, milvus_name, model, search_params=numbers, text_tower=text_tower, loader=open_model
+        )
     else:
+        assert gallery is not None
         opened = Gallery(gallery, model, root, loader=open_model)
         question |= dict(rerank=rerank, engine=engine)
     if predict and (imagine or generator):

@@ -137,7 +137,7 @@ class Calibration:
         "Read what `save` wrote."
         found = read_json(path, "calibrate again", dict)
         with reading(path, "a calibration", "calibrate again"):
-            pairs = [tuple(float(v) for v in found[k]) for k in ("weights", "mean", "scale")]
+            pairs = [[float(v) for v in found[k]] for k in ("weights", "mean", "scale")]
             bias = float(found["bias"])
             present = float(found["present"])
             weights, mean, scale = pairs

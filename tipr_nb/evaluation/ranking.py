@@ -511,9 +511,9 @@ def given_blocks(
     cols = np.arange(n_g)[cols]
 
     def stored(a: int, b: int) -> Tensor:
-        at = rows[a:b]
+        at: np.ndarray | slice = rows[a:b]
         if len(rows) == n_q:
-            at = slice(at[0], at[-1] + 1)
+            at = slice(rows[a], rows[b - 1] + 1)
         x = _as_tensor(sim[at])
         if len(cols) == n_g:
             return x

@@ -239,7 +239,7 @@ class PredictedQuery(nn.Module):
 
     def enrich(self, text: Tensor) -> Tensor:  # (b, d) unit -> (b, d) unit
         "Captions' features with their predicted pictures'."
-        return enhance(text, self.predictor(text), self.weight)
+        return enhance(text, self.predictor(text), float(self.weight))
 
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:  # (b, d) unit
         "The gallery's features: the model's own."

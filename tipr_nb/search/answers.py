@@ -32,7 +32,7 @@ def sentences(
     "One sentence or several as a list, checked."
     if text is None:
         return []
-    texts = list(text) if isinstance(text, (list, tuple)) else [text]
+    texts = [text] if isinstance(text, str) else list(text)
     for t in texts:
         if not isinstance(t, str) or not t.strip():
             raise TiprError(f"{what}: an empty sentence; describe the person in words")
@@ -94,7 +94,7 @@ class Query:
         engine: str,  # the one that was asked
     ) -> dict:
         "The question in plain values, as an answer carries it."
-        asked = dict(
+        asked: dict[str, Any] = dict(
             text=self.texts or None,
             image=", ".join(examples) or None,
             without=self.absent or None,

@@ -636,11 +636,11 @@ def build_engine(
     if name != "milvus":
         raise TiprError(f"engine {name!r}: choose exact, {', '.join(FAISS_KINDS)} or milvus")
     items = Items(files)
-    more = {k: v for k, v in options.items() if k != "uri"}
+    more: dict[str, Any] = {k: v for k, v in options.items() if k != "uri"}
     if options.get("uri"):
         uri = options["uri"]
-        sure = dict(trusted=trusted, rebuild=rebuild)
-        built, _ = publish(uri, items, x, manifest, **sure, **more)
+        sure = dict(more, trusted=trusted, rebuild=rebuild)
+        built, _ = publish(uri, items, x, manifest, **sure)
         return options | dict(uri=public_uri(uri), built=built)
     own = os.fspath(files / "milvus.db")
     collection = f"tipr_{manifest['id']}_{manifest['generation']}"

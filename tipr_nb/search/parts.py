@@ -48,5 +48,5 @@ def index_part(
     run = Building(images, folder, options, add, False, recut)
     encoder, source = load_model(model_for(folder, model, False), loader)
     detector = run.options.get("detector")
-    more = dict(source=source, detector=detector, keep=add)
-    return index_photos(Path(folder), run.photos(), encoder, part=chosen, **more, **settings)
+    more = dict(settings, source=source, detector=detector, keep=add)
+    return index_photos(Path(folder), run.photos(), encoder, part=chosen, **more)

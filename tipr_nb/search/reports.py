@@ -280,7 +280,7 @@ _STYLE = """
 .tipr .people{display:grid;grid-template-columns:repeat(auto-fill,minmax(112px,1fr));gap:14px;max-width:1200px}
 .tipr figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;overflow:hidden}
 .tipr figure img,.tipr figure .gone{display:block;width:100%;height:200px;object-fit:contain;background:#8884}
-.tipr figure .gone{display:flex;align-items:center;justify-content:center;color:var(--soft);
+.tipr figure .gone{display:flex;align-items:center;justify-content:center;color:var(--ink);
   text-align:center;padding:8px;box-sizing:border-box}
 .tipr figcaption{padding:6px 8px 8px;font-size:12px;overflow-wrap:anywhere}
 .tipr .score{display:flex;justify-content:space-between;font-weight:600;font-variant-numeric:tabular-nums}

@@ -48,7 +48,9 @@ def served_hit(found: StoreHit, rank: int) -> Hit:
     "A row of the store as a hit; the photo's path is as the indexing machine saw it."
     values = dict(found.columns)
     item = {name: values.get(name) for name in ITEM_TYPES}
-    box = None if item["x0"] is None else tuple(item[c] for c in ("x0", "y0", "x1", "y1"))
+    box = None
+    if item["x0"] is not None:
+        box = (item["x0"], item["y0"], item["x1"], item["y1"])
     own = {k: v for k, v in values.items() if k not in ITEM_TYPES and k != WRITER}
     if item["taken"] is not None:
         own["taken"] = np.datetime64(item["taken"], "us").item()
@@ -113,7 +115,7 @@ class ServedGallery:
             fingerprint = manifest["fingerprint"]
             place = self.encoder.folder / fingerprint
             if export_text_tower(self.encoder.model, place, fingerprint) is not None:
-                manifest["text_tower"] = fingerprint
+                self.encoder.manifest = dict(manifest, text_tower=fingerprint)
         return self.encoder.encode_text(list(texts))
 
     def features_like(
