@@ -140,9 +140,9 @@ class Calibration:
             pairs = [[float(v) for v in found[k]] for k in ("weights", "mean", "scale")]
             bias = float(found["bias"])
             present = float(found["present"])
-            weights, mean, scale = pairs
             if [len(p) for p in pairs] != [2, 2, 2]:
                 raise ValueError("weights, mean and scale are pairs")
+            weights, mean, scale = [(p[0], p[1]) for p in pairs]
             if not np.isfinite([*weights, *mean, *scale, bias, present]).all():
                 raise ValueError("its numbers are not finite")
             if not 0 < present < 1 or min(scale) <= 0:

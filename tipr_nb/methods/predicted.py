@@ -185,6 +185,7 @@ class PredictedQuery(nn.Module):
             )
         self.model = model
         self.predictor = predictor
+        self.weight: Tensor
         self.register_buffer("weight", torch.tensor(float(weight)))
         self.arch = f"{model.arch}{PREDICTED_SUFFIX}"
         self.dim = model.dim
@@ -239,7 +240,7 @@ class PredictedQuery(nn.Module):
 
     def enrich(self, text: Tensor) -> Tensor:  # (b, d) unit -> (b, d) unit
         "Captions' features with their predicted pictures'."
-        return enhance(text, self.predictor(text), float(self.weight))
+        return enhance(text, self.predictor(text), self.weight)
 
     def encode_image(self, images: Any, batch_size: int = 64) -> Tensor:  # (b, d) unit
         "The gallery's features: the model's own."

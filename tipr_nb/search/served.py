@@ -47,7 +47,7 @@ def served_manifest(
 def served_hit(found: StoreHit, rank: int) -> Hit:
     "A row of the store as a hit; the photo's path is as the indexing machine saw it."
     values = dict(found.columns)
-    item = {name: values.get(name) for name in ITEM_TYPES}
+    item: dict[str, Any] = {name: values.get(name) for name in ITEM_TYPES}
     box = None
     if item["x0"] is not None:
         box = (item["x0"], item["y0"], item["x1"], item["y1"])
