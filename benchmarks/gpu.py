@@ -5,6 +5,7 @@
 
 Each part runs in a process of its own and is ended when its share of the time is used up; what ended early says so. The result names the card, the date and the command.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -81,6 +82,7 @@ print(json.dumps(dict(pictures_per_second=len(captions)/(time.perf_counter() - s
 @dataclass
 class Part:
     "One measurement: a program, what it is told, and the seconds it may take."
+
     what: str
     code: str
     spec: dict
@@ -91,25 +93,47 @@ def run_part(part: Part) -> dict:
     "The part's figures, or why there are none."
     start = time.perf_counter()
     try:
-        done = subprocess.run([sys.executable, "-c", part.code, json.dumps(part.spec)], capture_output=True, text=True, timeout=part.seconds, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", part.code, json.dumps(part.spec)],
+            capture_output=True,
+            text=True,
+            timeout=part.seconds,
+            cwd=ROOT,
+        )
     except subprocess.TimeoutExpired:
         return dict(what=part.what, failed=f"ended after {part.seconds:.0f} s")
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
         return dict(what=part.what, failed=reason[0][:200])
-    return dict(what=part.what, **json.loads(lines[-1]), wall_seconds=round(time.perf_counter() - start, 1))
+    return dict(
+        what=part.what, **json.loads(lines[-1]), wall_seconds=round(time.perf_counter() - start, 1)
+    )
 
 
 def peer_part(path: Path, device: str, batch: int, seconds: float, small: bool) -> dict:
     "A step beside a peer's, by `benchmarks.train`, which prints what it had to switch off."
-    command = [sys.executable, "-m", "benchmarks.train", "--peer", str(path), "--device", device, "--batch", str(batch), *(["--tiny"] if small else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train",
+        "--peer",
+        str(path),
+        "--device",
+        device,
+        "--batch",
+        str(batch),
+        *(["--tiny"] if small else []),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return dict(what=f"step beside {path.name}", failed=f"ended after {seconds:.0f} s")
     if done.returncode:
-        return dict(what=f"step beside {path.name}", failed=(done.stderr.strip().splitlines() or ["?"])[-1][:200])
+        return dict(
+            what=f"step beside {path.name}",
+            failed=(done.stderr.strip().splitlines() or ["?"])[-1][:200],
+        )
     return dict(what=f"step beside {path.name}", printed=done.stdout.strip().splitlines()[-12:])
 
 
@@ -117,29 +141,68 @@ def parts(device: str, small: bool) -> list[Part]:
     "What is measured, the most valuable first."
     bf16 = device == "cuda"
     suffix = "-tiny" if small else ""
-    steps = [Part(f"step of {r}{suffix}, batch {b}", STEP, dict(recipe=f"{r}{suffix}", batch=b, bf16=bf16, device=device, repeats=3 if small else 8), 90)
-             for r in ("sen", "gea") for b in ((8,) if small else (64, 128))]
+    steps = [
+        Part(
+            f"step of {r}{suffix}, batch {b}",
+            STEP,
+            dict(
+                recipe=f"{r}{suffix}", batch=b, bf16=bf16, device=device, repeats=3 if small else 8
+            ),
+            90,
+        )
+        for r in ("sen", "gea")
+        for b in ((8,) if small else (64, 128))
+    ]
     epochs = 1 if small else 10
-    rows = [Part(f"{r}, all identities, {epochs} epochs, seed {s}", TRAIN, dict(recipe=r, epochs=epochs, seed=s, device=device, seconds=20 if small else 60), 120)
-            for s in ((0,) if small else (0, 1, 2)) for r in (("tal-tiny",) if small else ("tal-tiny", "sen-tiny"))]
+    rows = [
+        Part(
+            f"{r}, all identities, {epochs} epochs, seed {s}",
+            TRAIN,
+            dict(recipe=r, epochs=epochs, seed=s, device=device, seconds=20 if small else 60),
+            120,
+        )
+        for s in ((0,) if small else (0, 1, 2))
+        for r in (("tal-tiny",) if small else ("tal-tiny", "sen-tiny"))
+    ]
     draw = Part("generated pictures", DRAW, dict(device=device, pictures=16 if small else 4096), 60)
     return [*steps, draw, *rows]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", type=Path, action="append", default=[], help="folder of a checkout of IRRA or SEN; may be given twice")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder of a checkout of IRRA or SEN; may be given twice",
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--limit", type=float, default=540, help="seconds that all of it may take")
-    parser.add_argument("--small", action="store_true", help="tiny towers and few steps, to try this out; writes nothing")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="tiny towers and few steps, to try this out; writes nothing",
+    )
     args = parser.parse_args()
     import torch
+
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no GPU here; try the file with --device cpu --small")
     end = time.perf_counter() + args.limit
     rows = []
     for peer in args.peer:
-        rows.append(peer_part(peer, args.device, 4 if args.small else 64, min(120, end - time.perf_counter()), args.small))
+        rows.append(
+            peer_part(
+                peer,
+                args.device,
+                4 if args.small else 64,
+                min(120, end - time.perf_counter()),
+                args.small,
+            )
+        )
     for part in parts(args.device, args.small):
         left = end - time.perf_counter()
         if left < 15:

@@ -1,4 +1,5 @@
 """Build the site from the notebooks' stored outputs. Without Quarto on the PATH only nbdev's own processing runs, so that broken notebooks are still found."""
+
 import ast, inspect, json, os, re, shutil, subprocess, sys, warnings
 from pathlib import Path
 
@@ -6,7 +7,11 @@ import fastcore.docments
 import nbdev.processors
 
 ROOT = Path(__file__).resolve().parent.parent
-_would_run, _annotations, _parse = nbdev.processors._do_eval, inspect.get_annotations, fastcore.docments._parses
+_would_run, _annotations, _parse = (
+    nbdev.processors._do_eval,
+    inspect.get_annotations,
+    fastcore.docments._parses,
+)
 
 
 def runs(cell) -> bool:
@@ -15,31 +20,47 @@ def runs(cell) -> bool:
     nbdev itself runs every cell that holds an import, lessons too, without the values that the cells before it made."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if not _would_run(cell): return False
-    if cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}: return True
+        if not _would_run(cell):
+            return False
+    if cell.directives_.keys() & {"export", "exports", "exporti", "exec_doc"}:
+        return True
     trees = cell.parsed_()
-    return all(isinstance(t, (ast.Import, ast.ImportFrom)) for t in trees) or bool(nbdev.processors._show_docs(trees))
+    return all(isinstance(t, (ast.Import, ast.ImportFrom)) for t in trees) or bool(
+        nbdev.processors._show_docs(trees)
+    )
 
 
 def annotations(obj, *, globals=None, locals=None, eval_str=False):
     "As `inspect`'s, but a type in quotes that is defined further down, or for type checkers only, stays the text it is."
-    try: return _annotations(obj, globals=globals, locals=locals, eval_str=eval_str)
-    except NameError: return _annotations(obj, globals=globals, locals=locals)
+    try:
+        return _annotations(obj, globals=globals, locals=locals, eval_str=eval_str)
+    except NameError:
+        return _annotations(obj, globals=globals, locals=locals)
 
 
 def parses(source):
     "As fastcore's, but a method whose source ends in an odd indentation (matplotlib's `Figure.__init__`) has no comments to read."
-    try: return _parse(source)
-    except SyntaxError: return ast.parse("def unreadable(): ...")
+    try:
+        return _parse(source)
+    except SyntaxError:
+        return ast.parse("def unreadable(): ...")
 
 
 # At the top level: nbdev's worker processes import this script.
-nbdev.processors._do_eval, inspect.get_annotations, fastcore.docments._parses = runs, annotations, parses
+nbdev.processors._do_eval, inspect.get_annotations, fastcore.docments._parses = (
+    runs,
+    annotations,
+    parses,
+)
 
 
 def notebooks() -> list[Path]:
     nbs = ROOT / "nbs"
-    return [p for p in sorted(nbs.rglob("*.ipynb")) if not any(q.startswith((".", "_")) for q in p.relative_to(nbs).parts)]
+    return [
+        p
+        for p in sorted(nbs.rglob("*.ipynb"))
+        if not any(q.startswith((".", "_")) for q in p.relative_to(nbs).parts)
+    ]
 
 
 def tidy(text: str) -> str:
@@ -62,14 +83,17 @@ def quoted(text: str) -> str:
 def light(path: Path):
     "A processed notebook's pictures with a palette, so that its page stays light; its documentation fit to be copied."
     from run_nbs import shrink
+
     book = json.loads(tidy(path.read_text(encoding="utf-8")))
     for cell in book["cells"]:
-        if cell["cell_type"] == "markdown": cell["source"] = described("".join(cell["source"]))
+        if cell["cell_type"] == "markdown":
+            cell["source"] = described("".join(cell["source"]))
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             shrink(data)
             text = "".join(data.get("text/markdown", ""))
-            if "```python\ndef " in text or "```python\nclass " in text: data["text/markdown"] = quoted(text)
+            if "```python\ndef " in text or "```python\nclass " in text:
+                data["text/markdown"] = quoted(text)
     path.write_text(json.dumps(book, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
@@ -83,6 +107,7 @@ def mend_anchors(site: Path) -> int:
 
     nbdev links every name in back-ticks, methods and private names too, and gives anchors to public functions and classes only."""
     from walk_site import Marks, all_pages
+
     ids = {name: Marks((site / name).read_text(encoding="utf-8")).ids for name in all_pages(site)}
     count = 0
     for name in ids:
@@ -100,9 +125,11 @@ def mend_anchors(site: Path) -> int:
 def living(link: str, page: str, ids: dict[str, set[str]]) -> str:
     "A link of a page, without its anchor or with that of the class where its own is nowhere."
     from walk_site import is_remote
+
     target, _, anchor = link.partition("#")
     there = os.path.normpath(os.path.join(os.path.dirname(page), target)) if target else page
-    if is_remote(link) or there not in ids or anchor in ids[there]: return link
+    if is_remote(link) or there not in ids or anchor in ids[there]:
+        return link
     owner = anchor.partition(".")[0]
     return f"{target}#{owner}" if owner in ids[there] else target or os.path.basename(page)
 
@@ -111,28 +138,40 @@ def process() -> int:
     "nbdev's processing of every notebook into _proc; returns how many came out."
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
+
     shutil.rmtree(ROOT / "_proc", ignore_errors=True)
     refresh_quarto_yml()
     proc_nbs(force=True, n_workers=2)
     done = list((ROOT / "_proc").rglob("*.ipynb"))
-    if len(done) != len(notebooks()): sys.exit(f"nbdev processed {len(done)} of {len(notebooks())} notebooks; is the checkout inside a folder whose name starts with a dot?")
-    for path in done: light(path)
+    if len(done) != len(notebooks()):
+        sys.exit(
+            f"nbdev processed {len(done)} of {len(notebooks())} notebooks; is the checkout inside a folder whose name starts with a dot?"
+        )
+    for path in done:
+        light(path)
     return len(done)
 
 
 def main():
     link = ROOT / "nbs" / "_quarto.yml"
-    if not link.exists(): link.symlink_to("../_quarto.yml")
+    if not link.exists():
+        link.symlink_to("../_quarto.yml")
     count = process()
     if not shutil.which("quarto"):
-        print(f"{count} notebooks processed into _proc; no site: Quarto is not on the PATH (get it from https://quarto.org/docs/get-started, then `make docs` again)")
+        print(
+            f"{count} notebooks processed into _proc; no site: Quarto is not on the PATH (get it from https://quarto.org/docs/get-started, then `make docs` again)"
+        )
         return
     done = subprocess.run(["quarto", "render", "--no-cache"], cwd=ROOT / "_proc").returncode
-    if done: sys.exit(done)
+    if done:
+        sys.exit(done)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     shutil.move(ROOT / "_proc" / "_docs", ROOT / "_docs")
     mended = mend_anchors(ROOT / "_docs")
-    print(f"{count} notebooks rendered, {mended} links to methods and private names led to their class or page; open _docs/index.html")
+    print(
+        f"{count} notebooks rendered, {mended} links to methods and private names led to their class or page; open _docs/index.html"
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

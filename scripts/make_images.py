@@ -52,7 +52,9 @@ def hero(split, features, columns: int = 12, rows: int = 3):
     with style():
         fig, ax = sheet(11.6, 3.6)
         rounded = "round,pad=0,rounding_size=.1"
-        ax.add_patch(FancyBboxPatch((0.12, 0.62), 2.6, 2.2, boxstyle=rounded, fc="#f6f7f9", ec=LINE))
+        ax.add_patch(
+            FancyBboxPatch((0.12, 0.62), 2.6, 2.2, boxstyle=rounded, fc="#f6f7f9", ec=LINE)
+        )
         lines = wrap(f"“{split.captions[q]}”", 2.3, 10.5, max_lines=9)
         text = dict(va="top", parse_math=False, color=INK, fontsize=10.5)
         for k, line in enumerate(lines):
@@ -60,14 +62,19 @@ def hero(split, features, columns: int = 12, rows: int = 3):
         for n, i in enumerate(crowd):
             row, column = divmod(n, columns)
             frame = HIT if i in found else None
-            place(ax, split.images[i], 3.3 + column * 0.345, 0.2 + row * 1.03, 0.32, 0.96, frame=frame)
+            place(
+                ax, split.images[i], 3.3 + column * 0.345, 0.2 + row * 1.03, 0.32, 0.96, frame=frame
+            )
         for n, (i, hit) in enumerate(zip(ranked[:5], hits)):
             frame, mark = (HIT, "hit") if hit else (MISS, "miss")
             x = 8.1 + n * 0.69
             place(ax, split.images[i], x, 0.78, 0.61, 1.83, frame=frame, mark=mark)
         for x in (2.8, 7.52):
             ax.annotate(
-                "", (x + 0.4, 1.72), (x, 1.72), arrowprops=dict(arrowstyle="-|>", color=MUTED, lw=1.6)
+                "",
+                (x + 0.4, 1.72),
+                (x, 1.72),
+                arrowprops=dict(arrowstyle="-|>", color=MUTED, lw=1.6),
             )
         gallery = f"the gallery: {len(crowd)} of {len(split.images):,} pictures"
         result = "ranked first: the person described, and one other"
@@ -110,7 +117,9 @@ def architecture():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("only", nargs="?", choices=["architecture", "hero"], help="both when left out")
+    parser.add_argument(
+        "only", nargs="?", choices=["architecture", "hero"], help="both when left out"
+    )
     only = parser.parse_args().only
     if only != "hero":
         keep(architecture(), "architecture.png")

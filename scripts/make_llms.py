@@ -1,10 +1,24 @@
 """nbs/llms.txt, a map of the notebooks for language models, from their titles and first lines: `python scripts/make_llms.py`, or `--check` to fail when it is out of step."""
+
 import argparse, configparser, json, re, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = {"tutorials": "Tutorials", ".": "The library, in reading order", "papers": "The papers, each told end to end", "datasets": "The real datasets"}
-FIRST = ("index", "tutorials/quickstart", "tutorials/own_photos", "tutorials/real_footage", "papers/sen", "papers/gea", "papers/ablation")  # these come first in their folder, in this order
+SECTIONS = {
+    "tutorials": "Tutorials",
+    ".": "The library, in reading order",
+    "papers": "The papers, each told end to end",
+    "datasets": "The real datasets",
+}
+FIRST = (
+    "index",
+    "tutorials/quickstart",
+    "tutorials/own_photos",
+    "tutorials/real_footage",
+    "papers/sen",
+    "papers/gea",
+    "papers/ablation",
+)  # these come first in their folder, in this order
 
 
 def address(root: Path) -> str:
@@ -18,10 +32,15 @@ def address(root: Path) -> str:
 def title(path: Path) -> tuple[str, str]:
     "A notebook's title and its one line."
     for c in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if c["cell_type"] != "markdown": continue
+        if c["cell_type"] != "markdown":
+            continue
         lines = "".join(c["source"]).strip().splitlines()
         if lines and lines[0].startswith("# "):
-            return lines[0][2:].strip(), " ".join(" ".join(line.lstrip("> ").strip() for line in lines[1:] if line.startswith(">")).split())
+            return lines[0][2:].strip(), " ".join(
+                " ".join(
+                    line.lstrip("> ").strip() for line in lines[1:] if line.startswith(">")
+                ).split()
+            )
         break
     return path.stem, ""
 
@@ -46,6 +65,7 @@ def reading_order(nbs: Path) -> list[Path]:
         name = path.with_suffix("").as_posix()
         first = FIRST.index(name) if name in FIRST else len(FIRST)
         return sections.index(section(path)), first, not name[0].isdigit(), name
+
     return sorted(found, key=key)
 
 
@@ -53,11 +73,18 @@ def llms(root: Path = ROOT) -> str:
     home, nbs = address(root), root / "nbs"
     config = configparser.ConfigParser()
     config.read(root / "settings.ini")
-    out = [f"# {config['DEFAULT']['title']}", "", f"> {config['DEFAULT']['description']}.", "",
-           "Every page is a notebook that is also the source of a module of the Python package `tipr_nb`; a notebook imports only those before it. Pages show code, its output, and what goes wrong with bad input.", ""]
+    out = [
+        f"# {config['DEFAULT']['title']}",
+        "",
+        f"> {config['DEFAULT']['description']}.",
+        "",
+        "Every page is a notebook that is also the source of a module of the Python package `tipr_nb`; a notebook imports only those before it. Pages show code, its output, and what goes wrong with bad input.",
+        "",
+    ]
     for folder, heading in SECTIONS.items():
         found = [nbs / p for p in reading_order(nbs) if section(p) == folder]
-        if not found: continue
+        if not found:
+            continue
         out += [f"## {heading}", ""]
         for p in found:
             name, line = title(p)
@@ -72,5 +99,7 @@ if __name__ == "__main__":
     parser.add_argument("--check", action="store_true")
     new, path = llms(), ROOT / "nbs/llms.txt"
     if parser.parse_args().check:
-        if not path.exists() or path.read_text(encoding="utf-8") != new: sys.exit("nbs/llms.txt is out of step with the notebooks' titles; run `make readme`")
-    else: path.write_text(new, encoding="utf-8")
+        if not path.exists() or path.read_text(encoding="utf-8") != new:
+            sys.exit("nbs/llms.txt is out of step with the notebooks' titles; run `make readme`")
+    else:
+        path.write_text(new, encoding="utf-8")

@@ -1,4 +1,5 @@
 """How dense the code is: `python scripts/measure_style.py [folder or notebook ...]` prints the figures for the library and for the cells that readers see."""
+
 import argparse
 import ast
 import json
@@ -12,7 +13,9 @@ SKIPPED = re.compile(r"^#\|\s*(hide|default_exp|eval:\s*false)", re.M)
 
 def code_lines(source: str) -> list[str]:
     "Lines that are neither blank nor comments."
-    return [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
+    return [
+        line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")
+    ]
 
 
 def parsed(source: str) -> ast.Module | None:
@@ -46,7 +49,11 @@ def density(sources: list[str]) -> dict[str, float]:
         "nodes a line": sum(isinstance(n, (ast.expr, ast.stmt)) for n in nodes) / count,
         "ternaries per 1,000": thousand * sum(isinstance(n, ast.IfExp) for n in nodes),
         "parallel assignments per 1,000": thousand * sum(map(is_parallel, nodes)),
-        "comprehensions per 1,000": thousand * sum(isinstance(n, (ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp)) for n in nodes),
+        "comprehensions per 1,000": thousand
+        * sum(
+            isinstance(n, (ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp))
+            for n in nodes
+        ),
         "Any per 1,000": thousand * sum(isinstance(n, ast.Name) and n.id == "Any" for n in nodes),
     }
 
@@ -79,15 +86,29 @@ def cell_figures(notebooks: list[Path]) -> dict[str, float]:
             total += n > 0
             many += n > 1
             followed += n > 0 and after is not None and is_demonstration(after)
-    return {"cells that define": total, "define more than one thing, %": 100 * many / max(1, total), "followed by a demonstration, %": 100 * followed / max(1, total)}
+    return {
+        "cells that define": total,
+        "define more than one thing, %": 100 * many / max(1, total),
+        "followed by a demonstration, %": 100 * followed / max(1, total),
+    }
 
 
 def shown_cells(notebooks: list[Path]) -> list[str]:
-    return [text(c) for p in notebooks for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if is_demonstration(c)]
+    return [
+        text(c)
+        for p in notebooks
+        for c in json.loads(p.read_text(encoding="utf-8"))["cells"]
+        if is_demonstration(c)
+    ]
 
 
 def exported_cells(notebooks: list[Path]) -> list[str]:
-    return [text(c) for p in notebooks for c in json.loads(p.read_text(encoding="utf-8"))["cells"] if is_exported(c)]
+    return [
+        text(c)
+        for p in notebooks
+        for c in json.loads(p.read_text(encoding="utf-8"))["cells"]
+        if is_exported(c)
+    ]
 
 
 def found(names: list[str]) -> list[Path]:

@@ -1,4 +1,5 @@
 """Walk the built site as a reader would: `python scripts/walk_site.py [_docs]` opens every page in Chromium, on a phone and on a desk, in both themes, and lists what is too wide, lacks an alternative text or has too little contrast; dead links, heavy pages and figures that no page shows; and searches that miss."""
+
 import argparse
 import functools
 import html.parser
@@ -19,7 +20,10 @@ RULES = ["color-contrast", "image-alt", "link-name", "html-has-lang", "document-
 LIGHT, DARK = "quarto-light", "quarto-dark"
 HEAVY = 1.5e6
 PATIENCE = 180_000  # milliseconds that one step of the browser may take on a busy machine
-SEARCHES = {"train on CUHK-PEDES": "datasets/cuhk-pedes.html", "evaluate": "06_evaluation/protocol.html"}
+SEARCHES = {
+    "train on CUHK-PEDES": "datasets/cuhk-pedes.html",
+    "evaluate": "06_evaluation/protocol.html",
+}
 # Where a name in back-ticks leads: to the function, not to the command of the same name.
 FUNCTIONS = {"evaluate": "protocol.html#evaluate", "train": "loop.html#train"}
 
@@ -65,7 +69,11 @@ def is_remote(link: str) -> bool:
 
 def all_pages(folder: Path) -> list[str]:
     "Every page of the site, as a path from its root."
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.html") if "site_libs" not in p.parts)
+    return sorted(
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*.html")
+        if "site_libs" not in p.parts
+    )
 
 
 def static_findings(folder: Path) -> tuple[dict[str, list[str]], dict[str, int]]:
@@ -77,9 +85,17 @@ def static_findings(folder: Path) -> tuple[dict[str, list[str]], dict[str, int]]
     for name, mine in marks.items():
         lines = []
         here = folder / name
-        pictures = {(here.parent / unquote(s.split("?")[0])).resolve() for s in mine.pictures if not is_remote(s)}
+        pictures = {
+            (here.parent / unquote(s.split("?")[0])).resolve()
+            for s in mine.pictures
+            if not is_remote(s)
+        }
         shown |= pictures
-        lines += [f"no such picture: {os.path.relpath(p, folder)}" for p in sorted(pictures) if not p.exists()]
+        lines += [
+            f"no such picture: {os.path.relpath(p, folder)}"
+            for p in sorted(pictures)
+            if not p.exists()
+        ]
         for link in dict.fromkeys(mine.links):
             if is_remote(link):
                 continue
@@ -96,10 +112,14 @@ def static_findings(folder: Path) -> tuple[dict[str, list[str]], dict[str, int]]
                 lines.append(f"dead anchor: {link}")
         weights[name] = here.stat().st_size + sum(p.stat().st_size for p in pictures if p.exists())
         if weights[name] > HEAVY:
-            lines.append(f"{weights[name] / 1e6:.2f} MB with its pictures; keep a page under {HEAVY / 1e6} MB")
+            lines.append(
+                f"{weights[name] / 1e6:.2f} MB with its pictures; keep a page under {HEAVY / 1e6} MB"
+            )
         if lines:
             found[name] = lines
-    figures = [p.resolve() for p in folder.rglob("*.png") if re.search(r"_files/figure-", p.as_posix())]
+    figures = [
+        p.resolve() for p in folder.rglob("*.png") if re.search(r"_files/figure-", p.as_posix())
+    ]
     spare = [os.path.relpath(p, folder.resolve()) for p in figures if p not in shown]
     if spare:
         found["(site)"] = [f"{len(spare)} figures that no page shows, such as {spare[0]}"]
@@ -119,7 +139,9 @@ def widest(page) -> tuple[int, list[str]]:
 
 def violations(page, axe) -> list[str]:
     "What axe-core finds of RULES on the page as it is shown now."
-    found = axe.run(page, options={"runOnly": {"type": "rule", "values": RULES}, "resultTypes": ["violations"]}).response["violations"]
+    found = axe.run(
+        page, options={"runOnly": {"type": "rule", "values": RULES}, "resultTypes": ["violations"]}
+    ).response["violations"]
     out = []
     for rule in found:
         for node in rule["nodes"][:4]:
@@ -188,15 +210,23 @@ def open_page(context, url: str, mathjax: Path | None):
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(url, wait_until="domcontentloaded")
-    page.wait_for_function("document.body && (document.body.classList.contains('quarto-light') || document.body.classList.contains('quarto-dark'))")
+    page.wait_for_function(
+        "document.body && (document.body.classList.contains('quarto-light') || document.body.classList.contains('quarto-dark'))"
+    )
     settle(page, mathjax)
     return page
 
 
 def wrong_functions(page) -> list[str]:
     "Links on names in back-ticks that lead to a command instead of the function."
-    found = page.evaluate("() => [...document.querySelectorAll('main a')].filter(a => a.querySelector('code')).map(a => [a.textContent.trim().replace(/\\(\\)$/, ''), a.href])")
-    return [f"`{name}` leads to {href}" for name, href in found if name in FUNCTIONS and not href.endswith(FUNCTIONS[name])]
+    found = page.evaluate(
+        "() => [...document.querySelectorAll('main a')].filter(a => a.querySelector('code')).map(a => [a.textContent.trim().replace(/\\(\\)$/, ''), a.href])"
+    )
+    return [
+        f"`{name}` leads to {href}"
+        for name, href in found
+        if name in FUNCTIONS and not href.endswith(FUNCTIONS[name])
+    ]
 
 
 def missed_searches(context, address: str) -> list[str]:
@@ -212,20 +242,32 @@ def missed_searches(context, address: str) -> list[str]:
         page.wait_for_timeout(800)
         page.keyboard.type(words)
         page.wait_for_timeout(6000)
-        links = page.evaluate("() => [...document.querySelectorAll('.aa-DetachedContainer .aa-List a[href]')].map(a => a.href.split('#')[0].split('?')[0])")
+        links = page.evaluate(
+            "() => [...document.querySelectorAll('.aa-DetachedContainer .aa-List a[href]')].map(a => a.href.split('#')[0].split('?')[0])"
+        )
         first = list(dict.fromkeys(links))[:5]
         if not any(link.endswith(wanted) for link in first):
-            lines.append(f"the search for {words!r} does not find {wanted} but {', '.join(link.removeprefix(address) for link in first)}")
+            lines.append(
+                f"the search for {words!r} does not find {wanted} but {', '.join(link.removeprefix(address) for link in first)}"
+            )
         page.close()
     return lines
 
 
-def walk(folder: Path, only: list[str] | None = None, mathjax: Path | None = None, shots: Path | None = None, quick: bool = False) -> dict[str, dict]:
+def walk(
+    folder: Path,
+    only: list[str] | None = None,
+    mathjax: Path | None = None,
+    shots: Path | None = None,
+    quick: bool = False,
+) -> dict[str, dict]:
     "Page -> its width on a phone, its weight and findings."
     from playwright.sync_api import sync_playwright
+
     look = quick_violations
     if not quick:
         from axe_playwright_python.sync_playwright import Axe
+
         look = functools.partial(violations, axe=Axe())
     found, weights = static_findings(folder)
     pages = [p for p in all_pages(folder) if not only or any(o in p for o in only)]
@@ -238,7 +280,14 @@ def walk(folder: Path, only: list[str] | None = None, mathjax: Path | None = Non
         for name in pages:
             page = open_page(context, address + name, mathjax)
             width, beyond = widest(page)
-            lines = [*found.get(name, []), *([f"{width} px wide at {PHONE['width']}: {'; '.join(beyond)}"] if width > PHONE["width"] + 1 else [])]
+            lines = [
+                *found.get(name, []),
+                *(
+                    [f"{width} px wide at {PHONE['width']}: {'; '.join(beyond)}"]
+                    if width > PHONE["width"] + 1
+                    else []
+                ),
+            ]
             lines += wrong_functions(page)
             counts = {}
             for dark in (False, True):
@@ -253,7 +302,10 @@ def walk(folder: Path, only: list[str] | None = None, mathjax: Path | None = Non
                 counts[theme] = len(broken)
                 lines += [f"{theme} {v}" for v in broken]
             report[name] = {"width": width, "weight": weights[name], **counts, "findings": lines}
-            print(f"{name:<46} {width:>4} px {weights[name] / 1e3:>6.0f} kB  findings: {len(lines)}", flush=True)
+            print(
+                f"{name:<46} {width:>4} px {weights[name] / 1e3:>6.0f} kB  findings: {len(lines)}",
+                flush=True,
+            )
             for line in lines:
                 print(f"   {line}", flush=True)
             page.close()
@@ -273,15 +325,25 @@ def photograph(page, shots: Path, name: str, theme: str):
     for size in (PHONE, DESK):
         page.set_viewport_size(size)
         page.wait_for_timeout(200)
-        page.screenshot(path=shots / f"{stem}-{size['width']}-{theme}.png", full_page=True, timeout=PATIENCE)
+        page.screenshot(
+            path=shots / f"{stem}-{size['width']}-{theme}.png", full_page=True, timeout=PATIENCE
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default=ROOT / "_docs", type=Path)
     parser.add_argument("--only", nargs="*", help="pages whose path contains one of these")
-    parser.add_argument("--mathjax", type=Path, help="folder of MathJax (npm's `mathjax@3`), for machines without a network: formulas are then set as readers see them")
-    parser.add_argument("--quick", action="store_true", help="contrast and alternative texts without axe-core, in seconds a page")
+    parser.add_argument(
+        "--mathjax",
+        type=Path,
+        help="folder of MathJax (npm's `mathjax@3`), for machines without a network: formulas are then set as readers see them",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="contrast and alternative texts without axe-core, in seconds a page",
+    )
     parser.add_argument("--json", type=Path, help="write the findings here")
     parser.add_argument("--shots", type=Path, help="write pictures of the pages into this folder")
     args = parser.parse_args()
@@ -293,7 +355,9 @@ def main():
     bad = sum(bool(r["findings"]) for r in report.values())
     if bad:
         sys.exit(f"{bad} of {len(report)} pages have findings")
-    print(f"{len(report)} pages fit a phone, have alternative texts, enough contrast in both themes and no dead link")
+    print(
+        f"{len(report)} pages fit a phone, have alternative texts, enough contrast in both themes and no dead link"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 events tell; what libraries write without such an event (safetensors, Arrow) is announced by the harness. Changes of worker processes and of threads count too: one counter is shared, and at the
 n-th change the whole group gets SIGKILL, so nothing is cleaned up. The parent may hold files of the folder open all the while.
 """
+
 import contextlib
 import importlib
 import mmap
@@ -17,16 +18,31 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
+CHANGES = {
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-UNSEEN = ("safetensors.torch:save_file:1", "safetensors.numpy:save_file:1", "pyarrow.parquet:write_table:1")   # function, place of its path
+UNSEEN = (
+    "safetensors.torch:save_file:1",
+    "safetensors.numpy:save_file:1",
+    "pyarrow.parquet:write_table:1",
+)  # function, place of its path
 
 
 def full_path(path: object, folder_handle: object) -> str:
     "A path of an audit event as text; relative to an open folder where `shutil.rmtree` works in one."
-    if isinstance(path, int): return os.readlink(f"/proc/self/fd/{path}")
+    if isinstance(path, int):
+        return os.readlink(f"/proc/self/fd/{path}")
     text = os.fsdecode(path)
-    if os.path.isabs(text): return text
+    if os.path.isabs(text):
+        return text
     if isinstance(folder_handle, int) and folder_handle >= 0:
         return os.path.join(os.readlink(f"/proc/self/fd/{folder_handle}"), text)
     return os.path.abspath(text)
@@ -36,15 +52,26 @@ def is_change(event: str, args: tuple, folder: str) -> bool:
     "Whether an audit event changes something under `folder`."
     if event == "open":
         path, _, flags = args
-        if not isinstance(flags, int) or not flags & WRITING: return False
+        if not isinstance(flags, int) or not flags & WRITING:
+            return False
         paths = [(path, None)]
-    elif event in ("os.rename", "os.link"): paths = [(args[0], args[2]), (args[1], args[3])]
-    elif event == "os.symlink": paths = [(args[1], args[2])]
-    elif event in CHANGES: paths = [(args[0], args[-1] if event in ("os.remove", "os.rmdir", "os.mkdir", "os.chmod") else None)]
-    else: return False
+    elif event in ("os.rename", "os.link"):
+        paths = [(args[0], args[2]), (args[1], args[3])]
+    elif event == "os.symlink":
+        paths = [(args[1], args[2])]
+    elif event in CHANGES:
+        paths = [
+            (
+                args[0],
+                args[-1] if event in ("os.remove", "os.rmdir", "os.mkdir", "os.chmod") else None,
+            )
+        ]
+    else:
+        return False
     for path, handle in paths:
         with contextlib.suppress(TypeError, OSError):
-            if full_path(path, handle).startswith(folder): return True
+            if full_path(path, handle).startswith(folder):
+                return True
     return False
 
 
@@ -56,19 +83,22 @@ def announce(name: str):
         real = getattr(home, function)
 
         def telling(*args, **kwargs):
-            if len(args) > int(place): sys.audit("open", os.fspath(args[int(place)]), "wb", os.O_WRONLY | os.O_CREAT)
+            if len(args) > int(place):
+                sys.audit("open", os.fspath(args[int(place)]), "wb", os.O_WRONLY | os.O_CREAT)
             return real(*args, **kwargs)
 
         setattr(home, function, telling)
 
 
-def wait_for_group(leader: int, seconds: float = 2.):
+def wait_for_group(leader: int, seconds: float = 2.0):
     "Until no process of a killed group is left (or only ones that nobody waits for)."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        try: os.killpg(leader, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError): return
-        time.sleep(.002)
+        try:
+            os.killpg(leader, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.002)
 
 
 def run_until(job: Callable[[], object], folder: Path, n: int | None) -> int | None:
@@ -77,25 +107,31 @@ def run_until(job: Callable[[], object], folder: Path, n: int | None) -> int | N
     if child := os.fork():
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         wait_for_group(child)
-        if status == -signal.SIGKILL: return None
+        if status == -signal.SIGKILL:
+            return None
         assert status == 0, f"the job failed by itself before change {n} (its traceback is above)"
         return struct.unpack("q", shared[:8])[0]
     code = 1
     try:
         os.setsid()
-        for name in UNSEEN: announce(name)
+        for name in UNSEEN:
+            announce(name)
 
         def watch(event, args):
-            if not is_change(event, args, str(folder)): return
-            made, = struct.unpack("q", shared[:8])
-            if n is not None and made >= n: os.killpg(0, signal.SIGKILL)
+            if not is_change(event, args, str(folder)):
+                return
+            (made,) = struct.unpack("q", shared[:8])
+            if n is not None and made >= n:
+                os.killpg(0, signal.SIGKILL)
             shared[:8] = struct.pack("q", made + 1)
 
         sys.addaudithook(watch)
         job()
         code = 0
-    except BaseException: traceback.print_exc()
-    finally: os._exit(code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def count_changes(job: Callable[[], object], folder: Path) -> int:
@@ -105,7 +141,9 @@ def count_changes(job: Callable[[], object], folder: Path) -> int:
     return made
 
 
-def crashes(job: Callable[[], object], folder: Path, every: int = 1, first: int = 0, most: int = 2000) -> Iterator[int]:
+def crashes(
+    job: Callable[[], object], folder: Path, every: int = 1, first: int = 0, most: int = 2000
+) -> Iterator[int]:
     "After each death of `job` its number, with the folder as it was left; before each run the folder is as it was. `every` takes a selection."
     before = folder.with_name(folder.name + ".before")
     shutil.copytree(folder, before, symlinks=True)
@@ -113,7 +151,9 @@ def crashes(job: Callable[[], object], folder: Path, every: int = 1, first: int 
         for n in range(first, most, every):
             shutil.rmtree(folder)
             shutil.copytree(before, folder, symlinks=True)
-            if run_until(job, folder, n) is not None: return
+            if run_until(job, folder, n) is not None:
+                return
             yield n
         raise AssertionError(f"more than {most} changes")
-    finally: shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(before, ignore_errors=True)

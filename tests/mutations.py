@@ -1,4 +1,5 @@
 """Damaged and odd variants of good inputs, the same ones for the same seed: bytes changed, values of another kind, texts with what parsers trip over."""
+
 import contextlib
 import copy
 import json
@@ -6,14 +7,113 @@ import random
 import signal
 import time
 
-ODD_BYTES = [b"", b"\xff", b"\0", b"[" * 3000, b"9" * 5000, b"null", b'"', b"{}", b"-1", b"\\ud83d", b"\r", b"NaN", b"1e999", b"\xef\xbb\xbf", b"\xff\xfe", b"\n\n", b"\x80\x02"]
+ODD_BYTES = [
+    b"",
+    b"\xff",
+    b"\0",
+    b"[" * 3000,
+    b"9" * 5000,
+    b"null",
+    b'"',
+    b"{}",
+    b"-1",
+    b"\\ud83d",
+    b"\r",
+    b"NaN",
+    b"1e999",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\n\n",
+    b"\x80\x02",
+]
 ODD_VALUES = [
-    None, True, False, 0, -1, 1.5, 10**30, -10**400, float("nan"), float("inf"), "", "x", "10", "a" * 300, "../../x", "a\0b", "\ud83d", "a\nb", [], {}, [[]], [None], ["a", 1],
-    {"a": 1}, {"": None}, [1, 2, 3, 4, 5], "2024-13-45", "é" * 200,
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    10**30,
+    -(10**400),
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "10",
+    "a" * 300,
+    "../../x",
+    "a\0b",
+    "\ud83d",
+    "a\nb",
+    [],
+    {},
+    [[]],
+    [None],
+    ["a", 1],
+    {"a": 1},
+    {"": None},
+    [1, 2, 3, 4, 5],
+    "2024-13-45",
+    "é" * 200,
 ]
 ODD_TEXTS = [
-    "", " ", "(", ")", "[", "'", '"', "==", "in", "not", "and", "or", "is", "None", "True", "1e999", "9" * 400, "-", "~", "lambda", "{", "}", ":", ",", ".", "\0", "\n", "\\", "é", "\u200b", "0x", "1_0",
-    "0" * 50, "nan", "inf", "99999", "-1", "T", "Z", "+99:99", "2024-02-30", "0001-01-01", "9999-12-31", "x" * 300, "*", "**", "@", "#", "$", "%s", "\ud83d", "_", "__class__", "()", "[]", "f''", "b''",
+    "",
+    " ",
+    "(",
+    ")",
+    "[",
+    "'",
+    '"',
+    "==",
+    "in",
+    "not",
+    "and",
+    "or",
+    "is",
+    "None",
+    "True",
+    "1e999",
+    "9" * 400,
+    "-",
+    "~",
+    "lambda",
+    "{",
+    "}",
+    ":",
+    ",",
+    ".",
+    "\0",
+    "\n",
+    "\\",
+    "é",
+    "\u200b",
+    "0x",
+    "1_0",
+    "0" * 50,
+    "nan",
+    "inf",
+    "99999",
+    "-1",
+    "T",
+    "Z",
+    "+99:99",
+    "2024-02-30",
+    "0001-01-01",
+    "9999-12-31",
+    "x" * 300,
+    "*",
+    "**",
+    "@",
+    "#",
+    "$",
+    "%s",
+    "\ud83d",
+    "_",
+    "__class__",
+    "()",
+    "[]",
+    "f''",
+    "b''",
 ]
 
 
@@ -23,14 +123,21 @@ def mutate_bytes(good: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(data) + 1)
         random_bytes = bytes(rng.randrange(256) for _ in range(rng.randint(0, 3)))
-        put = rng.choice(ODD_BYTES) if rng.random() < .3 else random_bytes * rng.choice([1, 1, 1, 1, 200])
-        data[at:at + rng.choice([0, len(put), rng.randint(0, 5)])] = put
-    if rng.random() < .1: del data[rng.randrange(len(data) + 1):]
+        put = (
+            rng.choice(ODD_BYTES)
+            if rng.random() < 0.3
+            else random_bytes * rng.choice([1, 1, 1, 1, 200])
+        )
+        data[at : at + rng.choice([0, len(put), rng.randint(0, 5)])] = put
+    if rng.random() < 0.1:
+        del data[rng.randrange(len(data) + 1) :]
     return bytes(data)
 
 
 def _places(value, found):
-    for key in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
+    for key in (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    ):
         found.append((value, key))
         _places(value[key], found)
     return found
@@ -41,19 +148,25 @@ def mutate_value(good, rng: random.Random):
     value = {"top": copy.deepcopy(good)}
     for _ in range(rng.randint(1, 3)):
         places = _places(value, [])
-        if not places: break
-        holder, key = rng.choice(places if rng.random() < .5 else places[:8])
+        if not places:
+            break
+        holder, key = rng.choice(places if rng.random() < 0.5 else places[:8])
         what = rng.random()
-        if what < .7: holder[key] = copy.deepcopy(rng.choice(ODD_VALUES))
-        elif what < .8 and holder is not value: del holder[key]
-        elif what < .9: holder[key] = [holder[key]]
-        elif isinstance(holder, dict) and holder is not value: holder[str(rng.choice(ODD_VALUES))[:300]] = holder.pop(key)
+        if what < 0.7:
+            holder[key] = copy.deepcopy(rng.choice(ODD_VALUES))
+        elif what < 0.8 and holder is not value:
+            del holder[key]
+        elif what < 0.9:
+            holder[key] = [holder[key]]
+        elif isinstance(holder, dict) and holder is not value:
+            holder[str(rng.choice(ODD_VALUES))[:300]] = holder.pop(key)
     return value["top"]
 
 
 def mutate_json(good: bytes, rng: random.Random) -> bytes:
     "A JSON file: half of the time its values, half of the time its bytes."
-    if rng.random() < .4: return mutate_bytes(good, rng)
+    if rng.random() < 0.4:
+        return mutate_bytes(good, rng)
     return json.dumps(mutate_value(json.loads(good), rng)).encode(errors="replace")
 
 
@@ -67,7 +180,8 @@ def mutate_lines(good: bytes, rng: random.Random) -> bytes:
 
 def mutate_table(good: bytes, rng: random.Random) -> bytes:
     "A CSV or TOML file: a field replaced, or bytes."
-    if rng.random() < .5: return mutate_bytes(good, rng)
+    if rng.random() < 0.5:
+        return mutate_bytes(good, rng)
     lines = good.decode().split("\n")
     at = rng.randrange(len(lines))
     fields = lines[at].split(",")
@@ -81,7 +195,7 @@ def mutate_text(good: str, rng: random.Random) -> str:
     text = good
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(text) + 1)
-        text = text[:at] + rng.choice(ODD_TEXTS) + text[at + rng.randint(0, 6):]
+        text = text[:at] + rng.choice(ODD_TEXTS) + text[at + rng.randint(0, 6) :]
     return text
 
 
@@ -92,12 +206,17 @@ class TooSlow(BaseException):
 @contextlib.contextmanager
 def time_limit(seconds: float):
     "Stop what takes longer (between two steps of Python), and what took longer inside a library."
-    def stop(*args): raise TooSlow(f"more than {seconds} s")
+
+    def stop(*args):
+        raise TooSlow(f"more than {seconds} s")
+
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     began = time.process_time()
-    try: yield
+    try:
+        yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    if time.process_time() - began > seconds: raise TooSlow(f"{time.process_time() - began:.1f} s")
+    if time.process_time() - began > seconds:
+        raise TooSlow(f"{time.process_time() - began:.1f} s")

@@ -1,4 +1,5 @@
 """The search page: its answers, what it hands out, and a walk through it in a real browser."""
+
 import os, re, socket, subprocess, sys, threading, time, urllib.error, urllib.parse, urllib.request
 from pathlib import Path
 
@@ -7,8 +8,20 @@ import pytest
 from PIL import Image
 
 from gallery_pictures import archive, figure
-from tipr_nb.search import (Answer, Page, Question, check_port, few_words, find_chromium, gallery_facts, joined_filter, match_map,
-    search_page, serve, warmed)
+from tipr_nb.search import (
+    Answer,
+    Page,
+    Question,
+    check_port,
+    few_words,
+    find_chromium,
+    gallery_facts,
+    joined_filter,
+    match_map,
+    search_page,
+    serve,
+    warmed,
+)
 from tipr_nb.core import TiprError
 from tipr_nb.search import parse_filter
 from tipr_nb.search import ColourModel
@@ -18,10 +31,10 @@ from tipr_nb.search import Gallery, unit_rows
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory):
     home = tmp_path_factory.mktemp("app")
-    shelf = archive(home/"p")
-    (home/"secret.txt").write_text("nobody may read this")
-    (home/"secret.png").write_bytes((shelf/"c1"/"red-red-0.png").read_bytes())
-    return Gallery.build(shelf, ColourModel(), home/"g", pattern=r"(?P<camera>c\d)/")
+    shelf = archive(home / "p")
+    (home / "secret.txt").write_text("nobody may read this")
+    (home / "secret.png").write_bytes((shelf / "c1" / "red-red-0.png").read_bytes())
+    return Gallery.build(shelf, ColourModel(), home / "g", pattern=r"(?P<camera>c\d)/")
 
 
 def free_port() -> int:
@@ -30,58 +43,123 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("question", [Question(), Question("a man & a woman\nin red", "a hat", "camera == 'c2'", "0123456789abcdef01234567-1-2-30-60", 12, "expand", 1), Question("漢字 é “quotes”", where="note == '#?&'")])
+@pytest.mark.parametrize(
+    "question",
+    [
+        Question(),
+        Question(
+            "a man & a woman\nin red",
+            "a hat",
+            "camera == 'c2'",
+            "0123456789abcdef01234567-1-2-30-60",
+            12,
+            "expand",
+            1,
+        ),
+        Question("漢字 é “quotes”", where="note == '#?&'"),
+    ],
+)
 def test_questions_survive_the_address(question):
-    params = {k: v[0] for k, v in urllib.parse.parse_qs(question.link()[1:], keep_blank_values=True).items()}
+    params = {
+        k: v[0]
+        for k, v in urllib.parse.parse_qs(question.link()[1:], keep_blank_values=True).items()
+    }
     assert Question.of(params) == question
 
 
 def test_bad_addresses_become_plain_questions():
-    assert Question.of(dict(k="many", like="../../etc/passwd", q="x", other="y")) == Question("x") and Question.of(dict(k="-5")).k == 1 and Question.of(dict(k="99999")).k == 200
-    assert len(Question.of(dict(q="x"*10**6)).q) == 2000
+    assert (
+        Question.of(dict(k="many", like="../../etc/passwd", q="x", other="y")) == Question("x")
+        and Question.of(dict(k="-5")).k == 1
+        and Question.of(dict(k="99999")).k == 200
+    )
+    assert len(Question.of(dict(q="x" * 10**6)).q) == 2000
 
 
 def test_answers(gallery):
     page = Page(gallery)
     answer = page.ask(Question("a red coat and blue trousers", k=5))
-    assert len(answer.tiles) == 5 and answer.tiles[0][1].startswith("1.000 · c") and "5 of 36 people" in answer.note and not answer.wrong
+    assert (
+        len(answer.tiles) == 5
+        and answer.tiles[0][1].startswith("1.000 · c")
+        and "5 of 36 people" in answer.note
+        and not answer.wrong
+    )
     like = page.ask(Question(like=answer.keys[0], k=5))
     assert answer.keys[0] not in like.keys and "most like the one you picked" in like.note
     by_picture = page.ask(Question(k=3), picture=figure("green", "white"))
-    assert answer.linked and not by_picture.linked     # no address holds an uploaded picture
+    assert answer.linked and not by_picture.linked  # no address holds an uploaded picture
     assert gallery.find(by_picture.keys[0]).path.name == "green-white-0.png"
     person, heat, facts = page.look(answer.keys[0], answer.query)
-    assert person.height >= 256 and heat.size[1] >= 192 and "red-blue-0.png" in facts and "1.000" in facts
+    assert (
+        person.height >= 256
+        and heat.size[1] >= 192
+        and "red-blue-0.png" in facts
+        and "1.000" in facts
+    )
 
 
 def test_an_imagined_picture(gallery):
     class Imagines:
         model = ColourModel()
+
         def encode_text(self, texts):
             self.imagined = [figure("green", "yellow") for _ in texts]
-            return unit_rows(.1*self.model.encode_text(texts) + .9*self.model.encode_image(self.imagined))
+            return unit_rows(
+                0.1 * self.model.encode_text(texts) + 0.9 * self.model.encode_image(self.imagined)
+            )
+
     page = Page(gallery, lambda: Gallery(gallery.folder, Imagines()))
-    with_it, without = page.ask(Question("somebody", k=3, imagine=1)), page.ask(Question("somebody", k=3))
-    assert with_it.imagined.size == (48, 96) and without.imagined is None and "imagine=1" in Question("x", imagine=1).link()
-    assert gallery.find(with_it.keys[0]).path.name == "green-yellow-0.png" and with_it.query @ gallery.features[gallery.find(with_it.keys[0]).row] == pytest.approx(float(with_it.tiles[0][1].split()[0]), abs=1e-3)
-    assert page.ask(Question(like=gallery.hits([3])[0].key, imagine=1)).imagined is None and Page(gallery).ask(Question("x", imagine=1)).imagined is None
+    with_it, without = (
+        page.ask(Question("somebody", k=3, imagine=1)),
+        page.ask(Question("somebody", k=3)),
+    )
+    assert (
+        with_it.imagined.size == (48, 96)
+        and without.imagined is None
+        and "imagine=1" in Question("x", imagine=1).link()
+    )
+    assert gallery.find(
+        with_it.keys[0]
+    ).path.name == "green-yellow-0.png" and with_it.query @ gallery.features[
+        gallery.find(with_it.keys[0]).row
+    ] == pytest.approx(float(with_it.tiles[0][1].split()[0]), abs=1e-3)
+    assert (
+        page.ask(Question(like=gallery.hits([3])[0].key, imagine=1)).imagined is None
+        and Page(gallery).ask(Question("x", imagine=1)).imagined is None
+    )
 
 
-@pytest.mark.parametrize("question,note", [(Question(), "Type a sentence"), (Question("x", where="camera = 1"), "filter"), (Question(like="0"*24), "the gallery has changed; ask again"), (Question("x", where="camera == 'c9'"), "Nobody found"), (Question("x", rerank="magic"), "neighbours or expand")])
+@pytest.mark.parametrize(
+    "question,note",
+    [
+        (Question(), "Type a sentence"),
+        (Question("x", where="camera = 1"), "filter"),
+        (Question(like="0" * 24), "the gallery has changed; ask again"),
+        (Question("x", where="camera == 'c9'"), "Nobody found"),
+        (Question("x", rerank="magic"), "neighbours or expand"),
+    ],
+)
 def test_mistakes_become_sentences(gallery, question, note):
     answer = Page(gallery).ask(question)
     assert note in answer.note and "\n" not in answer.note and not answer.tiles
 
 
 def test_our_own_failures_do_not_show_their_trace(gallery, monkeypatch, capsys):
-    monkeypatch.setattr(gallery, "search", lambda *a, **k: 1/0)
+    monkeypatch.setattr(gallery, "search", lambda *a, **k: 1 / 0)
     answer = Page(gallery).ask(Question("x"))
-    assert answer.wrong and "ZeroDivisionError" in answer.note and "Traceback" not in answer.note and "Traceback" in capsys.readouterr().err
+    assert (
+        answer.wrong
+        and "ZeroDivisionError" in answer.note
+        and "Traceback" not in answer.note
+        and "Traceback" in capsys.readouterr().err
+    )
 
 
 def test_photos_that_are_gone(tmp_path):
-    gallery = Gallery.build(archive(tmp_path/"p"), ColourModel(), tmp_path/"g")
-    for p in (tmp_path/"p").rglob("*.png"): p.unlink()
+    gallery = Gallery.build(archive(tmp_path / "p"), ColourModel(), tmp_path / "g")
+    for p in (tmp_path / "p").rglob("*.png"):
+        p.unlink()
     page = Page(gallery)
     answer = page.ask(Question("a red coat", k=3))
     assert len(answer.tiles) == 3 and "was it moved" in page.look(answer.keys[0], answer.query)[2]
@@ -89,15 +167,21 @@ def test_photos_that_are_gone(tmp_path):
 
 def test_a_gallery_without_its_model_still_shows_people(gallery):
     orphan = Gallery(gallery.folder)
-    person, heat, facts = Page(orphan).look(orphan.hits([0])[0].key, np.ones(16, np.float32)/4)
+    person, heat, facts = Page(orphan).look(orphan.hits([0])[0].key, np.ones(16, np.float32) / 4)
     assert person is not None and heat is None and "does not say where its model is" in facts
 
 
 def test_filters_from_lists():
-    assert joined_filter("", {}) == "" and joined_filter(" x0 > 1 ", {}) == "x0 > 1" and joined_filter("", dict(camera=["c1", "it's \"odd\""])) == "camera in ['c1', 'it\\'s \"odd\"']"
+    assert (
+        joined_filter("", {}) == ""
+        and joined_filter(" x0 > 1 ", {}) == "x0 > 1"
+        and joined_filter("", dict(camera=["c1", 'it\'s "odd"']))
+        == "camera in ['c1', 'it\\'s \"odd\"']"
+    )
     text = joined_filter("a == 1 or b == 2", dict(camera=["c1"], day=[]))
     assert text == "(a == 1 or b == 2) and camera in ['c1']" and parse_filter(text)
-    with pytest.raises(TiprError): parse_filter(joined_filter("a == 1) or (b == 2", dict(camera=["c1"])) + ")")
+    with pytest.raises(TiprError):
+        parse_filter(joined_filter("a == 1) or (b == 2", dict(camera=["c1"])) + ")")
 
 
 def test_gallery_facts(gallery):
@@ -109,7 +193,11 @@ def test_match_map_points_at_what_matters():
     model, picture = ColourModel(), figure("red", "green")
     for sentence, rows in (("a red coat and green trousers", slice(2, 11)),):
         heat = match_map(model.encode_image, picture, model.encode_text([sentence])[0])
-        assert heat.shape == (12, 4) and heat.min() >= 0 and heat[rows].mean() > 3*heat[[0, 11]].mean()
+        assert (
+            heat.shape == (12, 4)
+            and heat.min() >= 0
+            and heat[rows].mean() > 3 * heat[[0, 11]].mean()
+        )
     assert warmed(picture, np.zeros((12, 4))).size[1] >= 192
 
 
@@ -117,15 +205,19 @@ def test_ports():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         s.listen()
-        with pytest.raises(TiprError, match="in use; choose another"): check_port("127.0.0.1", s.getsockname()[1])
+        with pytest.raises(TiprError, match="in use; choose another"):
+            check_port("127.0.0.1", s.getsockname()[1])
     for port in (0, -1, 70_000):
-        with pytest.raises(TiprError, match="between 1 and 65535"): check_port("127.0.0.1", port)
-    with pytest.raises(TiprError, match="cannot be|assign|requested"): check_port("192.0.2.1", free_port())
+        with pytest.raises(TiprError, match="between 1 and 65535"):
+            check_port("127.0.0.1", port)
+    with pytest.raises(TiprError, match="cannot be|assign|requested"):
+        check_port("192.0.2.1", free_port())
 
 
 def test_missing_gradio_names_the_extra(gallery, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(TiprError, match=r"tipr_nb\[app\]"): search_page(gallery)
+    with pytest.raises(TiprError, match=r"tipr_nb\[app\]"):
+        search_page(gallery)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +228,10 @@ def address(gallery):
 
 
 def fetch(url: str) -> int:
-    try: return urllib.request.urlopen(url, timeout=10).status
-    except urllib.error.HTTPError as e: return e.code
+    try:
+        return urllib.request.urlopen(url, timeout=10).status
+    except urllib.error.HTTPError as e:
+        return e.code
 
 
 def test_thumbnails_stay_private(address):
@@ -148,31 +242,72 @@ def test_thumbnails_stay_private(address):
 def test_only_loopback_listens(address):
     port = int(address.rstrip("/").rsplit(":", 1)[1])
     assert fetch(address) == 200 and address.startswith("http://127.0.0.1:")
-    own = next((a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET) if not a[4][0].startswith("127.")), None)
+    own = next(
+        (
+            a[4][0]
+            for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+            if not a[4][0].startswith("127.")
+        ),
+        None,
+    )
     if own:
-        with pytest.raises(OSError), socket.create_connection((own, port), timeout=2): pass
+        with pytest.raises(OSError), socket.create_connection((own, port), timeout=2):
+            pass
 
 
 def test_no_file_can_be_named(address, gallery):
     home = gallery.folder.parent
-    files = [home/"secret.txt", home/"secret.png", gallery.folder/"gallery.json", gallery.hits([0])[0].path, Path("/etc/passwd"), Path(__file__)]
+    files = [
+        home / "secret.txt",
+        home / "secret.png",
+        gallery.folder / "gallery.json",
+        gallery.hits([0])[0].path,
+        Path("/etc/passwd"),
+        Path(__file__),
+    ]
     for file in files:
-        for way in (str(file), "/" + str(file), f"../../../../../../../..{file}", urllib.parse.quote(str(file), safe=""), f"..%2f..%2f..%2f..%2f..%2f..{file}", f"%2e%2e/%2e%2e/%2e%2e/%2e%2e{file}", f"file://{file}", f"{gallery.folder}/../{file.name}"):
-            for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/", "gradio_api/proxy=", "theme.css/"):
+        for way in (
+            str(file),
+            "/" + str(file),
+            f"../../../../../../../..{file}",
+            urllib.parse.quote(str(file), safe=""),
+            f"..%2f..%2f..%2f..%2f..%2f..{file}",
+            f"%2e%2e/%2e%2e/%2e%2e/%2e%2e{file}",
+            f"file://{file}",
+            f"{gallery.folder}/../{file.name}",
+        ):
+            for route in (
+                "gradio_api/file=",
+                "file=",
+                "gradio_api/file/",
+                "static/",
+                "assets/",
+                "gradio_api/proxy=",
+                "theme.css/",
+            ):
                 status = fetch(f"{address}{route}{way}")
                 assert status in (400, 403, 404, 405, 422), (route, way, status)
 
 
 def test_the_page_in_a_browser(address, gallery, tmp_path):
     chromium = find_chromium()
-    if chromium is None: pytest.skip("no Chromium here; apt-get install chromium")
+    if chromium is None:
+        pytest.skip("no Chromium here; apt-get install chromium")
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport=dict(width=1300, height=950))
         page.set_default_timeout(60_000)
         outside, errors = [], []
-        page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:", address.replace("http", "ws"))) else outside.append(r.url))
+        page.on(
+            "request",
+            lambda r: (
+                None
+                if r.url.startswith((address, "data:", "blob:", address.replace("http", "ws")))
+                else outside.append(r.url)
+            ),
+        )
         page.on("pageerror", lambda e: errors.append(str(e)))
         page.goto(address)
         page.wait_for_selector("#q textarea")
@@ -180,17 +315,27 @@ def test_the_page_in_a_browser(address, gallery, tmp_path):
         page.fill("#q textarea", "a red coat and blue trousers")
         page.click("#search")
         page.wait_for_selector("#people button img")
-        assert "24 of 36 people, best first" in page.inner_text("#note") and page.locator("#people button img").count() == 24
+        assert (
+            "24 of 36 people, best first" in page.inner_text("#note")
+            and page.locator("#people button img").count() == 24
+        )
         assert page.locator("#people button").first.inner_text().startswith("1.000 · c")
         link = page.get_attribute("#note a", "href")
         # a click: the person, what matched, and others like them
         page.locator("#people button").first.click()
         page.wait_for_selector("#heat img")
-        assert "red-blue-0.png" in page.inner_text("#closer") and page.locator("#person img").count() == 1
-        page.screenshot(path=tmp_path/"clicked.png")
-        assert any(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.webp"))     # the thumbnails are there and nowhere else
+        assert (
+            "red-blue-0.png" in page.inner_text("#closer")
+            and page.locator("#person img").count() == 1
+        )
+        page.screenshot(path=tmp_path / "clicked.png")
+        assert any(
+            Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.webp")
+        )  # the thumbnails are there and nowhere else
         page.click("#more_like")
-        page.wait_for_function("document.querySelector('#note').innerText.includes('most like the one you picked')")
+        page.wait_for_function(
+            "document.querySelector('#note').innerText.includes('most like the one you picked')"
+        )
         assert not page.locator("#people button").first.inner_text().startswith("1.000")
         # a list of cameras, then a wrong filter: a sentence on the page, no trace
         page.click("#list_camera input")
@@ -206,9 +351,20 @@ def test_the_page_in_a_browser(address, gallery, tmp_path):
         # the link asks the same question again
         page.goto(address.rstrip("/") + "/" + link)
         page.wait_for_selector("#people button img")
-        assert page.input_value("#q textarea") == "a red coat and blue trousers" and page.locator("#people button").first.inner_text().startswith("1.000 · c")
+        assert page.input_value("#q textarea") == "a red coat and blue trousers" and page.locator(
+            "#people button"
+        ).first.inner_text().startswith("1.000 · c")
         # nothing in the address or the words becomes part of the page
-        page.goto(address.rstrip("/") + "/?" + urllib.parse.urlencode(dict(q="<img src=x onerror=\"document.title='broken'\">", where="<script>document.title='broken'</script>")))
+        page.goto(
+            address.rstrip("/")
+            + "/?"
+            + urllib.parse.urlencode(
+                dict(
+                    q="<img src=x onerror=\"document.title='broken'\">",
+                    where="<script>document.title='broken'</script>",
+                )
+            )
+        )
         page.wait_for_selector("#note .wrong")
         assert page.title() != "broken"
         browser.close()
@@ -217,82 +373,166 @@ def test_the_page_in_a_browser(address, gallery, tmp_path):
 
 def test_many_at_once(gallery):
     page, out = Page(gallery), []
-    def ask(i): out.append(page.ask(Question("a red coat and blue trousers", k=1 + i % 5, where="camera == 'c2'" if i % 2 else "")))
+
+    def ask(i):
+        out.append(
+            page.ask(
+                Question(
+                    "a red coat and blue trousers",
+                    k=1 + i % 5,
+                    where="camera == 'c2'" if i % 2 else "",
+                )
+            )
+        )
+
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(24)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     assert len(out) == 24 and not any(a.wrong for a in out)
 
 
 def test_clicks_and_links_while_somebody_indexes(tmp_path):
     "Two hundred clicks, links and likes made before a re-index: the right person, or a sentence that says the gallery has changed; never somebody else."
     import random
-    shelf = archive(tmp_path/"p")
-    for i in range(12): figure("white", "white", (40 + i, 90)).save(shelf/"c1"/f"extra{i}.png")
-    gallery, r = Gallery.build(shelf, ColourModel(), tmp_path/"g", pattern=r"(?P<camera>c\d)/"), random.Random(0)
+
+    shelf = archive(tmp_path / "p")
+    for i in range(12):
+        figure("white", "white", (40 + i, 90)).save(shelf / "c1" / f"extra{i}.png")
+    gallery, r = (
+        Gallery.build(shelf, ColourModel(), tmp_path / "g", pattern=r"(?P<camera>c\d)/"),
+        random.Random(0),
+    )
     page, right, gone = Page(gallery), 0, 0
     for round in range(10):
         known = {h.key: h for h in page.gallery.hits(range(len(page.gallery)))}
         old = page.ask(Question("a red coat and blue trousers", k=30))
         moving = sorted(shelf.rglob("*.png"))
-        for p in r.sample(moving, 4): p.rename(p.with_name(f"{r.choice('abyz')}{round}-{p.name}"))
+        for p in r.sample(moving, 4):
+            p.rename(p.with_name(f"{r.choice('abyz')}{round}-{p.name}"))
         r.choice(sorted(shelf.rglob("*.png"))).unlink()
-        figure("black", "white", (30 + round, 70)).save(shelf/f"c{1 + round % 3}"/f"{r.choice('az')}new{round}.png")
+        figure("black", "white", (30 + round, 70)).save(
+            shelf / f"c{1 + round % 3}" / f"{r.choice('az')}new{round}.png"
+        )
         Gallery.build(shelf, ColourModel(), gallery.folder)
         for key in r.sample(old.keys, 20):
             person, _, facts = page.look(key, old.query)
-            like = page.ask(Question.of({k: v[0] for k, v in urllib.parse.parse_qs(Question(like=key, k=3).link()[1:]).items()}))
+            like = page.ask(
+                Question.of(
+                    {
+                        k: v[0]
+                        for k, v in urllib.parse.parse_qs(
+                            Question(like=key, k=3).link()[1:]
+                        ).items()
+                    }
+                )
+            )
             if "the gallery has changed; ask again" in facts:
                 gone += 1
                 assert person is None and like.wrong and "ask again" in like.note
                 continue
             right += 1
-            assert np.array_equal(np.asarray(person), np.asarray(known[key].picture().resize(person.size, 3) if known[key].path.exists() else person))
-            assert page.gallery.find(key).key == key and not like.wrong and key not in like.keys and known[key].path.name in page.gallery.find(key).path.name
+            assert np.array_equal(
+                np.asarray(person),
+                np.asarray(
+                    known[key].picture().resize(person.size, 3)
+                    if known[key].path.exists()
+                    else person
+                ),
+            )
+            assert (
+                page.gallery.find(key).key == key
+                and not like.wrong
+                and key not in like.keys
+                and known[key].path.name in page.gallery.find(key).path.name
+            )
     assert right + gone == 200 and gone > 0
-    assert page.ask(Question("a red coat", where="camera == 'c9'")).note.startswith("Nobody") and "rows" not in page.look("f"*24, None)[2]
+    assert (
+        page.ask(Question("a red coat", where="camera == 'c9'")).note.startswith("Nobody")
+        and "rows" not in page.look("f" * 24, None)[2]
+    )
 
 
 def test_nothing_of_a_table_or_a_name_becomes_part_of_the_page(tmp_path):
     bad = "<img src=x onerror=alert(1)>"
-    shelf = archive(tmp_path/"p")
+    shelf = archive(tmp_path / "p")
     first = sorted(shelf.rglob("*.png"))[0]
     first.rename(first.with_name(f"{bad}.png"))
-    lines = [f'"{p.relative_to(shelf)}","{bad if i % 2 else "<b>plain</b>"}"' for i, p in enumerate(sorted(shelf.rglob("*.png")))]
-    (tmp_path/"t.csv").write_text('path,"<i>note</i>"\n' + "\n".join(lines) + "\n")
-    gallery = Gallery.build(shelf, ColourModel(), tmp_path/"g", metadata=tmp_path/"t.csv")
+    lines = [
+        f'"{p.relative_to(shelf)}","{bad if i % 2 else "<b>plain</b>"}"'
+        for i, p in enumerate(sorted(shelf.rglob("*.png")))
+    ]
+    (tmp_path / "t.csv").write_text('path,"<i>note</i>"\n' + "\n".join(lines) + "\n")
+    gallery = Gallery.build(shelf, ColourModel(), tmp_path / "g", metadata=tmp_path / "t.csv")
     page = Page(gallery)
     for key in page.ask(Question("a man", k=36)).keys:
         facts = page.look(key, None)[2]
         assert "<img src" not in facts and "<b>" not in facts and "<i>" not in facts
     assert "<img src" not in gallery_facts(gallery) and "&lt;img src" in gallery_facts(gallery)
     from tipr_nb.search.app import _note
-    for answer in (page.ask(Question("a man", where=f"note == '{bad}' and")), page.ask(Question(bad, where=bad))): assert "<img src" not in _note(answer, Question(bad, where=bad))
+
+    for answer in (
+        page.ask(Question("a man", where=f"note == '{bad}' and")),
+        page.ask(Question(bad, where=bad)),
+    ):
+        assert "<img src" not in _note(answer, Question(bad, where=bad))
 
 
-@pytest.mark.parametrize("data,why", [(b"nothing", "not a picture"), (b"", "not a picture"), (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"), (None, "million pixels|more than")])
+@pytest.mark.parametrize(
+    "data,why",
+    [
+        (b"nothing", "not a picture"),
+        (b"", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (None, "million pixels|more than"),
+    ],
+)
 def test_uploads_are_limited_before_they_are_decoded(gallery, tmp_path, data, why):
-    path = tmp_path/"x.png"
-    if data is None: Image.new("L", (20_000, 20_000)).save(path)
-    else: path.write_bytes(data)
+    path = tmp_path / "x.png"
+    if data is None:
+        Image.new("L", (20_000, 20_000)).save(path)
+    else:
+        path.write_bytes(data)
     answer = Page(gallery).ask(Question(k=3), path)
-    assert answer.wrong and answer.note.startswith("your picture: ") and re.search(why, answer.note) and "\n" not in answer.note
+    assert (
+        answer.wrong
+        and answer.note.startswith("your picture: ")
+        and re.search(why, answer.note)
+        and "\n" not in answer.note
+    )
     figure("green", "white").save(path)
-    assert gallery.find(Page(gallery).ask(Question(k=3), path).keys[0]).path.name == "green-white-0.png"
+    assert (
+        gallery.find(Page(gallery).ask(Question(k=3), path).keys[0]).path.name
+        == "green-white-0.png"
+    )
 
 
 def request(address, host=None, **headers):
     r = urllib.request.Request(address, headers=({"Host": host} if host else {}) | headers)
-    try: return urllib.request.urlopen(r, timeout=10).status
-    except urllib.error.HTTPError as e: return e.code
+    try:
+        return urllib.request.urlopen(r, timeout=10).status
+    except urllib.error.HTTPError as e:
+        return e.code
 
 
 def test_the_page_answers_its_own_names_alone(address):
     port = address.rstrip("/").rsplit(":", 1)[1]
-    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}"): assert request(address, host) == 200
-    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", f"localhost.evil.example:{port}", "192.168.1.7"):
-        for path in ("", "config", "gradio_api/info", "gradio_api/file=x"): assert request(address + path, host) == 421, (host, path)
-    assert request(address, Origin="http://evil.example") == 421 and request(address, Origin=address.rstrip("/")) == 200
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}"):
+        assert request(address, host) == 200
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1.evil.example",
+        f"localhost.evil.example:{port}",
+        "192.168.1.7",
+    ):
+        for path in ("", "config", "gradio_api/info", "gradio_api/file=x"):
+            assert request(address + path, host) == 421, (host, path)
+    assert (
+        request(address, Origin="http://evil.example") == 421
+        and request(address, Origin=address.rstrip("/")) == 200
+    )
 
 
 def test_beyond_loopback_a_password_is_wanted(gallery, capsys):
@@ -301,27 +541,60 @@ def test_beyond_loopback_a_password_is_wanted(gallery, capsys):
         said = capsys.readouterr().err
         port = address.rstrip("/").rsplit(":", 1)[1]
         assert "the name tipr and the password" in said
-        assert request(f"http://127.0.0.1:{port}/config") == 401 and request(f"http://127.0.0.1:{port}/config", "evil.example") == 421
+        assert (
+            request(f"http://127.0.0.1:{port}/config") == 401
+            and request(f"http://127.0.0.1:{port}/config", "evil.example") == 421
+        )
         data = urllib.parse.urlencode(dict(username="tipr", password=said.split()[-1])).encode()
-        assert urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/login", data), timeout=10).status == 200
-        with pytest.raises(urllib.error.HTTPError): urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/login", data.replace(b"password=", b"password=x")), timeout=10)
-    finally: blocks.close()
+        assert (
+            urllib.request.urlopen(
+                urllib.request.Request(f"http://127.0.0.1:{port}/login", data), timeout=10
+            ).status
+            == 200
+        )
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(
+                urllib.request.Request(
+                    f"http://127.0.0.1:{port}/login", data.replace(b"password=", b"password=x")
+                ),
+                timeout=10,
+            )
+    finally:
+        blocks.close()
 
 
 def test_a_proxy_in_the_environment_is_no_hindrance(gallery, monkeypatch):
     dead = f"http://127.0.0.1:{free_port()}"
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"): monkeypatch.setenv(name, dead)
-    for name in ("NO_PROXY", "no_proxy"): monkeypatch.delenv(name, raising=False)
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ):
+        monkeypatch.setenv(name, dead)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
     blocks, address = serve(gallery, port=free_port(), wait=False)
-    try: assert urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=10).status == 200
-    finally: blocks.close()
+    try:
+        assert (
+            urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            .open(address, timeout=10)
+            .status
+            == 200
+        )
+    finally:
+        blocks.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_by_keyboard_and_finger(address, gallery, tmp_path, width):
     chromium = find_chromium()
-    if chromium is None: pytest.skip("no Chromium here; apt-get install chromium")
+    if chromium is None:
+        pytest.skip("no Chromium here; apt-get install chromium")
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport=dict(width=width, height=840))
@@ -329,30 +602,38 @@ def test_the_page_by_keyboard_and_finger(address, gallery, tmp_path, width):
         page.goto(address)
         page.wait_for_selector("#q textarea")
         page.fill("#q textarea", "a red coat and blue trousers")
-        page.keyboard.press("Enter")                                   # Enter searches
+        page.keyboard.press("Enter")  # Enter searches
         page.wait_for_selector("#people button img")
-        page.wait_for_function("location.search.includes('red+coat')")    # the address follows
+        page.wait_for_function("location.search.includes('red+coat')")  # the address follows
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth + 1")
         page.locator("#people button").first.click()
         page.wait_for_selector("#heat img")
         box = page.locator("#person img").bounding_box()
-        assert box["y"] >= 0 and box["y"] < 840 and box["width"] > 30     # visible without scrolling
+        assert box["y"] >= 0 and box["y"] < 840 and box["width"] > 30  # visible without scrolling
         page.wait_for_selector("#closer button:has-text('Whole photo')")
-        page.screenshot(path=tmp_path/f"closer-{width}.png")
+        page.screenshot(path=tmp_path / f"closer-{width}.png")
         page.click("#pick")
         page.wait_for_function("document.querySelector('#take') && true")
-        page.keyboard.press("Escape")                                  # Esc closes
-        page.wait_for_function("!document.querySelector('#closer') || document.querySelector('#closer').offsetParent === null")
+        page.keyboard.press("Escape")  # Esc closes
+        page.wait_for_function(
+            "!document.querySelector('#closer') || document.querySelector('#closer').offsetParent === null"
+        )
         page.locator("#people button").nth(1).click()
         page.wait_for_selector("#heat img")
         page.click("#more_like")
-        page.wait_for_function("document.querySelector('#note').innerText.includes('most like the one you picked')")
-        page.wait_for_function("document.querySelector('#q textarea').value === ''")      # the sentence is gone, the person is shown
+        page.wait_for_function(
+            "document.querySelector('#note').innerText.includes('most like the one you picked')"
+        )
+        page.wait_for_function(
+            "document.querySelector('#q textarea').value === ''"
+        )  # the sentence is gone, the person is shown
         page.wait_for_selector("#liked img")
-        page.screenshot(path=tmp_path/f"like-{width}.png", full_page=True)
+        page.screenshot(path=tmp_path / f"like-{width}.png", full_page=True)
         page.wait_for_function("location.search.includes('like=')")
-        page.go_back()                                                 # Back follows
-        page.wait_for_function("document.querySelector('#q textarea') && document.querySelector('#q textarea').value.startsWith('a red coat')")
+        page.go_back()  # Back follows
+        page.wait_for_function(
+            "document.querySelector('#q textarea') && document.querySelector('#q textarea').value.startsWith('a red coat')"
+        )
         page.wait_for_selector("#people button img")
         page.click("#next")
         page.wait_for_function("document.querySelector('#note').innerText.includes('from rank 25')")

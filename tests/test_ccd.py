@@ -1,4 +1,5 @@
 """RDE's division of pairs: noise, mixture, consensus, labels over epochs, resume."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,25 +16,47 @@ N = 40
 
 def split_of(n=N):
     ids = np.arange(n)
-    return Split("train", [""]*n, ids, [f"caption {i}" for i in range(n)], ids, ids, {}, {"kind": ids.astype(str)})
+    return Split(
+        "train",
+        [""] * n,
+        ids,
+        [f"caption {i}" for i in range(n)],
+        ids,
+        ids,
+        {},
+        {"kind": ids.astype(str)},
+    )
 
 
-@pytest.mark.parametrize("fraction", [0, .2, .5, .8, 1])
+@pytest.mark.parametrize("fraction", [0, 0.2, 0.5, 0.8, 1])
 def test_noise_exchanges_a_share_and_nothing_else(fraction):
     before = split_of()
     after = inject_noise(before, fraction, seed=3)
     moved = np.array([a != b for a, b in zip(before.captions, after.captions)])
-    assert sorted(after.captions) == sorted(before.captions) and np.array_equal(after.caption_ids, before.caption_ids)
-    assert np.array_equal(~after.caption_columns["paired"], moved) and fraction*N - 3 <= moved.sum() <= fraction*N
+    assert sorted(after.captions) == sorted(before.captions) and np.array_equal(
+        after.caption_ids, before.caption_ids
+    )
+    assert (
+        np.array_equal(~after.caption_columns["paired"], moved)
+        and fraction * N - 3 <= moved.sum() <= fraction * N
+    )
     assert [f"caption {k}" for k in after.caption_columns["kind"]] == after.captions
-    assert inject_noise(before, fraction, seed=3).captions == after.captions and before.captions == split_of().captions
+    assert (
+        inject_noise(before, fraction, seed=3).captions == after.captions
+        and before.captions == split_of().captions
+    )
 
 
 def test_noise_of_a_dataset_touches_training_only():
     data = PersonDataset("toy", None, split_of(), split_of(5), split_of(6))
-    noisy = inject_noise(data, .5)
-    assert noisy.val is data.val and noisy.test is data.test and noisy.train.captions != data.train.captions and "50%" in noisy.notes[-1]
-    for bad in (-.1, 1.5):
+    noisy = inject_noise(data, 0.5)
+    assert (
+        noisy.val is data.val
+        and noisy.test is data.test
+        and noisy.train.captions != data.train.captions
+        and "50%" in noisy.notes[-1]
+    )
+    for bad in (-0.1, 1.5):
         with pytest.raises(TiprError, match="noise="):
             inject_noise(data, bad)
 
@@ -43,14 +66,19 @@ def test_mixture_divides_two_humps(fine):
     rng = np.random.default_rng(0)
     wrong = np.arange(2000) < 600
     losses = np.where(wrong, rng.normal(9, 1, 2000), rng.normal(3, 1, 2000))
-    assert (clean_pairs(losses, fine) == ~wrong).mean() > .99
+    assert (clean_pairs(losses, fine) == ~wrong).mean() > 0.99
     assert clean_pairs(np.ones(10)).all()
 
 
 def test_consensus():
     a, b = np.array([True, True, False, False]), np.array([True, False, True, False])
     kept = np.array([consensus(a, b, seed=s) for s in range(400)])
-    assert kept[:, 0].all() and not kept[:, 3].any() and .4 < kept[:, 1].mean() < .6 and .4 < kept[:, 2].mean() < .6
+    assert (
+        kept[:, 0].all()
+        and not kept[:, 3].any()
+        and 0.4 < kept[:, 1].mean() < 0.6
+        and 0.4 < kept[:, 2].mean() < 0.6
+    )
 
 
 @pytest.fixture()
@@ -61,8 +89,12 @@ def nano():
 
 def batch_of(model, rows):
     tokens = model.tokenize([f"person number {i} in red" for i in rows])
-    images = torch.randn(len(rows), 3, *model.image_size, generator=torch.Generator().manual_seed(int(rows[0])))
-    return SimpleNamespace(images=images, tokens=tokens, ids=torch.tensor(rows), caption_index=torch.tensor(rows))
+    images = torch.randn(
+        len(rows), 3, *model.image_size, generator=torch.Generator().manual_seed(int(rows[0]))
+    )
+    return SimpleNamespace(
+        images=images, tokens=tokens, ids=torch.tensor(rows), caption_index=torch.tensor(rows)
+    )
 
 
 def test_first_epoch_is_tal_on_all_pairs(nano):
@@ -75,22 +107,31 @@ def test_first_epoch_is_tal_on_all_pairs(nano):
 
 def test_labels_after_an_epoch_and_resume(nano, monkeypatch):
     from tipr_nb.methods import ccd
-    monkeypatch.setattr(ccd, "clean_pairs", lambda losses, fine=False: np.arange(len(losses)) % 4 != 0)
+
+    monkeypatch.setattr(
+        ccd, "clean_pairs", lambda losses, fine=False: np.arange(len(losses)) % 4 != 0
+    )
     objective = build_objective("CCD", nano, 8, tse=False)
     for rows in ([0, 1, 2, 3], [4, 5, 6, 7]):
         batch = batch_of(nano, rows)
         objective(nano(batch), batch, nano)
-    assert objective.labels.tolist() == [1]*8 and int(objective.epoch) == 0
+    assert objective.labels.tolist() == [1] * 8 and int(objective.epoch) == 0
     state = {k: v.clone() for k, v in objective.state_dict().items()}
     batch = batch_of(nano, [0, 1, 2, 3])
     loss = objective(nano(batch), batch, nano)
-    assert objective.labels.tolist() == [0, 1, 1, 1, 0, 1, 1, 1] and int(objective.epoch) == 1 and objective.logs["kept"] == .75
+    assert (
+        objective.labels.tolist() == [0, 1, 1, 1, 0, 1, 1, 1]
+        and int(objective.epoch) == 1
+        and objective.logs["kept"] == 0.75
+    )
     f = nano(batch)
     each = tal_loss(f.image, f.text, f.ids, reduction="none")
     assert torch.allclose(loss, each[1:].sum(), atol=1e-4)
     again = build_objective("CCD", nano, 8, tse=False)
     again.load_state_dict(state)
-    assert torch.allclose(again(nano(batch), batch, nano), loss, atol=1e-5) and torch.equal(again.labels, objective.labels)
+    assert torch.allclose(again(nano(batch), batch, nano), loss, atol=1e-5) and torch.equal(
+        again.labels, objective.labels
+    )
 
 
 def test_nothing_is_remembered_in_evaluation(nano):
@@ -116,7 +157,17 @@ def test_trains_on_noisy_data(tmp_path):
     from tipr_nb.data import load_dataset
     from tipr_nb.synth import make_synth_pedes
     from tipr_nb.training import RECIPES, train
-    data = load_dataset("synth-pedes", make_synth_pedes(tmp_path/"data", n_ids=(12, 4, 5), workers=1))
-    recipe = RECIPES["tal-tiny"].replace(arch="tipr-nano", pretrained=None, precision="no", batch_size=8, epochs=2, objectives=["CCD"])
-    run = train(recipe, inject_noise(data, .5), tmp_path/"run", device="cpu", verbose=False)
+
+    data = load_dataset(
+        "synth-pedes", make_synth_pedes(tmp_path / "data", n_ids=(12, 4, 5), workers=1)
+    )
+    recipe = RECIPES["tal-tiny"].replace(
+        arch="tipr-nano",
+        pretrained=None,
+        precision="no",
+        batch_size=8,
+        epochs=2,
+        objectives=["CCD"],
+    )
+    run = train(recipe, inject_noise(data, 0.5), tmp_path / "run", device="cpu", verbose=False)
     assert run.history["loss/CCD"].dropna().ge(0).all()

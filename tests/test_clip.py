@@ -14,7 +14,16 @@ from tipr_nb.models import backbones as B
 from tipr_nb.models import clip as C
 from tipr_nb.models import tokens as T
 from tipr_nb.methods import OBJECTIVES, Objective, build_objective, register_objective
-from tipr_nb.models import Features, PersonCLIP, id_loss, interaction_maps, itc_loss, sdm_loss, tal_loss, unit
+from tipr_nb.models import (
+    Features,
+    PersonCLIP,
+    id_loss,
+    interaction_maps,
+    itc_loss,
+    sdm_loss,
+    tal_loss,
+    unit,
+)
 from tipr_nb.models import SelfAttention, gather_features, overlay
 from tipr_nb.models import weights as W
 from tipr_nb.core import TiprError
@@ -45,7 +54,9 @@ def images(n=3, size=(96, 32), seed=0):
 def batch(model, n=4, seed=0):
     texts = [f"{CAPTIONS[0]} Number {i}." for i in range(n)]
     return SimpleNamespace(
-        images=images(n, model.image_size, seed), tokens=model.tokenize(texts), ids=torch.arange(n) // 2
+        images=images(n, model.image_size, seed),
+        tokens=model.tokenize(texts),
+        ids=torch.arange(n) // 2,
     )
 
 
@@ -142,7 +153,10 @@ def test_hugging_face_tokenizer_agrees(whole):
 @pytest.mark.parametrize("causal", [False, True])
 def test_self_attention_equals_multihead(causal):
     torch.manual_seed(0)
-    plain, x = nn.MultiheadAttention(32, 2, batch_first=True), torch.randn(3, 9, 32, requires_grad=True)
+    plain, x = (
+        nn.MultiheadAttention(32, 2, batch_first=True),
+        torch.randn(3, 9, 32, requires_grad=True),
+    )
     mask = torch.full((9, 9), -torch.inf).triu(1) if causal else None
     want = plain(x, x, x, need_weights=False, attn_mask=mask)[0]
     want_grad = torch.autograd.grad(want.square().sum(), [x, *plain.parameters()])
@@ -151,7 +165,9 @@ def test_self_attention_equals_multihead(causal):
         plain.keep_weights = keep
         got = plain(x, x, x, need_weights=False, attn_mask=mask)[0]
         assert (got - want).abs().max() < 1e-6
-        for a, b in zip(torch.autograd.grad(got.square().sum(), [x, *plain.parameters()]), want_grad):
+        for a, b in zip(
+            torch.autograd.grad(got.square().sum(), [x, *plain.parameters()]), want_grad
+        ):
             assert torch.allclose(a, b, atol=1e-5)
     plain.keep_weights = False
     with torch.autocast("cpu", torch.bfloat16):
@@ -198,7 +214,9 @@ def test_every_block_takes_the_lean_path(nano):
         small(quick_gelu=True),
         small(vision_cfg=dict(pool_type="avg")),
         small(vision_cfg=dict(pool_type="avg", final_ln_after_pool=True)),
-        small(custom_text=True, text_cfg=dict(proj_bias=True, no_causal_mask=True, pool_type="last")),
+        small(
+            custom_text=True, text_cfg=dict(proj_bias=True, no_causal_mask=True, pool_type="last")
+        ),
         small(vision_cfg=dict(no_ln_pre=True), text_cfg=dict(pool_type="eos", eos_id=1023)),
         small(vision_cfg=dict(qk_norm=True, scale_attn=True)),
         small(vision_cfg=dict(layers=[1, 1, 1, 1], width=8)),
@@ -256,7 +274,9 @@ def test_large_batches_are_sorted_by_length(nano):
         mask, torch.cat([o[2] for o in one])
     )
     params = list(nano.clip.transformer.parameters())
-    a, b = (torch.autograd.grad(x.square().sum(), params) for x in (raw, torch.cat([o[0] for o in one])))
+    a, b = (
+        torch.autograd.grad(x.square().sum(), params) for x in (raw, torch.cat([o[0] for o in one]))
+    )
     assert all(torch.allclose(x, y, atol=1e-4, rtol=1e-4) for x, y in zip(a, b))
 
 
@@ -269,7 +289,9 @@ def test_mask_knows_exclamation_marks_from_padding(nano):
 
 def test_bidirectional_text_is_never_cut():
     m = PersonCLIP(
-        "other", (96, 32), small(custom_text=True, text_cfg=dict(no_causal_mask=True, pool_type="last"))
+        "other",
+        (96, 32),
+        small(custom_text=True, text_cfg=dict(no_causal_mask=True, pool_type="last")),
     )
     assert m.tokenize(CAPTIONS).shape == (3, 77)
 
@@ -332,13 +354,20 @@ def test_training_sees_the_text_that_evaluation_sees(kind, tmp_path):
     for i in range(3):
         Image.new("RGB", (32, 96), (40 * i, 90, 20)).save(tmp_path / f"{i}.png")
     split = Split(
-        "train", [tmp_path / f"{i}.png" for i in range(3)], np.arange(3), captions, np.arange(3), np.arange(3)
+        "train",
+        [tmp_path / f"{i}.png" for i in range(3)],
+        np.arange(3),
+        captions,
+        np.arange(3),
+        np.arange(3),
     )
     want, at_evaluation = unit(m.clip.encode_text(m.tokenizer(captions))), m.encode_text(captions)
     assert (at_evaluation - want).abs().max() < 1e-5 and m.trims is trims
     for size in (1, 2):
         for batch in make_loader(split, m.tokenize, (96, 32), size, train=False, cache=False):
-            assert (unit(m.text_features(batch.tokens)[0]) - want[batch.caption_index]).abs().max() < 1e-5
+            assert (
+                unit(m.text_features(batch.tokens)[0]) - want[batch.caption_index]
+            ).abs().max() < 1e-5
             assert (
                 m.text_features(batch.tokens)[2].shape == batch.tokens.shape
                 and m.token_mask(batch.tokens).any(1).all()
@@ -346,7 +375,9 @@ def test_training_sees_the_text_that_evaluation_sees(kind, tmp_path):
     cut = m.tokenizer(captions[:1])[:, :8]  # whoever cuts, and however short
     assert (unit(m.text_features(cut)[0]) - want[:1]).abs().max() < 1e-5
     features = m.train()(SimpleNamespace(images=images(1), tokens=cut, ids=torch.zeros(1)))
-    assert features.text_tokens is None or features.text_tokens.shape[1] == features.text_mask.shape[1]
+    assert (
+        features.text_tokens is None or features.text_tokens.shape[1] == features.text_mask.shape[1]
+    )
     assert (features.text.detach() - want[:1]).abs().max() < 1e-5
 
 
@@ -383,11 +414,18 @@ def test_padding_that_is_not_zero_is_kept_by_the_loader(tmp_path):
     for i in range(2):
         Image.new("RGB", (32, 96)).save(tmp_path / f"{i}.png")
     split = Split(
-        "train", [tmp_path / f"{i}.png" for i in range(2)], np.arange(2), captions, np.arange(2), np.arange(2)
+        "train",
+        [tmp_path / f"{i}.png" for i in range(2)],
+        np.arange(2),
+        captions,
+        np.arange(2),
+        np.arange(2),
     )
     (batch,) = make_loader(split, m.tokenize, (96, 32), 2, train=False, cache=False)
     assert (
-        m.pad_id == 1 and batch.tokens[0].tolist() == [2, 3, 5, 1, 1, 1, 1] or batch.tokens[0, 3:].eq(1).all()
+        m.pad_id == 1
+        and batch.tokens[0].tolist() == [2, 3, 5, 1, 1, 1, 1]
+        or batch.tokens[0, 3:].eq(1).all()
     )
     alone = torch.cat([m.encode_text([c]) for c in captions])
     assert (unit(m.text_features(batch.tokens)[0]) - alone).abs().max() < 1e-5
@@ -411,7 +449,9 @@ def test_stretched_context(tmp_path):
         and torch.equal(m.clip.positional_embedding[:20], positions[:20])
         and torch.allclose(m.clip.positional_embedding[-1], positions[-1])
     )
-    assert (m.encode_text([long.format("red")]) - m.encode_text([long.format("blue")])).abs().max() > 1e-6
+    assert (
+        m.encode_text([long.format("red")]) - m.encode_text([long.format("blue")])
+    ).abs().max() > 1e-6
     m.save_pretrained(tmp_path / "m")
     again = PersonCLIP.from_pretrained(tmp_path / "m")
     assert again.context_length == 200 and torch.equal(
@@ -427,7 +467,9 @@ def test_stretched_context(tmp_path):
     fails(
         "reads its padding",
         PersonCLIP(
-            "other", (96, 32), small(custom_text=True, text_cfg=dict(no_causal_mask=True, pool_type="last"))
+            "other",
+            (96, 32),
+            small(custom_text=True, text_cfg=dict(no_causal_mask=True, pool_type="last")),
         ).resize_context,
         128,
     )
@@ -441,7 +483,9 @@ def test_customs_of_resizing_positions(tmp_path, positions):
 
     torch.manual_seed(0)
     square = B.CLIP(**small())
-    save_file({k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path / "w.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path / "w.safetensors"
+    )
     m = PersonCLIP("other", (96, 32), small()).load_open_clip(tmp_path / "w.safetensors", positions)
     got, grid = (
         m.clip.visual.positional_embedding.detach(),
@@ -456,16 +500,19 @@ def test_customs_of_resizing_positions(tmp_path, positions):
     for r in range(6):
         for c in range(2):
             y, x = (
-                min(max((i + 0.5) * old / new - 0.5, 0), old - 1) for i, old, new in ((r, 4, 6), (c, 4, 2))
+                min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
+                for i, old, new in ((r, 4, 6), (c, 4, 2))
             )
             y0, x0 = int(y), int(x)
             y1, x1 = min(y0 + 1, 3), min(x0 + 1, 3)
-            want = (1 - y + y0) * ((1 - x + x0) * grid[y0, x0] + (x - x0) * grid[y0, x1]) + (y - y0) * (
-                (1 - x + x0) * grid[y1, x0] + (x - x0) * grid[y1, x1]
-            )
+            want = (1 - y + y0) * ((1 - x + x0) * grid[y0, x0] + (x - x0) * grid[y0, x1]) + (
+                y - y0
+            ) * ((1 - x + x0) * grid[y1, x0] + (x - x0) * grid[y1, x1])
             assert torch.allclose(got[1 + 2 * r + c], want, atol=1e-5)
     assert not torch.allclose(
-        got, B.resize_positions(square.visual.positional_embedding.detach(), (4, 4), (6, 2)), atol=1e-3
+        got,
+        B.resize_positions(square.visual.positional_embedding.detach(), (4, 4), (6, 2)),
+        atol=1e-3,
     )
     fails("filter of positions", m.resize, (64, 64), "bilinaer")
     assert torch.equal(
@@ -479,11 +526,17 @@ def siglip_cfg(words):
     cfg = small(
         custom_text=True,
         init_logit_bias=-10,
-        text_cfg=TEXT_TOWERS["siglip"][0] | dict(hf_tokenizer_name=words, width=24, heads=2, proj_bias=True),
+        text_cfg=TEXT_TOWERS["siglip"][0]
+        | dict(hf_tokenizer_name=words, width=24, heads=2, proj_bias=True),
     )
     cfg["embed_dim"], cfg["vision_cfg"] = (
         192,
-        dict(timm_model_name="vit_tiny_patch16_224", timm_pool="token", timm_proj="none", image_size=64),
+        dict(
+            timm_model_name="vit_tiny_patch16_224",
+            timm_pool="token",
+            timm_proj="none",
+            image_size=64,
+        ),
     )
     return cfg
 
@@ -500,13 +553,16 @@ def test_a_folder_of_open_clips_with_siglips_towers(tmp_path, monkeypatch):
         tmp_path / "hub/open_clip_model.safetensors",
     )
     written = dict(
-        model_cfg=cfg | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name="someone/only-on-the-hub")),
+        model_cfg=cfg
+        | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name="someone/only-on-the-hub")),
         preprocess_cfg=dict(mean=[0.5] * 3, std=[0.5] * 3),
     )
     (tmp_path / "hub/open_clip_config.json").write_text(json.dumps(written))
     m = PersonCLIP.from_open_clip(str(tmp_path / "hub"), image_size=(96, 32)).eval()
     captions = ["a red coat", "a blue hat"]
-    assert (m.mean, m.arch, m.image_size) == ((0.5,) * 3, "hub", (96, 32)) and m.tokenize(captions).shape == (
+    assert (m.mean, m.arch, m.image_size) == ((0.5,) * 3, "hub", (96, 32)) and m.tokenize(
+        captions
+    ).shape == (
         2,
         16,
     )
@@ -546,12 +602,15 @@ def test_a_folder_of_open_clips_with_siglips_towers(tmp_path, monkeypatch):
         )
         and str(tmp_path) not in (tmp_path / "moved/config.json").read_text()
     )
-    nobody = PersonCLIP("none", (96, 32), cfg | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name="")))
+    nobody = PersonCLIP(
+        "none", (96, 32), cfg | dict(text_cfg=cfg["text_cfg"] | dict(hf_tokenizer_name=""))
+    )
     assert nobody.encode_image(images()).shape == (3, 192)
     fails("without its tokenizer", nobody.encode_text, "a man")
     again.save_pretrained(tmp_path / "twice")
     assert torch.equal(
-        PersonCLIP.from_pretrained(tmp_path / "twice").encode_text(captions), m.encode_text(captions)
+        PersonCLIP.from_pretrained(tmp_path / "twice").encode_text(captions),
+        m.encode_text(captions),
     )
 
 
@@ -634,12 +693,14 @@ def test_text_tower_of_hugging_face(tmp_path):
         pad_token_id=1,
     ).save_pretrained(tmp_path)
     words = Tokenizer(
-        models.WordLevel({"[UNK]": 0, "[PAD]": 1, "red": 2, "coat": 3, "blue": 4}, unk_token="[UNK]")
+        models.WordLevel(
+            {"[UNK]": 0, "[PAD]": 1, "red": 2, "coat": 3, "blue": 4}, unk_token="[UNK]"
+        )
     )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(tmp_path)
     torch.manual_seed(0)
     m = PersonCLIP(
         "bert-small",
@@ -687,7 +748,9 @@ def test_other_pixel_statistics():
     half.load_state_dict(m.state_dict())
     rgb = torch.rand(2, 3, 96, 32)
     ours = (rgb - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
-    assert torch.allclose(half.image_features(ours)[0], m.image_features((rgb - 0.5) / 0.5)[0], atol=1e-5)
+    assert torch.allclose(
+        half.image_features(ours)[0], m.image_features((rgb - 0.5) / 0.5)[0], atol=1e-5
+    )
     assert half.config()["preprocessing"]["mean"] == [0.5] * 3
 
 
@@ -703,13 +766,16 @@ def test_papers_backbones_have_tall_positions(arch, size, grid):
     with torch.device("meta"):
         m = PersonCLIP(arch, size)
     positions = (
-        m.clip.visual.attnpool.positional_embedding if "RN" in arch else m.clip.visual.positional_embedding
+        m.clip.visual.attnpool.positional_embedding
+        if "RN" in arch
+        else m.clip.visual.positional_embedding
     )
     assert m.grid == grid and len(positions) == 1 + grid[0] * grid[1]
 
 
 @pytest.mark.parametrize(
-    "size, match", [((384, 128), "use 378x126"), ((380,), "height and width"), ((0, 128), "height and width")]
+    "size, match",
+    [((384, 128), "use 378x126"), ((380,), "height and width"), ((0, 128), "height and width")],
 )
 def test_image_sizes_that_do_not_fit(size, match):
     fails(match, PersonCLIP, "ViT-L-14-quickgelu", size)
@@ -748,7 +814,9 @@ def test_encode_kept(nano):
     (g,) = torch.autograd.grad(nano.encode_kept(x, keep).square().sum(), x)
     seen = F.unfold(g.abs(), 16, stride=16).sum(1) > 0
     assert [row.nonzero().flatten().tolist() for row in seen] == keep.tolist()
-    assert not torch.allclose(nano.encode_kept(x, keep)[:, 0], nano.encode_kept(x, keep.flip(0))[:, 0])
+    assert not torch.allclose(
+        nano.encode_kept(x, keep)[:, 0], nano.encode_kept(x, keep.flip(0))[:, 0]
+    )
 
 
 def test_encode_kept_of_a_plain_vit_equals_dropping_after_the_stem():
@@ -768,7 +836,10 @@ def test_encode_kept_of_a_plain_vit_equals_dropping_after_the_stem():
 def test_patch_dropout_only_in_training():
     m = PersonCLIP("tipr-nano")
     m.patch_dropout = 0.5
-    assert m.train()(batch(m)).image_tokens.shape[1] == 7 and m.eval()(batch(m)).image_tokens.shape[1] == 13
+    assert (
+        m.train()(batch(m)).image_tokens.shape[1] == 7
+        and m.eval()(batch(m)).image_tokens.shape[1] == 13
+    )
     a, b = (m.random_keep(5, 0.25, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(a, b) and a.shape == (5, 9) and (a.diff(dim=1) > 0).all()
     assert m.random_keep(2, 0.999).shape == (2, 1)
@@ -778,7 +849,9 @@ def test_attention_maps(nano):
     w = nano.attention(images(2))
     assert w.shape == (2, 2, 2, 13, 13) and (w.sum(-1) - 1).abs().max() < 1e-5
     assert all(
-        m.weights is None and not m.keep_weights for m in nano.modules() if isinstance(m, SelfAttention)
+        m.weights is None and not m.keep_weights
+        for m in nano.modules()
+        if isinstance(m, SelfAttention)
     )
 
 
@@ -810,7 +883,9 @@ def test_both_towers_export_for_any_batch_and_length(nano):
     ).module()
     assert torch.allclose(picture(images(5)), nano.encode_image(images(5)), atol=1e-6)
     words = torch.export.export(
-        _Tower(nano.encode_text), (nano.tokenize([*CAPTIONS, "a hat"]),), dynamic_shapes=({0: auto, 1: auto},)
+        _Tower(nano.encode_text),
+        (nano.tokenize([*CAPTIONS, "a hat"]),),
+        dynamic_shapes=({0: auto, 1: auto},),
     ).module()
     longer = nano.tokenize([CAPTIONS[0] * 2, "hat"])
     assert torch.allclose(words(longer), nano.encode_text(longer), atol=1e-6)
@@ -835,14 +910,17 @@ def test_encoding_lists_tensors_and_precision(nano, tmp_path):
         and (a.norm(dim=1) - 1).abs().max() < 1e-6
     )
     assert (
-        nano.encode_image(images()).requires_grad and nano.encode_text(nano.tokenize(CAPTIONS)).requires_grad
+        nano.encode_image(images()).requires_grad
+        and nano.encode_text(nano.tokenize(CAPTIONS)).requires_grad
     )
     assert torch.equal(nano.encode_text("a coat"), nano.encode_text(["a coat"]))
     assert nano.encode_image([]).shape == nano.encode_text([]).shape == (0, 32)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
             low, words = nano.encode_image(photos), nano.encode_text(CAPTIONS)
-        assert low.dtype == words.dtype == torch.float32 and F.cosine_similarity(low, a).min() > 0.999
+        assert (
+            low.dtype == words.dtype == torch.float32 and F.cosine_similarity(low, a).min() > 0.999
+        )
     fails("no such image", nano.encode_image, [tmp_path / "none.png"])
     (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
     fails("not a readable image", nano.encode_image, [tmp_path / "cut.png"])
@@ -937,21 +1015,31 @@ def test_addons_travel_and_nobody_has_to_know_them(tmp_path):
     plain.save_pretrained(tmp_path / "b")
     late = PersonCLIP.from_pretrained(tmp_path / "b")
     assert (
-        torch.equal(late.attach("gate", nn.Linear(32, 1)).weight, gate.weight) and not late.unclaimed_addons
+        torch.equal(late.attach("gate", nn.Linear(32, 1)).weight, gate.weight)
+        and not late.unclaimed_addons
     )
     late.load_weights(tmp_path / "a/model.safetensors")
-    assert "gate" in late.addons and json.loads((tmp_path / "b/config.json").read_text())["addons"] == [
-        "gate"
-    ]
-    fails("add-on 'gate'", PersonCLIP.from_pretrained(tmp_path / "a").attach, "gate", nn.Linear(32, 2))
+    assert "gate" in late.addons and json.loads((tmp_path / "b/config.json").read_text())[
+        "addons"
+    ] == ["gate"]
+    fails(
+        "add-on 'gate'", PersonCLIP.from_pretrained(tmp_path / "a").attach, "gate", nn.Linear(32, 2)
+    )
 
 
 def test_checkpoints_that_do_not_fit(nano, tmp_path):
     nano.save_pretrained(tmp_path / "nano")
     PersonCLIP("tipr-tiny").save_pretrained(tmp_path / "tiny")
-    fails("holds tipr-nano, not tipr-tiny", PersonCLIP.from_pretrained, tmp_path / "nano", arch="tipr-tiny")
+    fails(
+        "holds tipr-nano, not tipr-tiny",
+        PersonCLIP.from_pretrained,
+        tmp_path / "nano",
+        arch="tipr-tiny",
+    )
     good = (tmp_path / "nano/model.safetensors").read_bytes()
-    (tmp_path / "nano/model.safetensors").write_bytes((tmp_path / "tiny/model.safetensors").read_bytes())
+    (tmp_path / "nano/model.safetensors").write_bytes(
+        (tmp_path / "tiny/model.safetensors").read_bytes()
+    )
     fails("not the weights of tipr-nano", PersonCLIP.from_pretrained, tmp_path / "nano")
     for cut in (good[:-1000], good[:40], b""):
         (tmp_path / "nano/model.safetensors").write_bytes(cut)
@@ -1007,22 +1095,30 @@ def test_open_clip_weights_at_a_tall_size(tmp_path, monkeypatch):
     torch.manual_seed(0)
     square = B.CustomTextCLIP(**{k: v for k, v in cfg.items() if k != "custom_text"})
     save_file(
-        {k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path / "open_clip_model.safetensors"
+        {k: v.contiguous() for k, v in square.state_dict().items()},
+        tmp_path / "open_clip_model.safetensors",
     )
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=cfg, preprocess_cfg={})))
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps(dict(model_cfg=cfg, preprocess_cfg={}))
+    )
     theirs = open_clip.create_model(f"local-dir:{tmp_path}", force_image_size=(96, 32)).eval()
-    ours = PersonCLIP("other", (96, 32), cfg).load_open_clip(tmp_path / "open_clip_model.safetensors").eval()
-    x, full = images(), ours.tokenizer(CAPTIONS)
-    assert torch.allclose(ours.image_features(x)[0], theirs.encode_image(x), atol=1e-5) and torch.allclose(
-        ours.text_features(full)[0], theirs.encode_text(full), atol=1e-5
+    ours = (
+        PersonCLIP("other", (96, 32), cfg)
+        .load_open_clip(tmp_path / "open_clip_model.safetensors")
+        .eval()
     )
+    x, full = images(), ours.tokenizer(CAPTIONS)
+    assert torch.allclose(
+        ours.image_features(x)[0], theirs.encode_image(x), atol=1e-5
+    ) and torch.allclose(ours.text_features(full)[0], theirs.encode_text(full), atol=1e-5)
     old_layout = {k.removeprefix("text."): v for k, v in square.state_dict().items()} | {
         "logit_scale": torch.tensor([2.0])
     }
     save_file({k: v.contiguous() for k, v in old_layout.items()}, tmp_path / "old.safetensors")
     again = PersonCLIP("other", (96, 32), cfg).load_open_clip(tmp_path / "old.safetensors").eval()
     assert (
-        torch.equal(again.text_features(full)[0], ours.text_features(full)[0]) and again.clip.logit_scale == 2
+        torch.equal(again.text_features(full)[0], ours.text_features(full)[0])
+        and again.clip.logit_scale == 2
     )
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "other", cfg)
     by_name = PersonCLIP.from_open_clip(
@@ -1042,7 +1138,9 @@ def test_resnet_weights_at_a_tall_size(tmp_path):
     cfg = small(vision_cfg=dict(layers=[1, 1, 1, 1], width=8))
     torch.manual_seed(0)
     square = B.CLIP(**cfg)
-    save_file({k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path / "rn.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in square.state_dict().items()}, tmp_path / "rn.safetensors"
+    )
     m = PersonCLIP("rn", (96, 32), cfg).load_open_clip(tmp_path / "rn.safetensors")
     assert m.grid == (3, 1) and torch.equal(
         m.clip.visual.attnpool.positional_embedding,
@@ -1065,13 +1163,17 @@ def test_full_disk_keeps_the_old_weights(nano, tmp_path, monkeypatch):
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     fails("no space left", PersonCLIP("tipr-nano").save_pretrained, tmp_path / "m")
-    assert (tmp_path / "m/model.safetensors").read_bytes() == old and not list((tmp_path / "m").glob(".*"))
+    assert (tmp_path / "m/model.safetensors").read_bytes() == old and not list(
+        (tmp_path / "m").glob(".*")
+    )
 
 
 def test_read_only_output(nano, tmp_path):
     (tmp_path / "file").write_text("x")
     fails(
-        "a part of this path is a file|File exists|not a folder", nano.save_pretrained, tmp_path / "file/run"
+        "a part of this path is a file|File exists|not a folder",
+        nano.save_pretrained,
+        tmp_path / "file/run",
     )
 
 
@@ -1091,7 +1193,9 @@ def test_lora_through_peft():
     lora = peft.get_peft_model(m, peft.LoraConfig(r=2, target_modules=["c_fc", "c_proj"]))
     f = lora(batch(m))
     itc_loss(f.image, f.text).backward()
-    trained = [n for n, p in lora.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    trained = [
+        n for n, p in lora.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    ]
     assert trained and all("lora_" in n for n in trained)
 
 
@@ -1133,7 +1237,9 @@ def tal_loop(v, t, ids, tau, m):
     for a, b in ((v, t), (t, v)):
         for i in range(len(a)):
             s = [float(a[i] @ b[j]) for j in range(len(b))]
-            pos, neg = ([x for j, x in enumerate(s) if (ids[j] == ids[i]) == own] for own in (True, False))
+            pos, neg = (
+                [x for j, x in enumerate(s) if (ids[j] == ids[i]) == own] for own in (True, False)
+            )
             z = sum(math.exp(x / tau) for x in pos)
             total += max(
                 0.0,
@@ -1166,7 +1272,10 @@ def test_losses_equal_their_loops(seed):
 def test_losses_by_identities():
     v, t, ids = pairs()
     eye, same = torch.eye(7, dtype=torch.float64), (ids[:, None] == ids).double()
-    assert abs(itc_loss(eye * 0, eye) - math.log(7)) < 1e-12 and itc_loss(eye, eye, scale=100.0) < 1e-12
+    assert (
+        abs(itc_loss(eye * 0, eye) - math.log(7)) < 1e-12
+        and itc_loss(eye, eye, scale=100.0) < 1e-12
+    )
     assert abs(sdm_loss(same, eye, ids)) < 1e-6 and tal_loss(2 * same - 1, eye, ids) == 0
     for f in (
         lambda a, b: itc_loss(a, b),
@@ -1263,7 +1372,13 @@ def test_objectives_that_need_tokens_say_so(nano, monkeypatch):
 
     monkeypatch.setitem(OBJECTIVES, "NEEDY", register_objective("NEEDY")(Needy))
     assert isinstance(build_objective("NEEDY", nano, 3), Needy)
-    fails("needs token features", build_objective, "NEEDY", SimpleNamespace(has_tokens=False, arch="swin"), 3)
+    fails(
+        "needs token features",
+        build_objective,
+        "NEEDY",
+        SimpleNamespace(has_tokens=False, arch="swin"),
+        3,
+    )
 
 
 # --- two processes equal one
@@ -1281,9 +1396,17 @@ def _worker(rank, world, meeting, out):
     whole = batch(m, 6)
     mine = slice(rank * 6 // world, (rank + 1) * 6 // world)
     f = gather_features(
-        m(SimpleNamespace(images=whole.images[mine], tokens=whole.tokens[mine], ids=whole.ids[mine]))
+        m(
+            SimpleNamespace(
+                images=whole.images[mine], tokens=whole.tokens[mine], ids=whole.ids[mine]
+            )
+        )
     )
-    assert f.ids.tolist() == whole.ids.tolist() and f.local == mine and len(f.text_tokens) == 6 // world
+    assert (
+        f.ids.tolist() == whole.ids.tolist()
+        and f.local == mine
+        and len(f.text_tokens) == 6 // world
+    )
     loss = sum(o(f, None, m) for o in objectives)
     loss.backward()
     params = [*m.parameters(), *objectives[2].parameters()]
@@ -1324,7 +1447,9 @@ def test_interaction_maps():
     unit = lambda v: torch.nn.functional.normalize(v.float(), dim=-1)
     with torch.no_grad():
         v, less = unit(nano.image_features(x[None])[0]), unit(nano.image_features(x[None], keep)[0])
-    assert maps[0].flatten()[5].item() == pytest.approx(((t[0] - t[1]) @ (v - less)[0]).item(), abs=1e-5)
+    assert maps[0].flatten()[5].item() == pytest.approx(
+        ((t[0] - t[1]) @ (v - less)[0]).item(), abs=1e-5
+    )
     rows, columns = nano.grid
     near = interaction_maps(nano, x, "a man in a red coat", ["red coat"], window=(2, 1))[0]
 
@@ -1342,9 +1467,9 @@ def test_interaction_maps():
         with torch.no_grad():
             return ((t[0] - t[1]) @ (v - unit(nano.image_features(x[None], keep)[0]))[0]).item()
 
-    assert near[0, 0].item() == pytest.approx(of(0, 0), abs=1e-5) and near[1, 1].item() == pytest.approx(
-        (of(0, 1) + of(1, 1)) / 2, abs=1e-5
-    )
+    assert near[0, 0].item() == pytest.approx(of(0, 0), abs=1e-5) and near[
+        1, 1
+    ].item() == pytest.approx((of(0, 1) + of(1, 1)) / 2, abs=1e-5)
     assert torch.equal(
         interaction_maps(nano, x, "a man", ["man"]),
         interaction_maps(nano, x, "a man", ["man"], window=(rows // 3, columns // 2)),

@@ -91,7 +91,9 @@ def test_text_tower_gives_the_same_features():
     tokens = clip.tokenize(CAPTIONS)
     with torch.no_grad():
         states = (
-            tower(tokenizer(CAPTIONS, padding=True, return_tensors="pt").input_ids).last_hidden_state
+            tower(
+                tokenizer(CAPTIONS, padding=True, return_tensors="pt").input_ids
+            ).last_hidden_state
             @ clip.clip.text_projection
         )
         _, ours, mask = clip.text_features(tokens)
@@ -103,7 +105,9 @@ def test_loads_stable_diffusion_layout(kind, toy, tmp_path):
     folder = toy if kind == "patch" else toy_pipeline(tmp_path / "kl", codec="kl")
     assert set(check_pipeline(folder)) >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     g = PersonGenerator.from_pretrained(folder, device="cpu", steps=1)
-    assert type(g.pipeline).__name__ == "StableDiffusionPipeline" and g.generate("a man")[0].size == (32, 96)
+    assert type(g.pipeline).__name__ == "StableDiffusionPipeline" and g.generate("a man")[
+        0
+    ].size == (32, 96)
 
 
 def broken(toy, tmp_path, change):
@@ -131,7 +135,10 @@ def edit(folder, **changes):
     "change, says",
     [
         (lambda d: shutil.rmtree(d / "unet"), "unet"),
-        (lambda d: (d / "unet" / "diffusion_pytorch_model.safetensors").unlink(), "no .safetensors"),
+        (
+            lambda d: (d / "unet" / "diffusion_pytorch_model.safetensors").unlink(),
+            "no .safetensors",
+        ),
         (
             lambda d: (d / "unet" / "diffusion_pytorch_model.safetensors").rename(
                 d / "unet" / "diffusion_pytorch_model.bin"
@@ -217,7 +224,8 @@ def test_peft_lora_changes_pictures_and_settings(toy, generator, tmp_path):
     assert g.settings()["weights"] != generator.settings()["weights"]
     assert (
         np.abs(
-            np.asarray(g.generate("a man")[0]).astype(int) - np.asarray(generator.generate("a man")[0])
+            np.asarray(g.generate("a man")[0]).astype(int)
+            - np.asarray(generator.generate("a man")[0])
         ).max()
         > 3
     )
@@ -227,9 +235,14 @@ def test_peft_lora_changes_pictures_and_settings(toy, generator, tmp_path):
 def test_seeds():
     assert (
         caption_seed("a", 1, 2) == caption_seed(" a ", 1, 2)
-        and len({caption_seed("a"), caption_seed("b"), caption_seed("a", 1), caption_seed("a", 0, 1)}) == 4
+        and len(
+            {caption_seed("a"), caption_seed("b"), caption_seed("a", 1), caption_seed("a", 0, 1)}
+        )
+        == 4
     )
-    assert caption_seed("a woman in a red coat") == 8712508275663707426  # the same on any machine, for ever
+    assert (
+        caption_seed("a woman in a red coat") == 8712508275663707426
+    )  # the same on any machine, for ever
 
 
 def test_same_caption_same_picture_whatever_the_batch(generator):
@@ -272,7 +285,9 @@ def test_bad_settings(generator, bad, says):
 def test_save_and_load(generator, tmp_path):
     before = generator.settings()["weights"]
     generator.save_pretrained(tmp_path / "saved")
-    assert generator.pipeline.unet.dtype == torch.float32 and generator.settings()["weights"] == before
+    assert (
+        generator.pipeline.unet.dtype == torch.float32 and generator.settings()["weights"] == before
+    )
     again = PersonGenerator.from_pretrained(tmp_path / "saved", device="cpu", batch_size=2)
     assert (again.steps, again.guidance) == (2, 2.0)
     from safetensors import safe_open
@@ -368,14 +383,23 @@ def test_black_pictures_never_count(generator, tmp_path, monkeypatch):
     Image.new("RGB", (32, 96)).save(pics.path(CAPTIONS[0]))  # as an older version kept them
     assert not pics.has(CAPTIONS[0])
     monkeypatch.setattr(
-        PersonGenerator, "draw", lambda self, captions, seeds: [Image.new("RGB", (32, 96)) for _ in captions]
+        PersonGenerator,
+        "draw",
+        lambda self, captions, seeds: [Image.new("RGB", (32, 96)) for _ in captions],
     )
     with pytest.raises(TiprError, match="came out black") as e:
         generate_split(generator, split(["nobody"]), tmp_path / "q", report=told.append)
     assert one_line(e)
     monkeypatch.setattr(PersonGenerator, "draw", real)
     assert (
-        len(files(generate_split(generator, split(CAPTIONS), tmp_path / "p", report=told.append).folder)) == 5
+        len(
+            files(
+                generate_split(
+                    generator, split(CAPTIONS), tmp_path / "p", report=told.append
+                ).folder
+            )
+        )
+        == 5
     )
 
 
@@ -386,7 +410,9 @@ def test_leftovers_are_swept(generator, tmp_path):
         (place / name).write_bytes(b"half")
         os.utime(place / name, (os.path.getmtime(place / name) - age,) * 2)
     generate_split(generator, split(CAPTIONS), tmp_path, report=lambda _: None)
-    assert [p.name for p in place.glob(".*.tmp")] == [".b_0.2.tmp"]  # another process may be writing that one
+    assert [p.name for p in place.glob(".*.tmp")] == [
+        ".b_0.2.tmp"
+    ]  # another process may be writing that one
 
 
 @pytest.mark.parametrize(
@@ -416,7 +442,9 @@ def test_a_damaged_table_of_captions_is_made_anew(generator, tmp_path, table):
 
 
 def test_a_fresh_picture_each_epoch(generator, tmp_path):
-    pics = generate_split(generator, split(CAPTIONS[:2]), tmp_path, per_caption=3, report=lambda _: None)
+    pics = generate_split(
+        generator, split(CAPTIONS[:2]), tmp_path, per_caption=3, report=lambda _: None
+    )
     field, seen = pics.field(split(CAPTIONS[:2]), (96, 32), choose="epoch"), []
     for epoch in (0, 1, 2, 3):
         field.set_epoch(epoch)
@@ -478,7 +506,9 @@ def test_pictures_as_further_pairs(generator, tmp_path, identities, ids):
 # folders of pictures
 def test_split_is_drawn_once_and_resumed(generator, tmp_path, monkeypatch):
     told = []
-    pics = generate_split(generator, split(CAPTIONS + CAPTIONS[:2]), tmp_path / "a", report=told.append)
+    pics = generate_split(
+        generator, split(CAPTIONS + CAPTIONS[:2]), tmp_path / "a", report=told.append
+    )
     want = files(pics.folder)
     assert (
         len(want) == 5
@@ -525,7 +555,9 @@ def test_processes_share_without_overlap(generator, tmp_path):
             report=lambda _: None,
         )
         parts.append(
-            set(files(tmp_path / "many")) - set().union(*parts) if parts else set(files(tmp_path / "many"))
+            set(files(tmp_path / "many")) - set().union(*parts)
+            if parts
+            else set(files(tmp_path / "many"))
         )
     assert files(tmp_path / "many") == want and sum(map(len, parts)) == 10 and all(parts)
 
@@ -542,7 +574,9 @@ def test_processes_share_without_overlap(generator, tmp_path):
 )
 def test_settings_never_mix(generator, tmp_path, change):
     generate_split(generator, split(CAPTIONS[:1]), tmp_path, report=lambda _: None)
-    other = PersonGenerator(generator.pipeline, **(dict(steps=2, guidance=2.0, batch_size=2) | change))
+    other = PersonGenerator(
+        generator.pipeline, **(dict(steps=2, guidance=2.0, batch_size=2) | change)
+    )
     before = files(tmp_path)
     with pytest.raises(TiprError, match=next(iter(change))) as e:
         generate_split(other, split(CAPTIONS), tmp_path, report=lambda _: None)
@@ -552,7 +586,9 @@ def test_settings_never_mix(generator, tmp_path, change):
 def test_other_weights_and_number_never_mix(generator, tmp_path):
     generate_split(generator, split(CAPTIONS[:1]), tmp_path / "p", report=lambda _: None)
     with pytest.raises(TiprError, match="per_caption=1"):
-        generate_split(generator, split(CAPTIONS), tmp_path / "p", per_caption=2, report=lambda _: None)
+        generate_split(
+            generator, split(CAPTIONS), tmp_path / "p", per_caption=2, report=lambda _: None
+        )
     other = PersonGenerator.from_pretrained(
         toy_pipeline(tmp_path / "toy2", seed=1), device="cpu", steps=2, guidance=2.0, batch_size=2
     )
@@ -604,7 +640,8 @@ def test_pictures_of_a_dataset(generator, tmp_path, monkeypatch):
     )
     n = len(said)
     assert (
-        pictures_for(data, ["val"], generator, report=said.append).folder == first.folder and len(said) == n
+        pictures_for(data, ["val"], generator, report=said.append).folder == first.folder
+        and len(said) == n
     )  # nothing left to say
     other = PersonGenerator(
         generator.pipeline,
@@ -620,10 +657,15 @@ def test_pictures_of_a_dataset(generator, tmp_path, monkeypatch):
 
 
 def test_reading_pictures(generator, tmp_path):
-    pics = generate_split(generator, split(CAPTIONS), tmp_path / "p", per_caption=2, report=lambda _: None)
+    pics = generate_split(
+        generator, split(CAPTIONS), tmp_path / "p", per_caption=2, report=lambda _: None
+    )
     assert open_pictures(tmp_path / "p").per_caption == 2
     field = pics.field(split(CAPTIONS), (96, 32))
-    assert field(np.array([0, 3])).shape == (2, 3, 96, 32) and field(np.array([0])).dtype == torch.uint8
+    assert (
+        field(np.array([0, 3])).shape == (2, 3, 96, 32)
+        and field(np.array([0])).dtype == torch.uint8
+    )
     one = Pictures(pics.folder, 1)
     own, other = (
         one.field(split(CAPTIONS), (96, 32))(np.arange(5)),
@@ -647,7 +689,9 @@ def test_reading_pictures(generator, tmp_path):
 
 @pytest.mark.full
 def test_two_real_processes(toy, generator, tmp_path):
-    want = files(generate_split(generator, split(CAPTIONS), tmp_path / "one", report=lambda _: None).folder)
+    want = files(
+        generate_split(generator, split(CAPTIONS), tmp_path / "one", report=lambda _: None).folder
+    )
     code = """
 import sys
 from types import SimpleNamespace
@@ -722,7 +766,9 @@ def test_targets(held):
             return SimpleNamespace(sample=-z)
 
     assert (
-        diffusion_loss(Perfect(), pipe.scheduler, z, torch.zeros(2, 3, 4), torch.full((2,), 999), noise).max()
+        diffusion_loss(
+            Perfect(), pipe.scheduler, z, torch.zeros(2, 3, 4), torch.full((2,), 999), noise
+        ).max()
         < 1e-4
     )  # all noise: velocity is minus the picture
     t = noise_steps(1000, generator=torch.Generator().manual_seed(0))
@@ -738,8 +784,13 @@ def test_learns_and_resumes_exactly(held, tmp_path):
     for (k, a), b in zip(whole.average.items(), again.average.values()):
         assert torch.allclose(a, b, atol=1e-6), k
     losses = [row["loss"] for row in again.history.rows]
-    assert len(losses) == 8 and np.allclose(losses, [row["loss"] for row in whole.history.rows], atol=1e-5)
-    assert whole.history.rows[-1]["loss"] < whole.history.rows[0]["loss"] and not whole.pipeline.unet.training
+    assert len(losses) == 8 and np.allclose(
+        losses, [row["loss"] for row in whole.history.rows], atol=1e-5
+    )
+    assert (
+        whole.history.rows[-1]["loss"] < whole.history.rows[0]["loss"]
+        and not whole.pipeline.unet.training
+    )
 
 
 def open_state(folder):
@@ -755,7 +806,9 @@ def test_refuses_another_run(held, tmp_path):
     assert one_line(e)
     few = Pairs(held.pictures, held.captions[:9], held.caption_picture[:9])
     with pytest.raises(TiprError, match="120 captions, not 9"):
-        train_generator(tiny(held), few, tmp_path, GeneratorRecipe(updates=2, batch_size=4, warmup=1))
+        train_generator(
+            tiny(held), few, tmp_path, GeneratorRecipe(updates=2, batch_size=4, warmup=1)
+        )
     with pytest.raises(TiprError, match="no captions"):
         train_generator(tiny(held), Pairs(held.pictures, [], np.zeros(0, int)), tmp_path / "x")
     with pytest.raises(TiprError, match="precision"):
@@ -814,7 +867,10 @@ time.sleep(600)
         PYTHONPATH=str(Path(__file__).resolve().parent.parent),
     )
     launcher = subprocess.Popen(
-        [sys.executable, "-c", parent], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", parent],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     ranks = []
     try:
@@ -857,7 +913,10 @@ def test_what_a_kill_left_is_swept(held, tmp_path):
 def test_finetunes_real_layout_with_lora(tmp_path, held):
     pipe, _ = load_pipeline(toy_pipeline(tmp_path / "kl", codec="kl"), device="cpu")
     run = train_generator(
-        pipe, held, tmp_path / "run", GeneratorRecipe(updates=2, batch_size=2, warmup=1, lora=2, ema=None)
+        pipe,
+        held,
+        tmp_path / "run",
+        GeneratorRecipe(updates=2, batch_size=2, warmup=1, lora=2, ema=None),
     )
     assert run.step == 2 and all("lora" in k for k in run.weights) and len(run.weights) > 0
     assert GeneratorRun(
@@ -870,15 +929,22 @@ def test_finetunes_real_layout_with_lora(tmp_path, held):
 
 def test_shipped_generator_follows_captions(held):
     generator = PersonGenerator.from_pretrained()
-    index = [i for i, s in enumerate(held.said) if {"upper_colour", "lower_colour"} <= s.keys()][:40]
+    index = [i for i, s in enumerate(held.said) if {"upper_colour", "lower_colour"} <= s.keys()][
+        :40
+    ]
     pictures = generator.generate([held.captions[i] for i in index])
     found = colour_accuracy(pictures, held, index)
     assert (found.accuracy >= 70).all() and (found.accuracy - found.shuffled >= 40).all(), found
     kept = generator_module.shipped_weights()["generator-synth-world"]
     table = [
-        line.split("|")[1:5] for line in (kept / "README.md").read_text().splitlines() if " colour |" in line
+        line.split("|")[1:5]
+        for line in (kept / "README.md").read_text().splitlines()
+        if " colour |" in line
     ]
     assert [float(a) for _, _, a, _ in table] >= [70.0, 70.0] and {
         p.suffix for p in kept.rglob("*") if p.stat().st_size > 1e6
     } == {".safetensors"}
-    assert sum(p.stat().st_size for p in kept.rglob("*") if p.is_file()) < 10e6 and generator.steps == 10
+    assert (
+        sum(p.stat().st_size for p in kept.rglob("*") if p.is_file()) < 10e6
+        and generator.steps == 10
+    )

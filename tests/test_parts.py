@@ -1,4 +1,5 @@
 """Parts of an archive encoded by several processes and joined: nothing lost, nothing twice, every mistake one line."""
+
 import json
 import shutil
 
@@ -33,7 +34,10 @@ def join(photos, folder):
 def same(a, b):
     assert (a.features[:] == b.features[:]).all() and a.features.shape == b.features.shape
     for column in ("path", "sha256", "at"):
-        assert a.items.table([column])[column].to_pylist() == b.items.table([column])[column].to_pylist()
+        assert (
+            a.items.table([column])[column].to_pylist()
+            == b.items.table([column])[column].to_pylist()
+        )
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -129,6 +133,10 @@ def test_the_command_line_says_what_goes_together(photos, tmp_path):
     from tipr_nb.cli import app
 
     base = ["index", str(photos), "--gallery", str(tmp_path / "g")]
-    for more, why in ((["--part", "3/2"], "from 1/64 to 64/64"), (["--part", "1/2", "--join"], "--part only encodes"), (["--part", "1/2", "--engine", "ivf"], "--part only encodes")):
+    for more, why in (
+        (["--part", "3/2"], "from 1/64 to 64/64"),
+        (["--part", "1/2", "--join"], "--part only encodes"),
+        (["--part", "1/2", "--engine", "ivf"], "--part only encodes"),
+    ):
         out = CliRunner().invoke(app, base + more)
         assert out.exit_code and why in out.output + str(out.exception)

@@ -1,4 +1,5 @@
 """Predicted pictures: the network, its file, the model around a model, and what galleries remember of it."""
+
 import numpy as np
 import pytest
 import torch
@@ -6,8 +7,15 @@ from typer.testing import CliRunner
 
 from tipr_nb.core import TiprError, shipped_weights
 from tipr_nb.evaluation import encode_texts
-from tipr_nb.methods import (PREDICTED_SUFFIX, PicturePredictor, PredictedQuery, enhance, fit_predictor, load_predictor,
-    save_predictor)
+from tipr_nb.methods import (
+    PREDICTED_SUFFIX,
+    PicturePredictor,
+    PredictedQuery,
+    enhance,
+    fit_predictor,
+    load_predictor,
+    save_predictor,
+)
 from tipr_nb.models import PersonCLIP, fingerprint, unit
 from tipr_nb.search import Gallery
 
@@ -22,6 +30,7 @@ def shipped():
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     from PIL import Image
+
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -58,7 +67,12 @@ def test_shipped_ones_load_and_are_small(name):
 
 
 def test_shipped_weights_stay_small():
-    size = sum(f.stat().st_size for folder in shipped_weights().values() for f in folder.rglob("*") if f.is_file())
+    size = sum(
+        f.stat().st_size
+        for folder in shipped_weights().values()
+        for f in folder.rglob("*")
+        if f.is_file()
+    )
     assert size < 40 * 2**20
 
 
@@ -103,12 +117,12 @@ def test_queries_are_the_mixture_and_photos_the_models_own(shipped):
 
 def test_a_gallery_remembers_it_and_its_tower_predicts(photos, shipped, tmp_path):
     gallery = Gallery.build(photos, shipped, tmp_path / "g")
-    later = Gallery(tmp_path / "g")   # by the exported tower
+    later = Gallery(tmp_path / "g")  # by the exported tower
     found = later.search(WORDS[0], 6)
     images = shipped.encode_image([h.path for h in found])
     scores = (images @ shipped.encode_text([WORDS[0]]).T).squeeze(1)
     assert np.allclose([h.score for h in found], scores, atol=1e-4)
-    again = Gallery.build(photos, None, tmp_path / "g")   # loads the model by its name
+    again = Gallery.build(photos, None, tmp_path / "g")  # loads the model by its name
     assert again.report.encoded == 0
     assert len(later.search(image=[found[0].path], k=3)) == 3
     gallery.close()
@@ -141,6 +155,7 @@ def test_in_the_terminal(photos, tmp_path):
 
     def scores(output):
         import json
+
         hits = json.loads(output)
         hits = hits["hits"] if isinstance(hits, dict) else hits
         return [h["score"] for h in hits]
@@ -150,4 +165,7 @@ def test_in_the_terminal(photos, tmp_path):
 
 
 def test_the_name_says_it():
-    assert PredictedQuery.from_pretrained("synth-pedes" + PREDICTED_SUFFIX).source == "synth-pedes+predicted"
+    assert (
+        PredictedQuery.from_pretrained("synth-pedes" + PREDICTED_SUFFIX).source
+        == "synth-pedes+predicted"
+    )

@@ -1,4 +1,5 @@
 """A gallery published to Milvus: one row for one photo, parts of several writers, kills, and searches with the address alone."""
+
 import json
 import os
 import shutil
@@ -8,8 +9,17 @@ import pytest
 from typer.testing import CliRunner
 
 from tipr_nb.core import TiprError
-from tipr_nb.search import (ColourModel, Gallery, Milvus, MilvusStore, ServedGallery, colour_archive, import_features, open_store,
-    publish)
+from tipr_nb.search import (
+    ColourModel,
+    Gallery,
+    Milvus,
+    MilvusStore,
+    ServedGallery,
+    colour_archive,
+    import_features,
+    open_store,
+    publish,
+)
 
 pytest.importorskip("milvus_lite")
 
@@ -57,7 +67,9 @@ def photos(tmp_path):
 
 
 def build(photos, folder, uri, **options):
-    return Gallery.build(photos, ColourModel(), folder, engine="milvus", engine_options=dict(uri=uri) | options)
+    return Gallery.build(
+        photos, ColourModel(), folder, engine="milvus", engine_options=dict(uri=uri) | options
+    )
 
 
 def test_one_photo_more_or_less_is_one_row(photos, tmp_path, uri, monkeypatch):
@@ -73,10 +85,16 @@ def test_one_photo_more_or_less_is_one_row(photos, tmp_path, uri, monkeypatch):
     assert noted.take() == (0, 1) and open_store(uri).count() == n
     build(photos, tmp_path / "g", uri)
     assert noted.take() == (0, 0)
-    again = Gallery.build(photos, ColourModel(), tmp_path / "g")  # the address comes from gallery.json
+    again = Gallery.build(
+        photos, ColourModel(), tmp_path / "g"
+    )  # the address comes from gallery.json
     assert noted.take() == (0, 0) and again.manifest["engine"] == "milvus"
     hits = again.search("a man in blue", 5)
-    assert np.allclose([h.score for h in hits], [h.score for h in again.search("a man in blue", 5, engine="exact")], atol=1e-5)
+    assert np.allclose(
+        [h.score for h in hits],
+        [h.score for h in again.search("a man in blue", 5, engine="exact")],
+        atol=1e-5,
+    )
 
 
 def features(n, seed=0):
@@ -85,7 +103,14 @@ def features(n, seed=0):
 
 
 def gallery_of(folder, n, seed=0, **columns):
-    import_features(folder, features(n, seed), [f"{folder.name}/{i}.png" for i in range(n)], "ab" * 16, root=folder.parent, columns=columns)
+    import_features(
+        folder,
+        features(n, seed),
+        [f"{folder.name}/{i}.png" for i in range(n)],
+        "ab" * 16,
+        root=folder.parent,
+        columns=columns,
+    )
     return Gallery(folder).view.files
 
 
@@ -101,18 +126,27 @@ def test_two_writers_lose_nothing_and_send_nothing_twice(tmp_path, uri):
         report = sent(files, uri)
         assert (report.upserted, report.deleted, report.unchanged) == (0, 0, n)
     store = open_store(uri)
-    assert store.count() == 1200 and store.count("camera == 'c1'") == 700 and store.count("zone is not None") == 500
+    assert (
+        store.count() == 1200
+        and store.count("camera == 'c1'") == 700
+        and store.count("zone is not None") == 500
+    )
     for files in (one, two):
         for row in (0, 17, 499):
             found = store.search(np.asarray(files.features[row])[None], 1)[0][0]
-            assert found.columns["path"] == files.items.take([row])[0]["path"] and abs(found.score - 1) < 1e-5
+            assert (
+                found.columns["path"] == files.items.take([row])[0]["path"]
+                and abs(found.score - 1) < 1e-5
+            )
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 4])
 def test_killed_between_batches_the_next_run_ends_equal(tmp_path, uri, monkeypatch, after):
     one = gallery_of(tmp_path / "one", 300, 1)
     sent(one, uri)
-    two = gallery_of(tmp_path / "two", 3500, 2, zone=["z"] * 3500)   # a column more: a new collection
+    two = gallery_of(
+        tmp_path / "two", 3500, 2, zone=["z"] * 3500
+    )  # a column more: a new collection
     noted = Noted(monkeypatch)
     noted.stop_after = after
     with pytest.raises(KeyboardInterrupt):
@@ -140,8 +174,15 @@ def test_a_killed_gallery_is_finished_by_the_same_command(photos, tmp_path, uri,
 def test_an_address_is_enough(photos, tmp_path, uri):
     local = build(photos, tmp_path / "g", uri)
     served = ServedGallery(uri, model=ColourModel())
-    for text, where in (("a woman in red", None), ("a man in blue", "width > 5"), ("green", "path.startswith('c1')")):
-        ours, theirs = local.search(text, 9, where=where, engine="exact"), served.search(text, 9, where=where)
+    for text, where in (
+        ("a woman in red", None),
+        ("a man in blue", "width > 5"),
+        ("green", "path.startswith('c1')"),
+    ):
+        ours, theirs = (
+            local.search(text, 9, where=where, engine="exact"),
+            served.search(text, 9, where=where),
+        )
         assert len(ours) == len(theirs) == 9
         assert np.allclose([h.score for h in ours], [h.score for h in theirs], atol=1e-5)
         assert all(h.path.is_file() and local.find(h.key).name == h.name for h in theirs)
@@ -193,8 +234,16 @@ def test_tokens_go_only_where_this_call_says(photos, tmp_path, uri, monkeypatch)
 
 
 def test_password_in_an_address_is_not_kept(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("tipr_nb.search.indexing.publish", lambda uri, *a, **k: (dict(uri=uri), None))
-    gallery = Gallery.build(photos, ColourModel(), tmp_path / "g", engine="milvus", engine_options=dict(uri="http://root:secret@10.0.0.1:19530"))
+    monkeypatch.setattr(
+        "tipr_nb.search.indexing.publish", lambda uri, *a, **k: (dict(uri=uri), None)
+    )
+    gallery = Gallery.build(
+        photos,
+        ColourModel(),
+        tmp_path / "g",
+        engine="milvus",
+        engine_options=dict(uri="http://root:secret@10.0.0.1:19530"),
+    )
     assert "secret" not in json.dumps(gallery.manifest["engines"]["milvus"]["uri"])
 
 
@@ -222,7 +271,9 @@ def test_another_model_and_another_kind_of_column(tmp_path, uri):
     other = gallery_of(tmp_path / "two", 5, zone=[1] * 5)
     with pytest.raises(TiprError, match="column zone: int here, text in the store"):
         sent(other, uri)
-    publish(uri, files.items, files.features, files.manifest | dict(fingerprint="cd" * 16), rebuild=True)
+    publish(
+        uri, files.items, files.features, files.manifest | dict(fingerprint="cd" * 16), rebuild=True
+    )
     assert open_store(uri, fingerprint="cd" * 16).count() == 50
     with pytest.raises(TiprError, match="another model"):
         ServedGallery(uri, model=ColourModel())
@@ -238,7 +289,11 @@ def test_server_away_in_the_middle(tmp_path, uri, monkeypatch):
         if len(calls) == 2:
             from pymilvus.exceptions import MilvusException
 
-            monkeypatch.setattr(store.client, "upsert", lambda *a, **k: (_ for _ in ()).throw(MilvusException(2, "server unavailable")))
+            monkeypatch.setattr(
+                store.client,
+                "upsert",
+                lambda *a, **k: (_ for _ in ()).throw(MilvusException(2, "server unavailable")),
+            )
         return upsert(store, *args, **kwargs)
 
     monkeypatch.setattr(MilvusStore, "upsert", fails)

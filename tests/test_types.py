@@ -1,4 +1,5 @@
 """Types: the package says it is typed, what `import tipr_nb` offers has types for checkers and editors, and mypy agrees with the annotations."""
+
 import importlib, re, subprocess, sys, tomllib
 from pathlib import Path
 
@@ -8,15 +9,37 @@ import tipr_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ROOT / "pyproject.toml"
-pytestmark = pytest.mark.skipif(not SETTINGS.exists(), reason="needs the repository, not an installed package")
+pytestmark = pytest.mark.skipif(
+    not SETTINGS.exists(), reason="needs the repository, not an installed package"
+)
 
 
 def exempt() -> list[str]:
     "Modules whose errors mypy does not report yet."
-    return [m for o in tomllib.loads(SETTINGS.read_text())["tool"]["mypy"]["overrides"] if o.get("ignore_errors") for m in o["module"]]
+    return [
+        m
+        for o in tomllib.loads(SETTINGS.read_text())["tool"]["mypy"]["overrides"]
+        if o.get("ignore_errors")
+        for m in o["module"]
+    ]
 
 
-@pytest.mark.parametrize("door", ["", ".core", ".data", ".synth", ".models", ".generation", ".methods", ".evaluation", ".training", ".search", ".interop"])
+@pytest.mark.parametrize(
+    "door",
+    [
+        "",
+        ".core",
+        ".data",
+        ".synth",
+        ".models",
+        ".generation",
+        ".methods",
+        ".evaluation",
+        ".training",
+        ".search",
+        ".interop",
+    ],
+)
 def test_every_offered_name_is_there_once(door):
     package = importlib.import_module(f"tipr_nb{door}")
     assert len(set(package.__all__)) == len(package.__all__)
@@ -30,7 +53,9 @@ def test_exempt_modules_exist():
 
 def mypy(*args: str):
     pytest.importorskip("mypy", reason="the development tools are not installed")
-    return subprocess.run([sys.executable, "-m", "mypy", *args], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "mypy", *args], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 USER = """
@@ -52,5 +77,9 @@ def test_mypy_finds_nothing(tmp_path):
     assert done.returncode == 0, done.stdout
     (tmp_path / "user.py").write_text(USER)
     told = mypy(str(tmp_path / "user.py")).stdout
-    assert re.search(r'"tipr_nb\.data\.corpora\.Split"', told) and '"float"' in told and '"torch._tensor.Tensor"' in told, told
+    assert (
+        re.search(r'"tipr_nb\.data\.corpora\.Split"', told)
+        and '"float"' in told
+        and '"torch._tensor.Tensor"' in told
+    ), told
     assert 'Argument "lr" to "Recipe" has incompatible type "str"' in told, told

@@ -74,7 +74,10 @@ def register_command(group: typer.Typer, name: str | None = None) -> Callable:
             try:
                 return f(*args, **kwargs)
             except KeyboardInterrupt:
-                _leave("stopped; what was finished is kept, and the same command goes on from there", 130)
+                _leave(
+                    "stopped; what was finished is kept, and the same command goes on from there",
+                    130,
+                )
             except Exception as e:
                 line = str(e) if isinstance(e, TiprError) else _failure_line(e)
                 if line is None:
@@ -119,7 +122,10 @@ Seed = Annotated[int, typer.Option(help="Seed of training and of every random ch
 @register_command(app, "demo")
 def tipr_demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A small copy of the benchmark: a minute or two, numbers of no meaning.")
+        bool,
+        typer.Option(
+            "--quick", help="A small copy of the benchmark: a minute or two, numbers of no meaning."
+        ),
     ] = False,
     out: Out = Path("runs/demo"),
     seed: Seed = 0,
@@ -178,9 +184,8 @@ def open_dataset(
     check_place(name, root)
     if name != "synth-world":
         return load_dataset(name, root, **kwargs)
-    data = load_dataset(
-        "synth-pedes", root, **kwargs | dict(need=("train",))
-    )  # the same layout, training identities only
+    # the same layout, training identities only
+    data = load_dataset("synth-pedes", root, **kwargs | dict(need=("train",)))
     data.name = name
     return data
 
@@ -193,7 +198,9 @@ def check_place(name: str, root: Path | None):
     if not named:
         known_name(name, [*DATASETS, "synth-world"], "dataset")
     if root is None and not named and not name.startswith("synth-pedes"):
-        raise TiprError(f"{name}: say where it lies with --root FOLDER (the documentation has a page on how to get it)")
+        raise TiprError(
+            f"{name}: say where it lies with --root FOLDER (the documentation has a page on how to get it)"
+        )
     if root is not None and not root.exists():
         raise TiprError(f"{root}: no such folder; check --root")
 
@@ -224,9 +231,12 @@ def left_out(skip: Path | None, skip_missing: int) -> dict[str, Any]:
 # %% ../nbs/13_cli.ipynb #cell-016
 @register_command(data_app, "synth")
 def data_synth(
-    root: Annotated[Optional[Path], typer.Option(help="Folder to write; the cache when left out.")] = None,
+    root: Annotated[
+        Optional[Path], typer.Option(help="Folder to write; the cache when left out.")
+    ] = None,
     ids: Annotated[
-        Optional[int], typer.Option(help="Total of identities, for a smaller set than the benchmark's.")
+        Optional[int],
+        typer.Option(help="Total of identities, for a smaller set than the benchmark's."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed; 0 is the frozen benchmark.")] = 0,
     size: Annotated[str, typer.Option(help="Height x width in pixels, up to 384x128.")] = "96x32",
@@ -249,7 +259,14 @@ def data_synth(
         return say(repr(load_dataset("synth-pedes")))
     from tipr_nb.synth import make_synth_pedes
 
-    say(repr(load_dataset("synth-pedes", make_synth_pedes(root, n_ids=ids, seed=seed, image_size=parse_size(size)))))
+    say(
+        repr(
+            load_dataset(
+                "synth-pedes",
+                make_synth_pedes(root, n_ids=ids, seed=seed, image_size=parse_size(size)),
+            )
+        )
+    )
 
 
 @register_command(data_app, "world")
@@ -291,7 +308,8 @@ def data_check(
         bool, typer.Option("--fast", help="Look at image headers only, do not decode every image.")
     ] = False,
     plot: Annotated[
-        Optional[Path], typer.Option(help="Save a picture of the caption lengths here, e.g. lengths.png.")
+        Optional[Path],
+        typer.Option(help="Save a picture of the caption lengths here, e.g. lengths.png."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ):
@@ -366,14 +384,17 @@ def tipr_generate(
     text: Annotated[
         Optional[list[str]],
         typer.Argument(
-            metavar="[SENTENCE]...", help="Sentences to generate pictures from; none: the captions of --data."
+            metavar="[SENTENCE]...",
+            help="Sentences to generate pictures from; none: the captions of --data.",
         ),
     ] = None,
     data: Name = "synth-pedes",
     root: Root = None,
     split: Annotated[
         Optional[list[str]],
-        typer.Option(help="Split whose captions get pictures; may be given several times; train when left out."),
+        typer.Option(
+            help="Split whose captions get pictures; may be given several times; train when left out."
+        ),
     ] = None,
     out: Annotated[
         Optional[Path],
@@ -383,11 +404,17 @@ def tipr_generate(
     ] = None,
     generator: Annotated[
         Optional[str],
-        typer.Option(help="Folder or hub id of a diffusers pipeline; the shipped generator when left out."),
+        typer.Option(
+            help="Folder or hub id of a diffusers pipeline; the shipped generator when left out."
+        ),
     ] = None,
     lora: Annotated[Optional[str], typer.Option(help="LoRA weights on top of it.")] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="Template around the caption, with {caption} in it.")] = None,
-    negative_prompt: Annotated[Optional[str], typer.Option(help="What the pictures should not show.")] = None,
+    prompt: Annotated[
+        Optional[str], typer.Option(help="Template around the caption, with {caption} in it.")
+    ] = None,
+    negative_prompt: Annotated[
+        Optional[str], typer.Option(help="What the pictures should not show.")
+    ] = None,
     size: Annotated[
         Optional[str],
         typer.Option(
@@ -395,14 +422,18 @@ def tipr_generate(
         ),
     ] = None,
     steps: Annotated[Optional[int], typer.Option(help="Steps of denoising.")] = None,
-    guidance: Annotated[Optional[float], typer.Option(help="Strength of classifier-free guidance.")] = None,
+    guidance: Annotated[
+        Optional[float], typer.Option(help="Strength of classifier-free guidance.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed, mixed with each caption's.")] = 0,
     per_caption: Annotated[int, typer.Option(help="Pictures of each caption.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Pictures generated at once.")] = 16,
     safety_checker: Annotated[
         bool, typer.Option("--safety-checker", help="Use the pipeline's safety checker.")
     ] = False,
-    device: Annotated[Optional[str], typer.Option(help="'cpu', 'cuda'; a GPU if there is one when left out.")] = None,
+    device: Annotated[
+        Optional[str], typer.Option(help="'cpu', 'cuda'; a GPU if there is one when left out.")
+    ] = None,
     learn: Annotated[
         bool,
         typer.Option(
@@ -413,15 +444,19 @@ def tipr_generate(
             ),
         ),
     ] = False,
-    updates: Annotated[Optional[int], typer.Option(help="With --train: steps of the optimizer.")] = None,
+    updates: Annotated[
+        Optional[int], typer.Option(help="With --train: steps of the optimizer.")
+    ] = None,
     rank: Annotated[
         int,
         typer.Option(
-            "--lora-rank", help="With --train --generator: train LoRA matrices of this rank; 0 for the whole UNet."
+            "--lora-rank",
+            help="With --train --generator: train LoRA matrices of this rank; 0 for the whole UNet.",
         ),
     ] = 16,
     max_seconds: Annotated[
-        Optional[float], typer.Option(help="With --train: stop after so many seconds; the same command goes on.")
+        Optional[float],
+        typer.Option(help="With --train: stop after so many seconds; the same command goes on."),
     ] = None,
 ):
     """Generate a picture of a person from every caption.
@@ -480,7 +515,9 @@ def generate_sentences(sentences: list[str], generator: Any, out: Path, per_capt
     from types import SimpleNamespace
     from tipr_nb.generation import generate_split
 
-    pictures = generate_split(generator, SimpleNamespace(captions=sentences), out, per_caption, report=say)
+    pictures = generate_split(
+        generator, SimpleNamespace(captions=sentences), out, per_caption, report=say
+    )
     for sentence in dict.fromkeys(t.strip() for t in sentences):
         paths = "\n".join(str(pictures.path(sentence, k)) for k in range(per_caption))
         say(f"{paths}   {sentence}")
@@ -501,7 +538,9 @@ def generate_captions(
     pictures = pictures_for(dataset, splits, load_generator(), out, per_caption, report=say)
     recipe = "gea-tiny" if data.startswith("synth") else "gea"
     where = f" --root {root}" if root else ""
-    say(f"pictures: {pictures.folder}\nnext:     tipr train {recipe} --data {data}{where} --pictures {pictures.folder}")
+    say(
+        f"pictures: {pictures.folder}\nnext:     tipr train {recipe} --data {data}{where} --pictures {pictures.folder}"
+    )
 
 
 def learn_to_generate(
@@ -524,7 +563,9 @@ def learn_to_generate(
     from tipr_nb.generation import training
 
     if generator is None:
-        recipe = dataclasses.replace(training.SMALL, seed=seed, updates=updates or training.SMALL.updates)
+        recipe = dataclasses.replace(
+            training.SMALL, seed=seed, updates=updates or training.SMALL.updates
+        )
         run = training.train_small(out, recipe=recipe, max_seconds=max_seconds)
         made = out / "pipeline"
         use = f"--generator {made}"
@@ -535,7 +576,9 @@ def learn_to_generate(
         )
         use = f"--generator {generator} --lora {made}" if rank else f"--generator {made}"
     if run.step < run.r.updates:
-        return say(f"stopped after {run.step:,} of {run.r.updates:,} updates; the same command goes on")
+        return say(
+            f"stopped after {run.step:,} of {run.r.updates:,} updates; the same command goes on"
+        )
     say(
         f"{run.step:,} updates done, loss {run.history.rows[-1]['loss']:.3f}\ngenerator: {made}\nnext:      tipr "
         f"generate --data {data} {use}"
@@ -571,10 +614,15 @@ def parse_settings(
 def _change(recipe, key: str, value) -> dict[str, Any]:
     "The change that sets a field, one entry of a dictionary, or one argument of an objective."
     names = [name for name, _ in recipe.objectives]
-    objective = next((n for n in names if key.startswith(f"{n}.")), None)  # somebody's own has dots in its name
+    # somebody's own has dots in its name
+    objective = next((n for n in names if key.startswith(f"{n}.")), None)
     if objective is not None:
         rest = key.removeprefix(f"{objective}.")
-        return {"objectives": [(n, kw | {rest: value} if n == objective else kw) for n, kw in recipe.objectives]}
+        return {
+            "objectives": [
+                (n, kw | {rest: value} if n == objective else kw) for n, kw in recipe.objectives
+            ]
+        }
     first, dot, rest = key.partition(".")
     if not dot:
         return {first: value}
@@ -600,10 +648,16 @@ def tipr_train(
     ],
     data: Name = "synth-pedes",
     root: Root = None,
-    out: Annotated[Optional[Path], typer.Option(help="Folder of the run; runs/RECIPE when left out.")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder of the run; runs/RECIPE when left out.")
+    ] = None,
     settings: Annotated[
         Optional[list[str]],
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe; may be given several times."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a setting of the recipe; may be given several times.",
+        ),
     ] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed; the recipe's when left out.")] = None,
     resume: Annotated[
@@ -616,12 +670,18 @@ def tipr_train(
             ),
         ),
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, dropping what is in the folder.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over, dropping what is in the folder.")
+    ] = False,
     max_seconds: Annotated[
         Optional[float],
-        typer.Option(help="Stop after so many seconds in all; with a larger number the same command goes on."),
+        typer.Option(
+            help="Stop after so many seconds in all; with a larger number the same command goes on."
+        ),
     ] = None,
-    device: Annotated[Optional[str], typer.Option(help="'cpu', or what Accelerate finds when left out.")] = None,
+    device: Annotated[
+        Optional[str], typer.Option(help="'cpu', or what Accelerate finds when left out.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes that load data.")] = 0,
     pictures: Annotated[
         Optional[Path],
@@ -648,7 +708,9 @@ def tipr_train(
     ] = 0.0,
     track: Annotated[
         Optional[list[str]],
-        typer.Option(help="Tracker of Accelerate's, such as tensorboard; may be given several times."),
+        typer.Option(
+            help="Tracker of Accelerate's, such as tensorboard; may be given several times."
+        ),
     ] = None,
 ):
     """Fine-tune a retriever by a recipe.
@@ -665,9 +727,15 @@ def tipr_train(
     seeds = [] if seed is None else [f"seed={seed}"]
     chosen = parse_settings([*(settings or []), *seeds], training.get_recipe(recipe))
     folder = out or Path("runs") / chosen.name
-    dataset = open_dataset(data, root, need=("train",), wrong_pairs=wrong_pairs, **left_out(skip, skip_missing))
-    say(f"{dataset!r}\nrecipe {chosen.name} (hash {chosen.hash()}), seed {chosen.seed}, run folder {folder}")
-    extra = generated_extra(chosen, dataset, pictures) if "generated" in chosen.extra_fields else None
+    dataset = open_dataset(
+        data, root, need=("train",), wrong_pairs=wrong_pairs, **left_out(skip, skip_missing)
+    )
+    say(
+        f"{dataset!r}\nrecipe {chosen.name} (hash {chosen.hash()}), seed {chosen.seed}, run folder {folder}"
+    )
+    extra = (
+        generated_extra(chosen, dataset, pictures) if "generated" in chosen.extra_fields else None
+    )
     going_on = "must" if resume else "auto"
     run = training.train(
         chosen,
@@ -687,7 +755,9 @@ def _summary(run: Any, folder: Path, data: str, root: Path | None) -> str:
     "What a training came to, and what to do next."
     from tipr_nb.training import best_weights, has_best_weights
 
-    numbers = [f"{k} {run.best[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP") if k in run.best]
+    numbers = [
+        f"{k} {run.best[k]:.2f}" for k in ("r1", "r5", "r10", "mAP", "mINP") if k in run.best
+    ]
     best = f"; best on val at step {run.best['step']}: {'  '.join(numbers)}" if numbers else ""
     where = f" --root {root}" if root else ""
     head = f"{run.status} after {run.train_seconds:.0f} s of training{best}"
@@ -734,20 +804,28 @@ def tipr_evaluate(
     ],
     data: Name = "synth-pedes",
     root: Root = None,
-    split: Annotated[str, typer.Option(help="train, val, test, or another split the set has.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="train, val, test, or another split the set has.")
+    ] = "test",
     direction: Annotated[
         str, typer.Option(help="t2i: sentences ask, pictures answer; i2t: the other way round.")
     ] = "t2i",
     by: Annotated[
-        Optional[list[str]], typer.Option(help="Also for each value of this column; may be given several times.")
+        Optional[list[str]],
+        typer.Option(help="Also for each value of this column; may be given several times."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Pictures or sentences encoded at a time.")] = 128,
     out: Annotated[
-        Optional[Path], typer.Option(help="Save the metrics here (.json, with one row per query in a .npz beside it).")
+        Optional[Path],
+        typer.Option(
+            help="Save the metrics here (.json, with one row per query in a .npz beside it)."
+        ),
     ] = None,
     pictures: Annotated[
         Optional[Path],
-        typer.Option(help="Folder of generated pictures (tipr generate) that enrich the queries (TGTE)."),
+        typer.Option(
+            help="Folder of generated pictures (tipr generate) that enrich the queries (TGTE)."
+        ),
     ] = None,
     weight: Annotated[
         Optional[float],
@@ -759,7 +837,11 @@ def tipr_evaluate(
         ),
     ] = None,
     predict: Annotated[
-        bool, typer.Option("--predict", help="Enrich the queries by predicted pictures, for weights that have a predictor.")
+        bool,
+        typer.Option(
+            "--predict",
+            help="Enrich the queries by predicted pictures, for weights that have a predictor.",
+        ),
     ] = False,
     skip: Skip = None,
     skip_missing: SkipMissing = 0,
@@ -790,7 +872,12 @@ def tipr_evaluate(
         model = QueryEnricher(model, open_pictures(pictures), weight)
     with free_threads():
         m = evaluation.evaluate(
-            model, part, direction=direction, batch_size=batch_size, breakdown=by, name=f"{data} {split}"
+            model,
+            part,
+            direction=direction,
+            batch_size=batch_size,
+            breakdown=by,
+            name=f"{data} {split}",
         )
     if out:
         evaluation.save_metrics(m, out)
@@ -836,10 +923,19 @@ def open_predicted(
 # %% ../nbs/13_cli.ipynb #cell-034
 @register_command(app, "grid")
 def tipr_grid(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The grid: a TOML or JSON file of rows and seeds.")],
-    out: Annotated[Optional[Path], typer.Option(help="Table to extend; beside FILE, as .csv, when left out.")] = None,
-    runs: Annotated[Optional[Path], typer.Option(help="Folder of the runs; beside the table when left out.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="'cpu', or what Accelerate finds when left out.")] = None,
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="The grid: a TOML or JSON file of rows and seeds."),
+    ],
+    out: Annotated[
+        Optional[Path], typer.Option(help="Table to extend; beside FILE, as .csv, when left out.")
+    ] = None,
+    runs: Annotated[
+        Optional[Path], typer.Option(help="Folder of the runs; beside the table when left out.")
+    ] = None,
+    device: Annotated[
+        Optional[str], typer.Option(help="'cpu', or what Accelerate finds when left out.")
+    ] = None,
 ):
     """Run a grid of experiments, rows x seeds, into a table.
 
@@ -856,7 +952,9 @@ def tipr_grid(
     done = t[t["status"] != "failed"]
     splits = done["split"].unique() if len(done) else ()
     for split in splits:
-        say(f"{split}, mean ± standard deviation over seeds:\n{grid_summary(done, split=split).to_string()}")
+        say(
+            f"{split}, mean ± standard deviation over seeds:\n{grid_summary(done, split=split).to_string()}"
+        )
     say(f"every run: {table}")
     if len(done) < len(t):
         raise TiprError(
@@ -865,7 +963,9 @@ def tipr_grid(
         )
 
 # %% ../nbs/13_cli.ipynb #cell-036
-GalleryFolder = Annotated[Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")]
+GalleryFolder = Annotated[
+    Path, typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")
+]
 Weights = Annotated[
     Optional[str],
     typer.Option(
@@ -882,18 +982,23 @@ def tipr_index(
     photos: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH", help="Folders, globs, pictures, films, or tables (CSV, JSON, Parquet) that list pictures."
+            metavar="PATH",
+            help="Folders, globs, pictures, films, or tables (CSV, JSON, Parquet) that list pictures.",
         ),
     ],
     gallery: GalleryFolder,
     model: Weights = None,
     pattern: Annotated[
         Optional[str],
-        typer.Option(help=r"Regular expression on file names; named groups become columns, e.g. '(?P<camera>c\d+)_'."),
+        typer.Option(
+            help=r"Regular expression on file names; named groups become columns, e.g. '(?P<camera>c\d+)_'."
+        ),
     ] = None,
     metadata: Annotated[
         Optional[Path],
-        typer.Option(help="Table of facts by file name (CSV, JSON, Parquet); its columns can be filtered."),
+        typer.Option(
+            help="Table of facts by file name (CSV, JSON, Parquet); its columns can be filtered."
+        ),
     ] = None,
     boxes: Annotated[
         Optional[Path],
@@ -913,27 +1018,47 @@ def tipr_index(
             help="Find people in whole scenes: hog, a hub id or folder of a transformers detector, or MODULE:FUNCTION.",
         ),
     ] = None,
-    every: Annotated[Optional[str], typer.Option(help="Index films, too: a moment every 2s, 500ms, 1min.")] = None,
+    every: Annotated[
+        Optional[str], typer.Option(help="Index films, too: a moment every 2s, 500ms, 1min.")
+    ] = None,
     start: Annotated[
-        Optional[str], typer.Option(help="When a film starts whose name does not say it, e.g. '2024-05-01 10:00'.")
+        Optional[str],
+        typer.Option(
+            help="When a film starts whose name does not say it, e.g. '2024-05-01 10:00'."
+        ),
     ] = None,
     exclude: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="PATTERN", help="Names to leave out, e.g. '*.tmp.jpg'; may be given several times."),
+        typer.Option(
+            metavar="PATTERN",
+            help="Names to leave out, e.g. '*.tmp.jpg'; may be given several times.",
+        ),
     ] = None,
     predict: Annotated[
-        bool, typer.Option("--predict", help="Enrich every sentence asked by its predicted picture, for weights that have a predictor.")
+        bool,
+        typer.Option(
+            "--predict",
+            help="Enrich every sentence asked by its predicted picture, for weights that have a predictor.",
+        ),
     ] = False,
     engine: Annotated[
         Optional[str],
-        typer.Option(help="exact, flat, ivf, ivfpq, hnsw or milvus; as the gallery has it, exact in a new one."),
+        typer.Option(
+            help="exact, flat, ivf, ivfpq, hnsw or milvus; as the gallery has it, exact in a new one."
+        ),
     ] = None,
-    quantise: Annotated[Optional[str], typer.Option(help="Features inside a FAISS engine: none, fp16 or 8bit.")] = None,
-    nlist: Annotated[Optional[int], typer.Option(min=1, help="Cells of the ivf and ivfpq engines.")] = None,
+    quantise: Annotated[
+        Optional[str], typer.Option(help="Features inside a FAISS engine: none, fp16 or 8bit.")
+    ] = None,
+    nlist: Annotated[
+        Optional[int], typer.Option(min=1, help="Cells of the ivf and ivfpq engines.")
+    ] = None,
     recall: Annotated[
         Optional[float],
         typer.Option(
-            min=0.1, max=1.0, help="Fraction of the true ten nearest that ivf and hnsw are calibrated to find."
+            min=0.1,
+            max=1.0,
+            help="Fraction of the true ten nearest that ivf and hnsw are calibrated to find.",
         ),
     ] = None,
     uri: Annotated[
@@ -951,30 +1076,52 @@ def tipr_index(
         Optional[str], typer.Option(help="Name of the gallery on the server; tipr when left out.")
     ] = None,
     index: Annotated[
-        Optional[str], typer.Option(help="The server's index: flat, auto, hnsw, ivf, ivf_rabitq or diskann.")
+        Optional[str],
+        typer.Option(help="The server's index: flat, auto, hnsw, ivf, ivf_rabitq or diskann."),
     ] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Features on the disk: float32 or float16.")] = None,
+    dtype: Annotated[
+        Optional[str], typer.Option(help="Features on the disk: float32 or float16.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at a time.")] = 64,
-    workers: Annotated[Optional[int], typer.Option(min=1, help="Threads that read pictures.")] = None,
+    workers: Annotated[
+        Optional[int], typer.Option(min=1, help="Threads that read pictures.")
+    ] = None,
     max_pixels: Annotated[
-        Optional[int], typer.Option(min=1, help="Larger pictures are skipped; 100 million when left out.")
+        Optional[int],
+        typer.Option(min=1, help="Larger pictures are skipped; 100 million when left out."),
     ] = None,
     add: Annotated[
         bool,
-        typer.Option("--add", help="Keep people whose photos are not under PATH; without it they leave the gallery."),
+        typer.Option(
+            "--add",
+            help="Keep people whose photos are not under PATH; without it they leave the gallery.",
+        ),
     ] = False,
     recut: Annotated[
-        bool, typer.Option("--recut", help="Cut people out as this command says, not as the gallery remembers.")
+        bool,
+        typer.Option(
+            "--recut", help="Cut people out as this command says, not as the gallery remembers."
+        ),
     ] = False,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Start anew, e.g. with another model.")] = False,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Start anew, e.g. with another model.")
+    ] = False,
     part: Annotated[
         Optional[str],
-        typer.Option(metavar="I/N", help="Encode the I-th of N parts only, for job arrays; afterwards run --join."),
+        typer.Option(
+            metavar="I/N",
+            help="Encode the I-th of N parts only, for job arrays; afterwards run --join.",
+        ),
     ] = None,
-    join: Annotated[bool, typer.Option("--join", help="Put parts that were encoded with --part together.")] = False,
-    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for another indexer of this gallery.")] = 0.0,
+    join: Annotated[
+        bool, typer.Option("--join", help="Put parts that were encoded with --part together.")
+    ] = False,
+    wait: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait for another indexer of this gallery.")
+    ] = 0.0,
     skipped: Annotated[
-        bool, typer.Option("--skipped", help="List every file that was skipped, not only the first few.")
+        bool,
+        typer.Option("--skipped", help="List every file that was skipped, not only the first few."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
@@ -986,7 +1133,9 @@ def tipr_index(
 
     Example: tipr index photos --gallery my-gallery --pattern '(?P<camera>c\\d+)_'
     """
-    asked = dict(quantise=quantise, nlist=nlist, recall=recall, uri=uri, name=milvus_name, index=index)
+    asked = dict(
+        quantise=quantise, nlist=nlist, recall=recall, uri=uri, name=milvus_name, index=index
+    )
     options = {k: v for k, v in asked.items() if v is not None}
     engine = check_engine(engine, options)
     from tipr_nb.search import DEFAULT_MODEL, Gallery
@@ -997,15 +1146,28 @@ def tipr_index(
     more: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if part is not None:
         if join or rebuild or engine:
-            raise TiprError("--part only encodes: --join, --rebuild and --engine go with the run that joins")
+            raise TiprError(
+                "--part only encodes: --join, --rebuild and --engine go with the run that joins"
+            )
         from tipr_nb.search import index_part
 
-        cut: dict[str, Any] = dict(metadata=metadata, pattern=pattern, boxes=boxes, box_format=box_format, exclude=exclude)
+        cut: dict[str, Any] = dict(
+            metadata=metadata, pattern=pattern, boxes=boxes, box_format=box_format, exclude=exclude
+        )
         cut |= dict(detector=named_detector(detect), every=every, start=start)
         with contextlib.ExitStack() as stack:
             loader = threaded_loader(stack)
             done = index_part(
-                photos, gallery, part, model, loader=loader, add=add, recut=recut, given=cut, batch_size=batch_size, **more
+                photos,
+                gallery,
+                part,
+                model,
+                loader=loader,
+                add=add,
+                recut=recut,
+                given=cut,
+                batch_size=batch_size,
+                **more,
             )
         return say_json(vars(done)) if as_json else say("\n".join(done.lines()))
     with contextlib.ExitStack() as stack:
@@ -1040,7 +1202,12 @@ def tipr_index(
     listed = [f"  skipped {path}: {why}" for path, why in few]
     say(
         "\n".join(
-            [*report.lines(), *listed, f"{built!r}", f'next: tipr search "a woman in a red coat" --gallery {gallery}']
+            [
+                *report.lines(),
+                *listed,
+                f"{built!r}",
+                f'next: tipr search "a woman in a red coat" --gallery {gallery}',
+            ]
         )
     )
 
@@ -1049,7 +1216,10 @@ def check_engine(engine: str | None, options: dict) -> str | None:
     "The engine that options go with; `none` as a quantiser becomes None."
     if engine:
         known_name(engine, ("exact", "flat", "ivf", "ivfpq", "hnsw", "milvus"), "engine")
-    if options.get("quantise") and known_name(options["quantise"], ("none", "fp16", "8bit"), "quantiser") == "none":
+    if (
+        options.get("quantise")
+        and known_name(options["quantise"], ("none", "fp16", "8bit"), "quantiser") == "none"
+    ):
         options["quantise"] = None
     served = ("milvus",)
     cells = ("ivf", "ivfpq")
@@ -1116,7 +1286,9 @@ def check_served(gallery: Path | None, local_only: dict) -> None:
         raise TiprError("--gallery or --milvus-uri, not both")
     for name, value in local_only.items():
         if value:
-            raise TiprError(f"--{name} needs the gallery's folder: use --gallery instead of --milvus-uri")
+            raise TiprError(
+                f"--{name} needs the gallery's folder: use --gallery instead of --milvus-uri"
+            )
 
 
 def named_numbers(given: list[str] | None) -> dict[str, float] | None:
@@ -1146,7 +1318,9 @@ def predicting(
     if source.endswith(PREDICTED) and weight is None:
         return gallery
     if source.endswith(PREDICTED):
-        raise TiprError(f"{gallery.folder}: was made with predicted pictures and keeps their weight; leave --weight out")
+        raise TiprError(
+            f"{gallery.folder}: was made with predicted pictures and keeps their weight; leave --weight out"
+        )
     return Gallery(gallery.folder, open_predicted(source, weight), gallery.root, loader=open_model)
 
 
@@ -1160,10 +1334,13 @@ def tipr_search(
     text: Annotated[
         Optional[list[str]],
         typer.Argument(
-            metavar="SENTENCE", help="What the person looks like; several sentences about the same person are combined."
+            metavar="SENTENCE",
+            help="What the person looks like; several sentences about the same person are combined.",
         ),
     ] = None,
-    gallery: Annotated[Optional[Path], typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")] = None,
+    gallery: Annotated[
+        Optional[Path], typer.Option("--gallery", metavar="DIR", help="Folder of the gallery.")
+    ] = None,
     milvus_uri: Annotated[
         Optional[str],
         typer.Option(
@@ -1174,7 +1351,10 @@ def tipr_search(
     milvus_name: Annotated[str, typer.Option(help="Name of the gallery on that server.")] = "tipr",
     search_params: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="NAME=VALUE", help="Of the server's index, e.g. ef=200; may be given several times."),
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Of the server's index, e.g. ef=200; may be given several times.",
+        ),
     ] = None,
     text_tower: Annotated[
         Optional[Path],
@@ -1185,14 +1365,18 @@ def tipr_search(
     ] = None,
     k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many people.")] = 10,
     where: Annotated[
-        Optional[str], typer.Option(help="Filter on columns, e.g. \"camera == 'c2' and taken >= '2024-05-01'\".")
+        Optional[str],
+        typer.Option(help="Filter on columns, e.g. \"camera == 'c2' and taken >= '2024-05-01'\"."),
     ] = None,
     without: Annotated[
-        Optional[list[str]], typer.Option(help="What should not be there, e.g. 'a hat'; may be given several times.")
+        Optional[list[str]],
+        typer.Option(help="What should not be there, e.g. 'a hat'; may be given several times."),
     ] = None,
     image: Annotated[
         Optional[list[Path]],
-        typer.Option(help="A picture of somebody like them; may be given several times, with or without a sentence."),
+        typer.Option(
+            help="A picture of somebody like them; may be given several times, with or without a sentence."
+        ),
     ] = None,
     like: Annotated[
         Optional[list[str]],
@@ -1204,50 +1388,90 @@ def tipr_search(
             ),
         ),
     ] = None,
-    rerank: Annotated[Optional[str], typer.Option(help="Order the best again: neighbours or expand.")] = None,
+    rerank: Annotated[
+        Optional[str], typer.Option(help="Order the best again: neighbours or expand.")
+    ] = None,
     imagine: Annotated[
-        bool, typer.Option("--imagine", help="Generate a picture from the sentence and search with it, too.")
+        bool,
+        typer.Option(
+            "--imagine", help="Generate a picture from the sentence and search with it, too."
+        ),
     ] = False,
     generator: Annotated[
-        Optional[str], typer.Option(help="Folder or hub id of that generator; the shipped one when left out.")
+        Optional[str],
+        typer.Option(help="Folder or hub id of that generator; the shipped one when left out."),
     ] = None,
     weight: Annotated[
         Optional[float],
-        typer.Option(min=0.0, max=1.0, help="Weight of the generated or predicted picture; the usual one when left out."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Weight of the generated or predicted picture; the usual one when left out.",
+        ),
     ] = None,
     predict: Annotated[
-        bool, typer.Option("--predict", help="Enrich the sentence by its predicted picture, for weights that have a predictor.")
+        bool,
+        typer.Option(
+            "--predict",
+            help="Enrich the sentence by its predicted picture, for weights that have a predictor.",
+        ),
     ] = False,
     image_weight: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Weight of --image and --like beside a sentence.")
+        float,
+        typer.Option(min=0.0, max=1.0, help="Weight of --image and --like beside a sentence."),
     ] = 0.5,
-    without_weight: Annotated[float, typer.Option(min=0.0, max=1.0, help="How strongly --without pushes away.")] = 0.25,
+    without_weight: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="How strongly --without pushes away.")
+    ] = 0.25,
     group: Annotated[
         Optional[str],
-        typer.Option(metavar="COLUMN", help="One hit per value of a column, e.g. track: the best frame of each."),
+        typer.Option(
+            metavar="COLUMN",
+            help="One hit per value of a column, e.g. track: the best frame of each.",
+        ),
     ] = None,
     min_probability: Annotated[
         Optional[float],
         typer.Option(
-            min=0.0, max=1.0, help="Leave out hits that are less probable; for one sentence alone, with calibrated weights."
+            min=0.0,
+            max=1.0,
+            help="Leave out hits that are less probable; for one sentence alone, with calibrated weights.",
         ),
     ] = None,
-    engine: Annotated[Optional[str], typer.Option(help="Another engine of this gallery than its default.")] = None,
-    copies: Annotated[bool, typer.Option("--copies", help="Show pictures with the same bytes one by one.")] = False,
-    model: Annotated[Optional[str], typer.Option(help="Where the gallery's weights are now, if they moved.")] = None,
-    root: Annotated[Optional[Path], typer.Option(help="Where the photos are now, if they moved.")] = None,
+    engine: Annotated[
+        Optional[str], typer.Option(help="Another engine of this gallery than its default.")
+    ] = None,
+    copies: Annotated[
+        bool, typer.Option("--copies", help="Show pictures with the same bytes one by one.")
+    ] = False,
+    model: Annotated[
+        Optional[str], typer.Option(help="Where the gallery's weights are now, if they moved.")
+    ] = None,
+    root: Annotated[
+        Optional[Path], typer.Option(help="Where the photos are now, if they moved.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     filepath_only: Annotated[
-        bool, typer.Option("--filepath-only", help="Print the paths of the hits, one a line, and nothing else.")
+        bool,
+        typer.Option(
+            "--filepath-only", help="Print the paths of the hits, one a line, and nothing else."
+        ),
     ] = False,
     page: Annotated[
-        Optional[Path], typer.Option("--html", metavar="FILE", help="Write a page: one file with the pictures inside.")
+        Optional[Path],
+        typer.Option(
+            "--html", metavar="FILE", help="Write a page: one file with the pictures inside."
+        ),
     ] = None,
     table: Annotated[
-        Optional[Path], typer.Option("--csv", metavar="FILE", help="Write the hits for a spreadsheet.")
+        Optional[Path],
+        typer.Option("--csv", metavar="FILE", help="Write the hits for a spreadsheet."),
     ] = None,
     archive: Annotated[
-        Optional[Path], typer.Option("--zip", metavar="FILE", help="Write pictures, table and page in one archive.")
+        Optional[Path],
+        typer.Option(
+            "--zip", metavar="FILE", help="Write pictures, table and page in one archive."
+        ),
     ] = None,
 ):
     """Find people in a gallery by a sentence, a picture, or both.
@@ -1278,7 +1502,12 @@ def tipr_search(
     if milvus_uri is not None:
         numbers = named_numbers(search_params)
         opened = ServedGallery(
-            milvus_uri, milvus_name, model, search_params=numbers, text_tower=text_tower, loader=open_model
+            milvus_uri,
+            milvus_name,
+            model,
+            search_params=numbers,
+            text_tower=text_tower,
+            loader=open_model,
         )
     else:
         assert gallery is not None
@@ -1308,14 +1537,16 @@ def tipr_search(
     if image:
         opened.keep_picture_tower()
 
-
 # %% ../nbs/13_cli.ipynb #cell-044
 @register_command(app, "app")
 def tipr_app(
     gallery: GalleryFolder,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Only this computer reaches the default; others want a password.")
+        str,
+        typer.Option(
+            help="Address to listen on. Only this computer reaches the default; others want a password."
+        ),
     ] = "127.0.0.1",
     password: Annotated[
         Optional[str],
@@ -1326,7 +1557,9 @@ def tipr_app(
     ] = None,
     name: Annotated[
         Optional[list[str]],
-        typer.Option(help="A further host name that the page answers to, behind a proxy; may be given several times."),
+        typer.Option(
+            help="A further host name that the page answers to, behind a proxy; may be given several times."
+        ),
     ] = None,
     imagine: Annotated[
         Optional[bool],
@@ -1339,14 +1572,19 @@ def tipr_app(
         ),
     ] = None,
     generator: Annotated[
-        Optional[str], typer.Option(help="Folder or hub id of that generator; the shipped one when left out.")
+        Optional[str],
+        typer.Option(help="Folder or hub id of that generator; the shipped one when left out."),
     ] = None,
     example: Annotated[
         Optional[list[str]], typer.Option(help="A sentence to click; may be given several times.")
     ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "People search",
-    model: Annotated[Optional[str], typer.Option(help="Where the gallery's weights are now, if they moved.")] = None,
-    root: Annotated[Optional[Path], typer.Option(help="Where the photos are now, if they moved.")] = None,
+    model: Annotated[
+        Optional[str], typer.Option(help="Where the gallery's weights are now, if they moved.")
+    ] = None,
+    root: Annotated[
+        Optional[Path], typer.Option(help="Where the photos are now, if they moved.")
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser", help="Open the page in a browser.")] = False,
 ):
     """Open the search page for a gallery.
@@ -1382,7 +1620,9 @@ def tipr_app(
 
 # %% ../nbs/13_cli.ipynb #cell-046
 @register_command(app, "models")
-def tipr_models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False):
+def tipr_models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+):
     """List weights for photographs, and what --model takes.
 
     The shipped weights were trained on rendered people. Published ones for photographs are listed with address,
@@ -1400,7 +1640,11 @@ def tipr_models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON
     say(f"shipped (trained on rendered people): {', '.join(own)}\n")
     for w in rows:
         size = f"{w.parameters / 1e6:.0f} million parameters" if w.parameters else "size not stated"
-        tried = "" if w.downloaded else "\n  not tried here: it could not be downloaded where this package was made"
+        tried = (
+            ""
+            if w.downloaded
+            else "\n  not tried here: it could not be downloaded where this package was made"
+        )
         say(
             f"{w.name}\n  {w.address}\n  licence {w.licence}; {size}; trained on {w.trained_on}\n  {w.figures} "
             f"({w.source}){tried}\n"
@@ -1426,7 +1670,9 @@ def tipr_convert(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    to: Annotated[str, typer.Option(help="tipr (for recipes and search), open_clip, hf or onnx.")] = "tipr",
+    to: Annotated[
+        str, typer.Option(help="tipr (for recipes and search), open_clip, hf or onnx.")
+    ] = "tipr",
     size: Annotated[
         Optional[str],
         typer.Option(
@@ -1438,7 +1684,9 @@ def tipr_convert(
     ] = None,
     quick_gelu: Annotated[
         Optional[bool],
-        typer.Option("--quick-gelu/--gelu", help="The activation of the towers, where the file does not say."),
+        typer.Option(
+            "--quick-gelu/--gelu", help="The activation of the towers, where the file does not say."
+        ),
     ] = None,
 ):
     """Turn a checkpoint into another project's layout.
@@ -1454,7 +1702,9 @@ def tipr_convert(
 
 # %% ../nbs/13_cli.ipynb #cell-050
 @register_command(app, "card")
-def tipr_card(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished training run.")]):
+def tipr_card(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished training run.")],
+):
     """Print a model card filled from a run.
 
     Recipe, data, limits, and every evaluation that was saved into the run's folder with its intervals.
@@ -1469,12 +1719,21 @@ def tipr_card(run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of
 @register_command(app, "push")
 def tipr_push(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A finished training run, or what `tipr data export` wrote.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A finished training run, or what `tipr data export` wrote."
+        ),
     ],
     repo: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the Hugging Face hub; made if it is not there.")
+        str,
+        typer.Argument(
+            metavar="OWNER/NAME",
+            help="Repository on the Hugging Face hub; made if it is not there.",
+        ),
     ],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; private when left out.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody see it; private when left out.")
+    ] = False,
 ):
     """Send a run or a dataset to the Hugging Face hub.
 
@@ -1492,7 +1751,9 @@ def data_export(
     name: NameArg,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     root: Root = None,
-    split: Annotated[Optional[list[str]], typer.Option(help="Only this split; may be given several times.")] = None,
+    split: Annotated[
+        Optional[list[str]], typer.Option(help="Only this split; may be given several times.")
+    ] = None,
 ):
     """Write a dataset as Parquet, pictures inside.
 
@@ -1510,7 +1771,9 @@ def data_export(
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.")
+    ] = False,
 ):
     if version:
         from tipr_nb import __version__
@@ -1524,12 +1787,12 @@ def _root(
 
 def main():
     "What the `tipr` command runs."
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # before torch loads: its threads wait for each other asleep, so that a busy neighbour costs less
+    # before torch loads: its threads wait for each other asleep, so that a busy neighbour costs less
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a console that cannot show a letter shows its number
+            # a console that cannot show a letter shows its number
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="tipr")
 
 # %% ../nbs/13_cli.ipynb #cell-053

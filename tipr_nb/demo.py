@@ -22,7 +22,8 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .core import TiprError, atomic_path, cache_dir, free_threads, progress, read_json, write_json, write_text
+from .core import (TiprError, atomic_path, cache_dir, free_threads, progress, read_json,
+    write_json, write_text)
 
 # %% ../nbs/12_demo.ipynb #cell-004
 @dataclass
@@ -30,13 +31,16 @@ class DemoPlan:
     "What a demo computes."
 
     recipe: str = "tal-tiny"
+    # settings of the recipe that the demo changes, to fit its time
     changes: dict[str, Any] = field(
         default_factory=lambda: dict(epochs=2, warmup_epochs=0.2, lr=1e-4)
-    )  # settings of the recipe that the demo changes, to fit its time
+    )
     n_ids: tuple[int, int, int] | None = (
         None  # train, val and test identities of a smaller copy; None for the whole benchmark
     )
-    picture_people: int = 400  # test identities whose complete sentences are asked with a generated picture, too
+    picture_people: int = (
+        400  # test identities whose complete sentences are asked with a generated picture, too
+    )
     picture_weight: float = 0.15  # of that picture in the query
     queries: int = 10  # sentences shown with their pictures
     depth: int = 10  # pictures shown for each
@@ -50,7 +54,13 @@ QUICK: dict[str, Any] = dict(n_ids=(320, 40, 100), picture_people=60, quick=True
 def peak_memory() -> float:  # MiB
     "The most memory this process has held so far, plus the most of any one of its finished children."
     unit = 1024 if sys.platform != "darwin" else 1024**2
-    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit
+    return (
+        sum(
+            resource.getrusage(who).ru_maxrss
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        / unit
+    )
 
 
 class StageLog:
@@ -67,7 +77,9 @@ class StageLog:
         old: dict[str, Any] = {}
         with contextlib.suppress(TiprError):
             old = read_json(self.path)  # none yet, or cut short by a kill: begin anew
-        self.data: dict[str, Any] = old if old.get("key") == key else dict(key=key, seconds={}, memory=0.0)
+        self.data: dict[str, Any] = (
+            old if old.get("key") == key else dict(key=key, seconds={}, memory=0.0)
+        )
 
     @contextlib.contextmanager
     def stage(self, name: str, words: str) -> Iterator[None]:
@@ -93,7 +105,10 @@ class StageLog:
     def seconds(self) -> dict[str, float]:
         "Seconds by stage, and their total."
         return {
-            k: round(v, 1) for k, v in (self.data["seconds"] | {"total": sum(self.data["seconds"].values())}).items()
+            k: round(v, 1)
+            for k, v in (
+                self.data["seconds"] | {"total": sum(self.data["seconds"].values())}
+            ).items()
         }
 
 # %% ../nbs/12_demo.ipynb #cell-011
@@ -107,7 +122,9 @@ def demo_data(plan: DemoPlan):
 
     return load_dataset(
         "synth-pedes",
-        make_synth_pedes(cache_dir() / ("synth-pedes-v1-" + "-".join(map(str, plan.n_ids))), n_ids=plan.n_ids),
+        make_synth_pedes(
+            cache_dir() / ("synth-pedes-v1-" + "-".join(map(str, plan.n_ids))), n_ids=plan.n_ids
+        ),
     )
 
 # %% ../nbs/12_demo.ipynb #cell-015
@@ -116,11 +133,17 @@ def top_pictures(
     split,  # the same split
     query: int,  # index of a caption
     k: int = 10,
-) -> tuple[np.ndarray, np.ndarray, int]:  # (k,) images best first, (k,) whether each is a hit, rank of the first hit
+) -> tuple[
+    np.ndarray, np.ndarray, int
+]:  # (k,) images best first, (k,) whether each is a hit, rank of the first hit
     "What is ranked first for one caption, within its gallery."
     text, images = (np.asarray(f, dtype=np.float32) for f in (features.text[query], features.image))
     place, there = split.caption_columns.get("gallery"), split.image_columns.get("gallery")
-    pool = np.flatnonzero(there == place[query]) if place is not None and there is not None else np.arange(len(images))
+    pool = (
+        np.flatnonzero(there == place[query])
+        if place is not None and there is not None
+        else np.arange(len(images))
+    )
     order = pool[np.argsort(-(images[pool] @ text), kind="stable")]
     hits = split.image_ids[order] == split.caption_ids[query]
     return order[:k], hits[:k], int(np.argmax(hits)) + 1 if hits.any() else 0
@@ -170,15 +193,24 @@ _BADGES = {
         '<span class="badge" aria-hidden="true"><svg viewBox="0 0 10 10" fill="none" stroke="#fff" '
         f'stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"><path d="{path}"/></svg></span>'
     )
-    for mark, path in dict(hit="M1 5.4 L3.9 8.2 L9 2", miss="M1.8 1.8 L8.2 8.2 M8.2 1.8 L1.8 8.2").items()
+    for mark, path in dict(
+        hit="M1 5.4 L3.9 8.2 L9 2", miss="M1.8 1.8 L8.2 8.2 M8.2 1.8 L1.8 8.2"
+    ).items()
 }
 
 # %% ../nbs/12_demo.ipynb #cell-020
 def _shown_person(split, query: int, generated: Any | None) -> str:
     "The picture left of a ranking: the generated one, or the one that the sentence was written about."
     if generated is not None:
-        return shot(generated, "a picture generated from the sentence", caption="generated", cls="asked")
-    return shot(split.images[split.caption_image[query]], "the person described", caption="described", cls="asked")
+        return shot(
+            generated, "a picture generated from the sentence", caption="generated", cls="asked"
+        )
+    return shot(
+        split.images[split.caption_image[query]],
+        "the person described",
+        caption="described",
+        cls="asked",
+    )
 
 
 def _ranking(split, name: str, order: np.ndarray, hits: np.ndarray, asked: str) -> str:
@@ -186,7 +218,9 @@ def _ranking(split, name: str, order: np.ndarray, hits: np.ndarray, asked: str) 
     shots = []
     for place, (i, hit) in enumerate(zip(order, hits), 1):
         who = "the right person" if hit else "another person"
-        shots.append(shot(split.images[i], f"rank {place}, {who}", "hit" if hit else "miss", str(place)))
+        shots.append(
+            shot(split.images[i], f"rank {place}, {who}", "hit" if hit else "miss", str(place))
+        )
     title = f'<p class="method">{esc(name)}</p>' if name else ""
     return f'<div class="ranking">{title}{asked}<span class="gap"></span>{"".join(shots)}</div>'
 
@@ -241,8 +275,13 @@ def tile(
     "One headline number with its interval, drawn on a track from 0 to 100 with chance marked."
     low, high = interval or (value, value)
     words = f"{low:.1f} to {high:.1f}" if interval else "&nbsp;"
-    track = f'<i style="width:{value:.2f}%"></i><u style="left:{low:.2f}%;width:{max(high - low, 0.4):.2f}%"></u>' + (
-        f'<b style="left:{chance:.2f}%" title="chance: {chance:.2f} %"></b>' if chance is not None else ""
+    track = (
+        f'<i style="width:{value:.2f}%"></i><u style="left:{low:.2f}%;width:{max(high - low, 0.4):.2f}%"></u>'
+        + (
+            f'<b style="left:{chance:.2f}%" title="chance: {chance:.2f} %"></b>'
+            if chance is not None
+            else ""
+        )
     )
     return (
         f'<li class="tile"><div class="what">{esc(METRIC_NAMES.get(name, name))}</div><div '
@@ -251,13 +290,18 @@ def tile(
     )
 
 
-def html_table(rows: Iterable[Sequence], head: Sequence[str] = (), numbers: Iterable[int] = ()) -> str:
+def html_table(
+    rows: Iterable[Sequence], head: Sequence[str] = (), numbers: Iterable[int] = ()
+) -> str:
     "A small HTML table; columns in `numbers` are set flush right."
 
     def row(cells, tag):
         return (
             "<tr>"
-            + "".join(f"<{tag}{' class=n' if i in numbers else ''}>{esc(str(c))}</{tag}>" for i, c in enumerate(cells))
+            + "".join(
+                f"<{tag}{' class=n' if i in numbers else ''}>{esc(str(c))}</{tag}>"
+                for i, c in enumerate(cells)
+            )
             + "</tr>"
         )
 
@@ -276,14 +320,14 @@ class Result:
     test: Any  # `evaluation.Metrics` on the test galleries
     features: Any  # `evaluation.SplitFeatures` of the test split
     start: dict  # scores on val before the first step
-    ways: dict[str, Any] = field(
-        default_factory=dict
-    )  # way of asking -> `evaluation.Metrics` of the sentences asked in all ways
-    gains: dict[str, Any] = field(
-        default_factory=dict
-    )  # way of asking -> `evaluation.Comparison` with the sentence alone
-    generated: dict[int, Any] = field(default_factory=dict)  # caption -> picture, of the queries shown
-    enriched: dict[int, Any] = field(default_factory=dict)  # caption -> feature of sentence and picture
+    # way of asking -> `evaluation.Metrics` of the sentences asked in all ways
+    ways: dict[str, Any] = field(default_factory=dict)
+    # way of asking -> `evaluation.Comparison` with the sentence alone
+    gains: dict[str, Any] = field(default_factory=dict)
+    # caption -> picture, of the queries shown
+    generated: dict[int, Any] = field(default_factory=dict)
+    # caption -> feature of sentence and picture
+    enriched: dict[int, Any] = field(default_factory=dict)
 
 
 def _tiles(m: Any) -> str:
@@ -357,7 +401,13 @@ def pictures_section(plan: DemoPlan, result: Result) -> str:
         f"<b>{esc(verdict(result.gains[WITH]))}</b></p>"
         + html_table(
             rows,
-            ("query", "Rank-1, %", "mAP, %", "Rank-1 against the sentence alone", "mAP against the sentence alone"),
+            (
+                "query",
+                "Rank-1, %",
+                "mAP, %",
+                "Rank-1 against the sentence alone",
+                "mAP against the sentence alone",
+            ),
             {1, 2, 3, 4},
         )
         + '<p class="note">In brackets: 95 % interval of the difference, paired, from a bootstrap over identities.</p>'
@@ -373,7 +423,9 @@ def asked_by(
 
     ways: dict[str, Any] = {ALONE: result.features}
     if query in result.enriched:
-        ways[WITH] = SimpleNamespace(text={query: result.enriched[query]}, image=result.features.image)
+        ways[WITH] = SimpleNamespace(
+            text={query: result.enriched[query]}, image=result.features.image
+        )
     return ways
 
 
@@ -384,8 +436,18 @@ def queries_section(plan: DemoPlan, data, result: Result) -> str:
     "The ranking for each of the sentences shown."
     cards = []
     for q in progress(draw_queries(data.test, plan.queries, plan.seed), "pictures"):
-        rankings = {name: top_pictures(f, data.test, q, plan.depth) for name, f in asked_by(result, q).items()}
-        cards.append(query_card(data.test, q, rankings, {WITH: result.generated[q]} if q in result.generated else None))
+        rankings = {
+            name: top_pictures(f, data.test, q, plan.depth)
+            for name, f in asked_by(result, q).items()
+        }
+        cards.append(
+            query_card(
+                data.test,
+                q,
+                rankings,
+                {WITH: result.generated[q]} if q in result.generated else None,
+            )
+        )
     return (
         f"<h2>{_NUMBERS.get(len(cards), len(cards))} sentences, and what the model found</h2><p>Chosen at random "
         f"with seed {plan.seed}, as many complete as incomplete ones, none left out. "
@@ -435,12 +497,18 @@ def families(split, most: int = 4) -> str:
             _from_the_front(split, members[split.image_ids[members] == i])
             for i in dict.fromkeys(split.image_ids[members])
         ][:most]
-        differ = ", ".join(n.replace("_", " ") for n in c["differs"][members[0]]) if "differs" in c else ""
+        differ = (
+            ", ".join(n.replace("_", " ") for n in c["differs"][members[0]])
+            if "differs" in c
+            else ""
+        )
         if len(people) < 2:
             continue
         title = LOOKALIKE_NAMES.get(kind, str(kind))
         pictures = "".join(shot(split.images[i], f"look-alikes: {kind}") for i in people)
-        shown.append(f'<div class="family"><h3>{esc(title)}</h3><p class="note">{esc(differ)}</p>{pictures}</div>')
+        shown.append(
+            f'<div class="family"><h3>{esc(title)}</h3><p class="note">{esc(differ)}</p>{pictures}</div>'
+        )
     return (
         "<h3>Look-alikes</h3><p>In every split there are families of people who differ in one thing only, so "
         "that a bag of words is not enough. Rank-1 is reported for each type below.</p><div "
@@ -494,7 +562,8 @@ def curve_section(result: Result) -> str:
 
 # %% ../nbs/12_demo.ipynb #cell-033
 _ROW_NAMES = dict(
-    lookalike=LOOKALIKE_NAMES | {"none": "no look-alike"}, annotator={f"t{i}": f"writer {i}" for i in range(1, 20)}
+    lookalike=LOOKALIKE_NAMES | {"none": "no look-alike"},
+    annotator={f"t{i}": f"writer {i}" for i in range(1, 20)},
 )
 BREAKDOWN_TITLES = dict(
     kind="Complete and incomplete sentences",
@@ -521,7 +590,9 @@ def breakdown_section(
         title = BREAKDOWN_TITLES.get(c, c)
         rows = m.by[c].rename(index=_ROW_NAMES.get(c, {}))
         figure = interval_bars(rows, chance=m.chance_r1, title=title, upto=most, width=4.8)
-        charts.append(f'<figure class="chart">{figure.svg(f"by-{c}", f"Rank-1 with intervals: {title}")}</figure>')
+        charts.append(
+            f'<figure class="chart">{figure.svg(f"by-{c}", f"Rank-1 with intervals: {title}")}</figure>'
+        )
     return (
         "<h2>Where it is good, and where it is not</h2><p>Rank-1 for parts of the test sentences. The thin line "
         "on a bar is its 95 % interval, the grey number is how many sentences stand behind it. "
@@ -623,10 +694,19 @@ def as_json(plan: DemoPlan, out: str | Path, data, result: Result, log: StageLog
         changes=plan.changes,
         train_seconds=round(run.train_seconds, 1),
     )
-    chosen = dict(val={k: run.best.get(k) for k in (*METRIC_NAMES, "step", "epoch")}, val_before=result.start)
-    ways = {name: {k: v for k, v in m.to_dict().items() if k != "by"} for name, m in result.ways.items()}
+    chosen = dict(
+        val={k: run.best.get(k) for k in (*METRIC_NAMES, "step", "epoch")}, val_before=result.start
+    )
+    ways = {
+        name: {k: v for k, v in m.to_dict().items() if k != "by"} for name, m in result.ways.items()
+    }
     gains = {name: gain.to_dict() for name, gain in result.gains.items()}
-    pictures = dict(weight=plan.picture_weight, people=plan.picture_people, ways=ways, against_sentence_alone=gains)
+    pictures = dict(
+        weight=plan.picture_weight,
+        people=plan.picture_people,
+        ways=ways,
+        against_sentence_alone=gains,
+    )
     splits = {
         name: dict(identities=s.n_ids, images=len(s.images), captions=len(s))
         for name, s in data.splits.items()
@@ -673,10 +753,20 @@ def overview_figure(
         "image": (4.45, 2.75, "image tower\na vector for each picture", COLORS[2]),
         "cosine": (6.75, 1.85, "cosine\nthe nearest first", COLORS[1]),
     }
-    areas = {"sentence": (1.6, 0.95, 2.9, 1.25), "gallery": (1.6, 2.75, 2.9, 1.5), "ranking": (9.75, 1.85, 3.7, 1.9)}
+    areas = {
+        "sentence": (1.6, 0.95, 2.9, 1.25),
+        "gallery": (1.6, 2.75, 2.9, 1.5),
+        "ranking": (9.75, 1.85, 3.7, 1.9),
+    }
     fig = diagram(
         boxes,
-        [("sentence", "text"), ("gallery", "image"), ("text", "cosine"), ("image", "cosine"), ("cosine", "ranking")],
+        [
+            ("sentence", "text"),
+            ("gallery", "image"),
+            ("text", "cosine"),
+            ("image", "cosine"),
+            ("cosine", "ranking"),
+        ],
         11.7,
         3.75,
         areas=areas,
@@ -684,12 +774,25 @@ def overview_figure(
     ax = fig.axes[0]
     with style():
         ax.add_patch(
-            FancyBboxPatch((0.15, 0.33), 2.9, 1.25, boxstyle="round,pad=0,rounding_size=.09", fc="#f6f7f9", ec=LINE)
+            FancyBboxPatch(
+                (0.15, 0.33),
+                2.9,
+                1.25,
+                boxstyle="round,pad=0,rounding_size=.09",
+                fc="#f6f7f9",
+                ec=LINE,
+            )
         )
         lines = wrap(split.captions[query], 2.65, 8.5, max_lines=6)
         for k, line in enumerate(lines):
             ax.text(
-                0.28, 0.955 + (k - len(lines) / 2) * 0.165, line, fontsize=8.5, color=INK, va="top", parse_math=False
+                0.28,
+                0.955 + (k - len(lines) / 2) * 0.165,
+                line,
+                fontsize=8.5,
+                color=INK,
+                va="top",
+                parse_math=False,
             )
         for n, i in enumerate(gallery[:14]):
             place(ax, split.images[i], 0.15 + n % 7 * 0.42, 2.0 + n // 7 * 0.78, 0.38, 0.74)
@@ -720,7 +823,9 @@ def draw_overview(plan: DemoPlan, data, result: Result):
     q = next((q for q in queries if tops[q][1][0] and not tops[q][1][:6].all()), queries[0])
     column, own = data.test.image_columns.get("gallery"), data.test.caption_columns.get("gallery")
     pool = np.arange(len(data.test.images)) if column is None else np.flatnonzero(column == own[q])
-    return overview_figure(data.test, q, *tops[q][:2], np.random.default_rng(plan.seed).permutation(pool), len(pool))
+    return overview_figure(
+        data.test, q, *tops[q][:2], np.random.default_rng(plan.seed).permutation(pool), len(pool)
+    )
 
 # %% ../nbs/12_demo.ipynb #cell-043
 DEMO_STAGES = ("benchmark", "training", "test", "pictures", "page")
@@ -761,11 +866,19 @@ def ask_with_pictures(
     text, image = result.features.text[torch.as_tensor(chosen)], result.features.image
     part = split.subset_captions(chosen)
     other = torch.as_tensor(shuffled(len(chosen), seed))
-    queries = {ALONE: text, WITH: enhance(text, pictures, weight), SHUFFLED: enhance(text, pictures[other], weight)}
+    queries = {
+        ALONE: text,
+        WITH: enhance(text, pictures, weight),
+        SHUFFLED: enhance(text, pictures[other], weight),
+    }
     for name, query in queries.items():
-        result.ways[name] = evaluate(None, part, features=SplitFeatures(image, query), breakdown=(), name=name)
+        result.ways[name] = evaluate(
+            None, part, features=SplitFeatures(image, query), breakdown=(), name=name
+        )
         if name != ALONE:
-            result.gains[name] = compare(result.ways[ALONE], result.ways[name], metrics=("r1", "mAP"))
+            result.gains[name] = compare(
+                result.ways[ALONE], result.ways[name], metrics=("r1", "mAP")
+            )
 
 # %% ../nbs/12_demo.ipynb #cell-053
 def step_seconds(
@@ -781,7 +894,10 @@ def step_seconds(
         return torch.zeros(len(index), 3, *recipe.image_size)
 
     extra = dict(generated=blank) if "generated" in recipe.extra_fields else None
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+    ):
         trainer = Trainer(recipe, data, folder, extra=extra)
         trainer.train_step.retriever.train()
         seconds = []
@@ -856,7 +972,10 @@ def train_and_test(plan: DemoPlan, out: Path, data, log: StageLog) -> Result:
 
     recipe = get_recipe(plan.recipe).replace(**plan.changes, seed=plan.seed)
     name = "-".join([recipe.name, *["quick"] * plan.quick, recipe.hash()])
-    with log.stage("training", f"fine-tuning by {plan.recipe}; interrupt it if you like, the same command goes on"):
+    with log.stage(
+        "training",
+        f"fine-tuning by {plan.recipe}; interrupt it if you like, the same command goes on",
+    ):
         start = log.remember("val before fine-tuning", lambda: scores_before(recipe, data))
         run = train(recipe, data, out / name)
     with log.stage("test", f"meeting {data.test.n_ids:,} people never seen before"):
@@ -879,16 +998,27 @@ def add_pictures_to(result: Result, plan: DemoPlan, data, log: StageLog):
     shown = draw_queries(test, plan.queries, plan.seed)
     every = np.unique([*asked, *shown])
     with log.stage(
-        "pictures", f"generating a picture for each of {len(every):,} sentences of people never seen, to ask with"
+        "pictures",
+        f"generating a picture for each of {len(every):,} sentences of people never seen, to ask with",
     ):
         part = test.subset_captions(every)
         pictures = generate_split(
-            PersonGenerator.from_pretrained(), part, cache_dir() / "demo-pictures", report=lambda line: None
+            PersonGenerator.from_pretrained(),
+            part,
+            cache_dir() / "demo-pictures",
+            report=lambda line: None,
         )
         drawn = pictures.generate(part.captions)
         features = result.run.model.encode_image(drawn)
         place = {int(q): i for i, q in enumerate(every)}
-        ask_with_pictures(result, test, asked, features[[place[int(q)] for q in asked]], plan.picture_weight, plan.seed)
+        ask_with_pictures(
+            result,
+            test,
+            asked,
+            features[[place[int(q)] for q in asked]],
+            plan.picture_weight,
+            plan.seed,
+        )
         for q in shown:
             result.generated[q] = drawn[place[q]]
             result.enriched[q] = enhance(

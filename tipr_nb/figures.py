@@ -1001,7 +1001,9 @@ _MISSING = (214, 39, 40)  # red
 
 def left_out(
     photo,  # anything `as_picture` takes
-    regions: Mapping[str, np.ndarray],  # region -> (h, w) bool, of `draw_person(..., return_regions=True)`
+    regions: Mapping[
+        str, np.ndarray
+    ],  # region -> (h, w) bool, of `draw_person(..., return_regions=True)`
     visible: Sequence[str],  # the attributes that can be seen
     mentioned: Mapping[str, str],  # attribute -> what a caption says
 ) -> tuple[np.ndarray, list[str]]:  # (h, w, 3) uint8, the regions that were painted

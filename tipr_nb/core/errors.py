@@ -16,98 +16,117 @@ from typing import Any
 # %% ../../nbs/00_core/01_errors.ipynb #cell-007
 class TiprError(ValueError):
     "Something the user can fix: one line that names the file, row or argument and the remedy."
-    def __init__(self, message:str=""):
-        super().__init__(" ".join(str(message).splitlines()))   # a file's name may hold a line break
+
+    def __init__(self, message: str = ""):
+        super().__init__(" ".join(str(message).splitlines()))  # a file's name may hold a line break
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-010
-def one_line(e:BaseException) -> str: # at most 120 characters
+def one_line(e: BaseException) -> str:  # at most 120 characters
     "An exception as a short line, without addresses and paths in it."
     text = " ".join(str(e).split())
     return re.sub(r"<[^>]*>|'/[^']*'", "it", f"{type(e).__name__}: {text}")[:120]
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-014
-def nearest_name(name:str, names:Iterable[str]) -> str|None:
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
     "The one of `names` that is most like `name`, whatever its case; None where none is like it."
     known = list(names)
     for form in (name, name.upper(), name.lower()):
-        near = difflib.get_close_matches(form, known, n=1, cutoff=.5)
-        if near: return near[0]
+        near = difflib.get_close_matches(form, known, n=1, cutoff=0.5)
+        if near:
+            return near[0]
     return None
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-016
-_LISTED = 20   # so many known names are listed in a message
+_LISTED = 20  # so many known names are listed in a message
+
 
 def known_name(
-    name:str,
-    names:Iterable[str],
-    what:str,   # kind of thing, for the message
+    name: str,
+    names: Iterable[str],
+    what: str,  # kind of thing, for the message
 ) -> str:
     "The name itself, if it is one of `names`; else a `TiprError` with the nearest of them."
     known = list(names)
-    if name in known: return name
+    if name in known:
+        return name
     near = nearest_name(str(name), known)
     shown = repr(name) if len(str(name)) <= 80 else f"{str(name)[:77]!r}..."
     parts = [f"unknown {what} {shown};"]
-    if near: parts.append(f"did you mean {near!r}?")
+    if near:
+        parts.append(f"did you mean {near!r}?")
     if len(known) <= _LISTED or not near:
         parts.append(f"{'Known' if near else 'known'}: {', '.join(map(str, known))}")
     raise TiprError(" ".join(parts))
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-020
 def load_object(
-    path:str,   # `package.module:Name`
-    what:str,   # kind of thing, for the message
+    path: str,  # `package.module:Name`
+    what: str,  # kind of thing, for the message
 ) -> Any:
     "Import an object by the path of its module and its name."
     module, _, name = path.partition(":")
     where = f"{what} {path!r}"
-    if not module or not name: raise TiprError(f"{where}: not a path; write it as package.module:Name")
-    try: return attrgetter(name)(_import_from_here(module))
+    if not module or not name:
+        raise TiprError(f"{where}: not a path; write it as package.module:Name")
+    try:
+        return attrgetter(name)(_import_from_here(module))
     except AttributeError:
-        raise TiprError(f"{where}: {module} has no {name}; write it as package.module:Name") from None
+        raise TiprError(
+            f"{where}: {module} has no {name}; write it as package.module:Name"
+        ) from None
     except ModuleNotFoundError as e:
         raise TiprError(f"{where}: not found ({e}); write it as package.module:Name") from None
-    except (Exception, SystemExit) as e:   # whatever somebody's module raises when it is imported
-        raise TiprError(f"{where}: {module} could not be imported ({one_line(e)}); fix that module") from e
+    except (Exception, SystemExit) as e:  # whatever somebody's module raises when it is imported
+        raise TiprError(
+            f"{where}: {module} could not be imported ({one_line(e)}); fix that module"
+        ) from e
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-021
-def _import_from_here(module:str) -> Any:
+def _import_from_here(module: str) -> Any:
     "Import a module; one that lies in the current folder is found too."
-    try: return import_module(module)
+    try:
+        return import_module(module)
     except ModuleNotFoundError as e:
         first = module.partition(".")[0]
-        if e.name != first or not _lies_here(first): raise
+        if e.name != first or not _lies_here(first):
+            raise
     here = os.getcwd()
     sys.path.insert(0, here)
-    try: return import_module(module)
-    finally: sys.path.remove(here)
+    try:
+        return import_module(module)
+    finally:
+        sys.path.remove(here)
 
-def _lies_here(name:str) -> bool:
+
+def _lies_here(name: str) -> bool:
     return os.path.isfile(f"{name}.py") or os.path.isdir(name)
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-023
-def entry_point_group(what:str) -> str:
+def entry_point_group(what: str) -> str:
     "The group of entry points for a kind of thing: 'caption transform' -> `tipr_nb.caption_transforms`."
     return f"tipr_nb.{what.replace(' ', '_')}s"
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-025
-def offered_names(what:str) -> dict[str, metadata.EntryPoint]:
+def offered_names(what: str) -> dict[str, metadata.EntryPoint]:
     "What installed packages offer of a kind of thing, by name."
     return {e.name: e for e in metadata.entry_points(group=entry_point_group(what))}
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-027
 def find_registered(
-    name:str,                   # registered name, entry point, or `package.module:Name`
-    known:Mapping[str, Any],    # name -> object, or the path of one that is imported when asked for
-    what:str,                   # kind of thing, for messages and the group of entry points
+    name: str,  # registered name, entry point, or `package.module:Name`
+    known: Mapping[str, Any],  # name -> object, or the path of one that is imported when asked for
+    what: str,  # kind of thing, for messages and the group of entry points
 ) -> Any:
     "An object by name: registered here, offered by an installed package, or anybody's by path."
     if not isinstance(name, str):
-        raise TiprError(f"{what} {name!r}: not a name; give the name as text, or package.module:Name")
+        raise TiprError(
+            f"{what} {name!r}: not a name; give the name as text, or package.module:Name"
+        )
     if name in known:
         found = known[name]
         return load_object(found, what) if isinstance(found, str) else found
-    if ":" in name: return load_object(name, what)
+    if ":" in name:
+        return load_object(name, what)
     offered = offered_names(what)
     known_name(name, [*known, *offered], what)
     point = offered[name]
@@ -116,12 +135,13 @@ def find_registered(
 
 # %% ../../nbs/00_core/01_errors.ipynb #cell-033
 def need(
-    module:str, # what to import, `pyarrow.parquet`
-    extra:str,  # the extra of this package that brings it
-    why:str,    # what it is needed for, in a few words
+    module: str,  # what to import, `pyarrow.parquet`
+    extra: str,  # the extra of this package that brings it
+    why: str,  # what it is needed for, in a few words
 ) -> Any:
     "Import an optional library, or say in one line which extra brings it."
-    try: return import_module(module)
+    try:
+        return import_module(module)
     except ImportError as e:
         library = module.partition(".")[0]
         remedy = f"pip install 'tipr_nb[{extra}]'"

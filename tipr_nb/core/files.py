@@ -35,129 +35,172 @@ _WRITE_REMEDIES = {
     errno.ESTALE: "the network disk has lost this folder; mount it again",
 }
 
+
 @contextlib.contextmanager
 def os_errors(
-    path:str|Path,  # what was being written, for the message
+    path: str | Path,  # what was being written, for the message
 ) -> Iterator[None]:
     "Turn the system's errors on writing `path` (disk full, read-only, no permission) into a one-line `TiprError`."
-    try: yield
+    try:
+        yield
     except OSError as e:
-        if e.errno not in _WRITE_REMEDIES: raise
+        if e.errno not in _WRITE_REMEDIES:
+            raise
         raise TiprError(f"{path}: {_WRITE_REMEDIES[e.errno]}") from e
     except ValueError as e:
-        if "null byte" not in str(e) and "null character" not in str(e): raise
+        if "null byte" not in str(e) and "null character" not in str(e):
+            raise
         raise TiprError(f"{str(path)!r}: no file can have that name; choose another path") from None
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-008
-def sync(path:str|Path):
+def sync(path: str | Path):
     "Force a file's content, or a folder's list of names, to the disk (a no-op where the system cannot)."
-    if os.name == "nt" and os.path.isdir(path): return
+    if os.name == "nt" and os.path.isdir(path):
+        return
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
+    try:
+        os.fsync(handle)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF): raise
-    finally: os.close(handle)
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-010
-def sync_tree(path:str|Path):
+def sync_tree(path: str | Path):
     "Force a file, or a folder with all that is in it, to the disk."
     for folder, _, names in os.walk(path):
         for name in names:
-            if not os.path.islink(os.path.join(folder, name)): sync(os.path.join(folder, name))
+            if not os.path.islink(os.path.join(folder, name)):
+                sync(os.path.join(folder, name))
         sync(folder)
-    if os.path.isfile(path): sync(path)
+    if os.path.isfile(path):
+        sync(path)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-013
-_MARK = ".writing"    # the locked file in a temporary folder
+_MARK = ".writing"  # the locked file in a temporary folder
 
-def _hidden_name(name:str) -> str:
+
+def _hidden_name(name: str) -> str:
     "The beginning of a temporary folder's name; shorter than what it stands for where that is very long."
     return "." + os.fsencode(name)[:200].decode(errors="ignore")
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-015
-def _lock_folder(folder:Path) -> int|None:
+def _lock_folder(folder: Path) -> int | None:
     "Lock a temporary folder for this process; None if a living process has it or nobody can tell."
-    try: import fcntl
-    except ImportError: return None
-    handle = os.open(folder/_MARK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder / _MARK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle).st_ino == os.stat(folder/_MARK).st_ino: return handle
-    except OSError: pass
+        if os.fstat(handle).st_ino == os.stat(folder / _MARK).st_ino:
+            return handle
+    except OSError:
+        pass
     os.close(handle)
     return None
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-017
-def _own_folder(path:Path) -> tuple[Path, int|None]:
+def _own_folder(path: Path) -> tuple[Path, int | None]:
     "A temporary folder beside `path`, and the handle of its lock where there are locks."
     prefix = _hidden_name(path.name)
     for number in range(1000):
         folder = path.with_name(f"{prefix}.{number}")
-        try: os.mkdir(folder, 0o700)
-        except FileExistsError: new = False
-        else: new = True
-        try: handle = _lock_folder(folder)
-        except FileNotFoundError: continue   # another process found it unlocked, and removed it
-        except PermissionError: continue     # another user's
-        if handle is None and not new: continue
-        if not new: _recover(folder, path)
+        try:
+            os.mkdir(folder, 0o700)
+        except FileExistsError:
+            new = False
+        else:
+            new = True
+        try:
+            handle = _lock_folder(folder)
+        except FileNotFoundError:
+            continue  # another process found it unlocked, and removed it
+        except PermissionError:
+            continue  # another user's
+        if handle is None and not new:
+            continue
+        if not new:
+            _recover(folder, path)
         return folder, handle
-    raise TiprError(f"{path}: a thousand unfinished writes lie beside it; remove the folders {prefix}.*")
+    raise TiprError(
+        f"{path}: a thousand unfinished writes lie beside it; remove the folders {prefix}.*"
+    )
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-020
-def _recover(left:Path, path:Path):
+def _recover(left: Path, path: Path):
     "Put a version that had stepped aside back in its place, then empty the folder of a killed write."
-    aside = left/"old"
+    aside = left / "old"
     if aside.exists() and not path.exists():
-        finished = left/path.name
+        finished = left / path.name
         os.replace(finished if finished.exists() else aside, path)
     for entry in os.scandir(left):
-        if entry.name != _MARK: _remove(entry.path)
+        if entry.name != _MARK:
+            _remove(entry.path)
 
-def _sweep(path:Path, own:Path):
+
+def _sweep(path: Path, own: Path):
     "Remove what killed writes of `path` left beside it."
     prefix = _hidden_name(path.name) + "."
     for name in _hidden_names(str(path.parent)):
         left = path.with_name(name)
-        if not name.startswith(prefix) or left == own or not left.is_dir(): continue
-        try: handle = _lock_folder(left)
-        except OSError: continue
-        if handle is None: continue
+        if not name.startswith(prefix) or left == own or not left.is_dir():
+            continue
+        try:
+            handle = _lock_folder(left)
+        except OSError:
+            continue
+        if handle is None:
+            continue
         _recover(left, path)
         _remove(left)
         os.close(handle)
 
-_LARGE = 500                        # names: a larger folder is listed once in each process
-_hidden:dict[str, list[str]] = {}   # large folder -> names that begin with a dot
 
-def _hidden_names(folder:str) -> list[str]:
-    if folder in _hidden: return _hidden[folder]
+_LARGE = 500  # names: a larger folder is listed once in each process
+_hidden: dict[str, list[str]] = {}  # large folder -> names that begin with a dot
+
+
+def _hidden_names(folder: str) -> list[str]:
+    if folder in _hidden:
+        return _hidden[folder]
     names = os.listdir(folder)
     hidden = [name for name in names if name.startswith(".")]
-    if len(names) > _LARGE: _hidden[folder] = hidden
+    if len(names) > _LARGE:
+        _hidden[folder] = hidden
     return hidden
 
-def _remove(path:str|Path):
-    if os.path.isdir(path) and not os.path.islink(path): shutil.rmtree(path, ignore_errors=True)
+
+def _remove(path: str | Path):
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        with contextlib.suppress(OSError): os.unlink(path)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-021
-def _exchange(a:Path, b:Path) -> bool: # whether it was done
+def _exchange(a: Path, b: Path) -> bool:  # whether it was done
     "Exchange the names of two files or folders in one step, where the system can (Linux)."
     import ctypes
-    try: renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError): return False
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
     here, exchange = -100, 2
-    sys.audit("os.rename", str(a), str(b), -1, -1)   # as a rename by Python itself tells its watchers
+    # as a rename by Python itself tells its watchers
+    sys.audit("os.rename", str(a), str(b), -1, -1)
     return renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 # %% ../../nbs/00_core/02_files.ipynb #9dd008ac
-def _activate(new:Path, path:Path):
+def _activate(new: Path, path: Path):
     "Rename `new` over `path`; a folder cannot replace a full one, so the two are exchanged, or that one steps aside."
-    aside = new.parent/"old"
+    aside = new.parent / "old"
     if new.is_dir() and path.exists():
-        if _exchange(new, path): return
+        if _exchange(new, path):
+            return
         os.replace(path, aside)
     os.replace(new, path)
 
@@ -167,18 +210,21 @@ def _umask() -> int:
     os.umask(mask)
     return mask
 
-def _set_rights(path:Path, private:bool):
+
+def _set_rights(path: Path, private: bool):
     "Rights of what is about to take its place."
     mask = 0o077 if private else _umask()
-    if path.is_dir(): os.chmod(path, 0o777 & ~mask)
-    elif path.is_file(): os.chmod(path, 0o666 & ~mask)
+    if path.is_dir():
+        os.chmod(path, 0o777 & ~mask)
+    elif path.is_file():
+        os.chmod(path, 0o666 & ~mask)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-026
 @contextlib.contextmanager
 def atomic_path(
-    path:str|Path,      # the file (or, with `folder=True`, the folder) to appear whole or not at all
-    folder:bool=False,  # make a folder instead of a file
-    private:bool=False, # readable by its owner alone
+    path: str | Path,  # the file (or, with `folder=True`, the folder) to appear whole or not at all
+    folder: bool = False,  # make a folder instead of a file
+    private: bool = False,  # readable by its owner alone
 ) -> Iterator[Path]:
     "Yield a temporary path beside `path`, renamed over it when the block ends well and removed when it does not."
     path = Path(path)
@@ -187,8 +233,9 @@ def atomic_path(
         own, handle = _own_folder(path)
         try:
             _sweep(path, own)
-            inner = own/path.name
-            if folder: inner.mkdir()
+            inner = own / path.name
+            if folder:
+                inner.mkdir()
             yield inner
             _set_rights(inner, private)
             sync_tree(inner)
@@ -196,88 +243,117 @@ def atomic_path(
             sync(path.parent)
         finally:
             _remove(own)
-            if handle is not None: os.close(handle)
+            if handle is not None:
+                os.close(handle)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-031
-def write_text(path:str|Path, text:str, private:bool=False):
+def write_text(path: str | Path, text: str, private: bool = False):
     "Write `text` to `path` as UTF-8, atomically."
     with atomic_path(path, private=private) as p:
-        try: p.write_text(text, encoding="utf-8")
+        try:
+            p.write_text(text, encoding="utf-8")
         except UnicodeEncodeError as e:
-            raise TiprError(f"{path}: half a character at {e.start} of the text; take it out of the source") from None
+            raise TiprError(
+                f"{path}: half a character at {e.start} of the text; take it out of the source"
+            ) from None
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-033
-def write_json(path:str|Path, obj:Any, private:bool=False):
+def write_json(path: str | Path, obj: Any, private: bool = False):
     "Write `obj` to `path` as indented JSON, atomically; NumPy scalars and arrays and paths are converted."
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, default=_plain) + "\n", private)
 
+
 def _plain(o):
-    if hasattr(o, "tolist"): return o.tolist()
-    if isinstance(o, Path): return str(o)
+    if hasattr(o, "tolist"):
+        return o.tolist()
+    if isinstance(o, Path):
+        return str(o)
     raise TypeError(f"{type(o).__name__} cannot be written as JSON")
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-036
 REMEDY = "restore it from a good copy"
 
+
 @contextlib.contextmanager
 def reading(
-    path:str|Path,
-    kind:str,                           # what it should be, "a JSON file"
-    remedy:str=REMEDY,
-    error:type[TiprError]=TiprError,    # what to raise
+    path: str | Path,
+    kind: str,  # what it should be, "a JSON file"
+    remedy: str = REMEDY,
+    error: type[TiprError] = TiprError,  # what to raise
 ) -> Iterator[None]:
     "Turn whatever is raised while `path` is read and parsed into a one-line error with the remedy."
-    try: yield
-    except TiprError as e: raise e if isinstance(e, error) else error(str(e)) from None
-    except FileNotFoundError: raise error(f"{path}: no such file; {remedy}") from None
-    except IsADirectoryError: raise error(f"{path}: a folder, not {kind}; {remedy}") from None
+    try:
+        yield
+    except TiprError as e:
+        raise e if isinstance(e, error) else error(str(e)) from None
+    except FileNotFoundError:
+        raise error(f"{path}: no such file; {remedy}") from None
+    except IsADirectoryError:
+        raise error(f"{path}: a folder, not {kind}; {remedy}") from None
     except NotADirectoryError:
         raise error(f"{path}: a part of this path is a file, not a folder; {remedy}") from None
-    except PermissionError: raise error(f"{path}: no permission to read it; ask its owner, or {remedy}") from None
+    except PermissionError:
+        raise error(f"{path}: no permission to read it; ask its owner, or {remedy}") from None
     except OSError as e:
         said = e.strerror or one_line(e)
         raise error(f"{path}: cannot be read ({said}); {remedy}") from None
-    except RecursionError: raise error(f"{path}: nested too deeply for {kind}; {remedy}") from None
-    except MemoryError: raise error(f"{path}: too large to be read; {remedy}") from None
-    except Exception as e:   # parsers raise all kinds
+    except RecursionError:
+        raise error(f"{path}: nested too deeply for {kind}; {remedy}") from None
+    except MemoryError:
+        raise error(f"{path}: too large to be read; {remedy}") from None
+    except Exception as e:  # parsers raise all kinds
         raise error(f"{path}: not {kind} that can be read ({one_line(e)}); {remedy}") from None
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-039
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
-def read_text(path:str|Path, remedy:str=REMEDY, error:type[TiprError]=TiprError) -> str:
+
+def read_text(path: str | Path, remedy: str = REMEDY, error: type[TiprError] = TiprError) -> str:
     "The text of a UTF-8 file, without a byte-order mark."
-    with reading(path, "a text file", remedy, error): data = Path(path).read_bytes()
+    with reading(path, "a text file", remedy, error):
+        data = Path(path).read_bytes()
     return decode_text(data, path, error)
 
-def decode_text(data:bytes, path:str|Path, error:type[TiprError]=TiprError) -> str:
+
+def decode_text(data: bytes, path: str | Path, error: type[TiprError] = TiprError) -> str:
     "Bytes as UTF-8 text; another encoding is named in one line."
-    if data[:2] in _UTF16_MARKS: raise error(f"{path}: UTF-16 text; save it as UTF-8 (in Excel: 'CSV UTF-8')")
-    try: text = data.decode("utf-8-sig")
+    if data[:2] in _UTF16_MARKS:
+        raise error(f"{path}: UTF-16 text; save it as UTF-8 (in Excel: 'CSV UTF-8')")
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise error(f"{path}: not UTF-8 text at byte {e.start} (a code page such as Latin-1 or GBK?); "
-                    "save it as UTF-8") from None
-    if "\0" in text: raise error(f"{path}: not text, it holds zero bytes (UTF-16, or damaged?); save it as UTF-8")
+        raise error(
+            f"{path}: not UTF-8 text at byte {e.start} (a code page such as Latin-1 or GBK?); "
+            "save it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise error(
+            f"{path}: not text, it holds zero bytes (UTF-16, or damaged?); save it as UTF-8"
+        )
     return text
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-042
-_JSON_KINDS:dict[type, str] = {dict: "an object", list: "a list"}
+_JSON_KINDS: dict[type, str] = {dict: "an object", list: "a list"}
 
-def _parse_json(text:str, where:str, remedy:str, error:type[TiprError]) -> Any:
+
+def _parse_json(text: str, where: str, remedy: str, error: type[TiprError]) -> Any:
     "JSON from a text; `where` is the file, or the file and the line."
-    try: return json.loads(text)
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as e:
         line = f" at line {e.lineno}" if "\n" in text else ""
         raise error(f"{where}: not complete JSON{line} (a file cut short?); {remedy}") from None
-    except RecursionError: raise error(f"{where}: JSON nested too deeply; {remedy}") from None
-    except ValueError as e: raise error(f"{where}: not JSON that can be read ({one_line(e)}); {remedy}") from None
+    except RecursionError:
+        raise error(f"{where}: JSON nested too deeply; {remedy}") from None
+    except ValueError as e:
+        raise error(f"{where}: not JSON that can be read ({one_line(e)}); {remedy}") from None
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-043
 def read_json(
-    path:str|Path,
-    remedy:str=REMEDY,
-    expect:type|None=None,              # dict or list: what must stand on top
-    error:type[TiprError]=TiprError,
+    path: str | Path,
+    remedy: str = REMEDY,
+    expect: type | None = None,  # dict or list: what must stand on top
+    error: type[TiprError] = TiprError,
 ) -> Any:
     "Read JSON from `path`; whatever is wrong with it is a one-line error that ends in `remedy`."
     found = _parse_json(read_text(path, remedy, error), str(path), remedy, error)
@@ -287,88 +363,109 @@ def read_json(
     return found
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-044
-def read_jsonl(path:str|Path, remedy:str="fix or delete that line", error:type[TiprError]=TiprError
-              ) -> Iterator[tuple[int, Any]]: # number of the line, what stands in it
+def read_jsonl(
+    path: str | Path, remedy: str = "fix or delete that line", error: type[TiprError] = TiprError
+) -> Iterator[tuple[int, Any]]:  # number of the line, what stands in it
     "The values of a file of JSON lines; empty lines are left out."
     for number, line in enumerate(io.StringIO(read_text(path, remedy, error)), 1):
-        if line.strip(): yield number, _parse_json(line, f"{path} line {number}", remedy, error)
+        if line.strip():
+            yield number, _parse_json(line, f"{path} line {number}", remedy, error)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-046
-def read_toml(path:str|Path, remedy:str="fix that line", error:type[TiprError]=TiprError) -> dict[str, Any]:
+def read_toml(
+    path: str | Path, remedy: str = "fix that line", error: type[TiprError] = TiprError
+) -> dict[str, Any]:
     "Read a TOML file."
     text = read_text(path, remedy, error)
-    with reading(path, "a TOML file", remedy, error): return tomllib.loads(text)
+    with reading(path, "a TOML file", remedy, error):
+        return tomllib.loads(text)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-049
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
-def csv_separator(header:str) -> str:
+
+def csv_separator(header: str) -> str:
     "What separates the fields of a table's first line: a comma, a semicolon or a tab."
     return max((",", ";", "\t"), key=header.count)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-051
 def read_csv(
-    path:str|Path,
-    separator:str|None=None,            # None: a comma, a semicolon or a tab, whichever the first line has most of
-    remedy:str="save the table again as CSV in UTF-8",
-    error:type[TiprError]=TiprError,
-) -> Iterator[tuple[int, dict[str, Any]]]: # number of the line, name -> text
+    path: str | Path,
+    separator: str
+    | None = None,  # None: a comma, a semicolon or a tab, whichever the first line has most of
+    remedy: str = "save the table again as CSV in UTF-8",
+    error: type[TiprError] = TiprError,
+) -> Iterator[tuple[int, dict[str, Any]]]:  # number of the line, name -> text
     "The rows of a CSV file; a name that heads two columns is refused."
     text = read_text(path, remedy, error)
     found = csv_separator(text.partition("\n")[0])
     lines = io.StringIO(text, newline="")
     rows = csv.DictReader(lines, delimiter=separator or found)
-    with reading(path, "a CSV file", remedy, error): names = [n for n in rows.fieldnames or [] if n]
+    with reading(path, "a CSV file", remedy, error):
+        names = [n for n in rows.fieldnames or [] if n]
     twice = [n for n in names if names.count(n) > 1]
-    if twice: raise error(f"{path}: two columns are named '{twice[0]}'; rename or delete one")
+    if twice:
+        raise error(f"{path}: two columns are named '{twice[0]}'; rename or delete one")
     while True:
-        with reading(path, "a CSV file", remedy, error): row = next(rows, None)
-        if row is None: return
+        with reading(path, "a CSV file", remedy, error):
+            row = next(rows, None)
+        if row is None:
+            return
         yield rows.line_num, row
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-053
 def read_parquet(
-    path:str|Path,
-    columns:list[str]|None=None,        # None: all
-    remedy:str=REMEDY,
-    error:type[TiprError]=TiprError,
-) -> Any: # pyarrow.Table
+    path: str | Path,
+    columns: list[str] | None = None,  # None: all
+    remedy: str = REMEDY,
+    error: type[TiprError] = TiprError,
+) -> Any:  # pyarrow.Table
     "A Parquet file as an Arrow table."
     parquet = need("pyarrow.parquet", "search", "reading Parquet files")
-    with reading(path, "a Parquet file", remedy, error): return parquet.read_table(path, columns=columns)
+    with reading(path, "a Parquet file", remedy, error):
+        return parquet.read_table(path, columns=columns)
 
 # %% ../../nbs/00_core/02_files.ipynb #2f6e4133
 def read_npy(
-    path:str|Path,
-    mmap:bool=False,                    # map it into memory instead of reading it
-    remedy:str=REMEDY,
-    error:type[TiprError]=TiprError,
-) -> Any: # numpy.ndarray
+    path: str | Path,
+    mmap: bool = False,  # map it into memory instead of reading it
+    remedy: str = REMEDY,
+    error: type[TiprError] = TiprError,
+) -> Any:  # numpy.ndarray
     "An array from a `.npy` file; one that would need pickle is refused."
     import numpy as np
+
     with reading(path, "a NumPy array", remedy, error):
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-055
-def read_rows(path:str|Path, remedy:str="save the table again in UTF-8", error:type[TiprError]=TiprError
-             ) -> Iterator[tuple[str, Any]]: # file and row, for messages; the row's fields
+def read_rows(
+    path: str | Path,
+    remedy: str = "save the table again in UTF-8",
+    error: type[TiprError] = TiprError,
+) -> Iterator[tuple[str, Any]]:  # file and row, for messages; the row's fields
     "The rows of a table in any of `TABLES`, by its ending; any other ending is read as CSV."
     path = Path(path)
     kind = path.suffix.lower()
     if kind in (".jsonl", ".ndjson"):
-        for line, row in read_jsonl(path, error=error): yield f"{path.name} line {line}", row
+        for line, row in read_jsonl(path, error=error):
+            yield f"{path.name} line {line}", row
     elif kind == ".json":
-        for i, row in enumerate(read_json(path, remedy, list, error)): yield f"{path.name} row {i}", row
+        for i, row in enumerate(read_json(path, remedy, list, error)):
+            yield f"{path.name} row {i}", row
     elif kind == ".parquet":
         table = read_parquet(path, remedy=remedy, error=error)
-        with reading(path, "a Parquet file", remedy, error): rows = table.to_pylist()
-        for i, row in enumerate(rows): yield f"{path.name} row {i}", row
+        with reading(path, "a Parquet file", remedy, error):
+            rows = table.to_pylist()
+        for i, row in enumerate(rows):
+            yield f"{path.name} row {i}", row
     else:
         separator = "\t" if kind == ".tsv" else None
-        for line, row in read_csv(path, separator, error=error): yield f"{path.name} line {line}", row
+        for line, row in read_csv(path, separator, error=error):
+            yield f"{path.name} line {line}", row
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-058
-def user_path(path:str|Path) -> Path:
+def user_path(path: str | Path) -> Path:
     "A path as the user wrote it, with `~` for the home folder."
     return Path(os.path.expanduser(path))
 
@@ -376,24 +473,29 @@ def user_path(path:str|Path) -> Path:
 def cache_dir() -> Path:
     "Where things that can be rebuilt are kept: `$TIPR_CACHE`, or the system's cache folder for `tipr_nb`."
     from platformdirs import user_cache_path
+
     path = Path(os.environ.get("TIPR_CACHE") or user_cache_path("tipr_nb"))
-    with os_errors(path): path.mkdir(parents=True, exist_ok=True)
+    with os_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-062
 @contextlib.contextmanager
 def locked(
-    path:str|Path,  # the file or folder being built; the lock lies beside it
+    path: str | Path,  # the file or folder being built; the lock lies beside it
 ) -> Iterator[None]:
     "Hold the lock of `path`, so that only one process builds it."
     from filelock import FileLock
+
     path = Path(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f"{_hidden_name(path.name)}.lock")
-        with FileLock(str(lock)): yield
+        with FileLock(str(lock)):
+            yield
 
 # %% ../../nbs/00_core/02_files.ipynb #cell-064
-def file_sha256(path:str|Path) -> str:
+def file_sha256(path: str | Path) -> str:
     "SHA-256 of a file's bytes, as hex."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -18,125 +18,164 @@ from .errors import TiprError
 # %% ../../nbs/00_core/03_machine.ipynb #cell-006
 class LineWriter:
     "A text stream for tqdm where no terminal is: each redrawing of the bar becomes a line of its own."
-    def __init__(self, stream:TextIO): self.stream = stream
 
-    def write(self, text:str):
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str):
         line = text.strip()
-        if line: self.stream.write(line + "\n")
+        if line:
+            self.stream.write(line + "\n")
 
-    def flush(self): self.stream.flush()
+    def flush(self):
+        self.stream.flush()
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-008
-_LOG_SECONDS = 30.   # between two lines of a log
+_LOG_SECONDS = 30.0  # between two lines of a log
 _LOG_LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, about {remaining} left{postfix}"
-_LOG_COUNT = "{desc}: {n_fmt} done, {elapsed} gone{postfix}"     # where nobody knows the total
+_LOG_COUNT = "{desc}: {n_fmt} done, {elapsed} gone{postfix}"  # where nobody knows the total
+
 
 def progress(
-    items:Iterable|None=None,   # what to walk over
-    desc:str="",                # what is being done, in a few words
-    total:int|None=None,        # how many, where `items` cannot say
-    **kwargs,                   # of tqdm; `disable=True` for none
-) -> Any: # a tqdm, to walk over or to `update`
+    items: Iterable | None = None,  # what to walk over
+    desc: str = "",  # what is being done, in a few words
+    total: int | None = None,  # how many, where `items` cannot say
+    **kwargs,  # of tqdm; `disable=True` for none
+) -> Any:  # a tqdm, to walk over or to `update`
     "A tqdm bar on standard error; a line every half minute where that is no terminal; silent with `TIPR_QUIET=1`."
     from tqdm import tqdm
+
     quiet = bool(kwargs.pop("disable", False)) or os.environ.get("TIPR_QUIET") == "1"
-    settings:dict[str, Any] = dict(mininterval=.5, dynamic_ncols=True)
+    settings: dict[str, Any] = dict(mininterval=0.5, dynamic_ncols=True)
     if not sys.stderr.isatty():
         counted = total is not None or hasattr(items, "__len__")
-        settings = dict(file=LineWriter(sys.stderr), mininterval=_LOG_SECONDS, maxinterval=_LOG_SECONDS,
-                        delay=_LOG_SECONDS, bar_format=_LOG_LINE if counted else _LOG_COUNT)
+        settings = dict(
+            file=LineWriter(sys.stderr),
+            mininterval=_LOG_SECONDS,
+            maxinterval=_LOG_SECONDS,
+            delay=_LOG_SECONDS,
+            bar_format=_LOG_LINE if counted else _LOG_COUNT,
+        )
     return tqdm(items, desc=desc, total=total, disable=quiet, **settings, **kwargs)
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-012
-_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16", "svebf16")   # as PyTorch or the Linux kernel calls them
+# as PyTorch or the Linux kernel calls them
+_CPU_BF16 = (
+    "avx512_bf16",
+    "amx_bf16",
+    "bf16",
+    "sve_bf16",
+    "svebf16",
+)
+
 
 def cpu_features() -> set[str]:
     "What this processor can do, in PyTorch's or the kernel's words."
     import torch
+
     probe = getattr(torch.cpu, "get_capabilities", None)
-    if probe is not None: return {name for name, there in probe().items() if there is True}
-    try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError: return set()
+    if probe is not None:
+        return {name for name, there in probe().items() if there is True}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
     flags = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
     return set(" ".join(flags).split())
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-014
 def native_bf16(
-    device:Any="cpu",   # a torch device, or its name
+    device: Any = "cpu",  # a torch device, or its name
 ) -> bool:
     "Whether a device multiplies bf16 numbers itself, without emulation."
     import torch
+
     kind = torch.device(device).type
-    if kind == "cpu": return any(name in cpu_features() for name in _CPU_BF16)
-    if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        return any(name in cpu_features() for name in _CPU_BF16)
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return False
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-016
 def usable_precision(
-    wanted:str,         # "no" (fp32), "bf16" or "fp16"
-    device:Any="cpu",   # where it is to be computed
-) -> str: # "no", "bf16" or "fp16"
+    wanted: str,  # "no" (fp32), "bf16" or "fp16"
+    device: Any = "cpu",  # where it is to be computed
+) -> str:  # "no", "bf16" or "fp16"
     "What a setting of precision comes to on a device: bf16 becomes fp32 where it would be emulated."
-    if wanted == "bf16" and not native_bf16(device): return "no"
+    if wanted == "bf16" and not native_bf16(device):
+        return "no"
     return wanted
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-020
 class FreeThreads:
     "As many threads of PyTorch as processors are free of other programs' work, looked at again every few seconds."
-    def __init__(self,
-        most:int,           # threads, where nothing else runs
-        every:float=5.,     # seconds between two looks
+
+    def __init__(
+        self,
+        most: int,  # threads, where nothing else runs
+        every: float = 5.0,  # seconds between two looks
     ):
         self.most = most
         self.every = every
         self.at, self.idle, self.own = self.look()
 
-    def look(self) -> tuple[float, float, float]: # now; idle seconds of all processors; own seconds
+    def look(
+        self,
+    ) -> tuple[float, float, float]:  # now; idle seconds of all processors; own seconds
         "Three clocks."
         import psutil
+
         system = psutil.cpu_times()
         own = psutil.Process().cpu_times()
-        idle = system.idle + getattr(system, "iowait", 0.)
+        idle = system.idle + getattr(system, "iowait", 0.0)
         return time.monotonic(), idle, own.user + own.system
 
-    def use(self,
-        free:float, # processors
-    ) -> int: # threads
+    def use(
+        self,
+        free: float,  # processors
+    ) -> int:  # threads
         "Take the threads that fit."
         import torch
+
         threads = max(1, min(self.most, round(free)))
-        if threads != torch.get_num_threads(): torch.set_num_threads(threads)
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
         return threads
 
     def follow(self):
         "Look again, if it is time to."
-        if time.monotonic() - self.at < self.every: return
+        if time.monotonic() - self.at < self.every:
+            return
         at, idle, own = self.look()
-        free = (idle - self.idle + own - self.own)/(at - self.at)
+        free = (idle - self.idle + own - self.own) / (at - self.at)
         self.use(free)
         self.at = at
         self.idle = idle
         self.own = own
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-023
-_following:list[FreeThreads] = []   # of this process: none, or one
+_following: list[FreeThreads] = []  # of this process: none, or one
+
 
 @contextlib.contextmanager
 def free_threads(
-    most:int|None=None, # threads where nothing else runs; None: as many as PyTorch has now
+    most: int | None = None,  # threads where nothing else runs; None: as many as PyTorch has now
 ) -> Iterator[None]:
     "Inside the block PyTorch's threads follow what is free, wherever `fit_threads` is called."
     import psutil, torch
+
     before = torch.get_num_threads()
     threads = FreeThreads(before if most is None else most)
     chosen_already = "OMP_NUM_THREADS" in os.environ
     if _following or chosen_already or threads.most < 2:
         yield
         return
-    busy = psutil.cpu_percent(.5)/100        # this process sleeps meanwhile
-    threads.use((os.cpu_count() or 1)*(1 - busy))
+    busy = psutil.cpu_percent(0.5) / 100  # this process sleeps meanwhile
+    threads.use((os.cpu_count() or 1) * (1 - busy))
     _following.append(threads)
-    try: yield
+    try:
+        yield
     finally:
         _following.clear()
         torch.set_num_threads(before)
@@ -144,29 +183,37 @@ def free_threads(
 # %% ../../nbs/00_core/03_machine.ipynb #cell-024
 def fit_threads():
     "Between two steps or batches: follow what is free, inside a `free_threads` block and in the main thread."
-    if _following and threading.current_thread() is threading.main_thread(): _following[0].follow()
+    if _following and threading.current_thread() is threading.main_thread():
+        _following[0].follow()
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-028
-_LOOK_SECONDS = .5   # between two looks for the parent
+_LOOK_SECONDS = 0.5  # between two looks for the parent
+
 
 def exit_with_parent():
     "Called in a worker process: it ends within a second of its parent's end, however that ended."
     parent = os.getppid()
-    started_by = multiprocessing.parent_process()   # knows of an end before this line, and on Windows
+    # knows of an end before this line, and on Windows
+    started_by = multiprocessing.parent_process()
 
     def watch():
-        while os.getppid() == parent and (started_by is None or started_by.is_alive()): time.sleep(_LOOK_SECONDS)
+        while os.getppid() == parent and (started_by is None or started_by.is_alive()):
+            time.sleep(_LOOK_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-032
-_SCHEMAS = {"nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"}
-_libraries = []   # a declaration lives as long as its object
+_SCHEMAS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+_libraries = []  # a declaration lives as long as its object
 
-def _declared(name:str) -> bool:
+
+def _declared(name: str) -> bool:
     import torch
+
     return any(s.name == f"torchvision::{name}" for s in torch._C._jit_get_all_schemas())
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-034
@@ -174,22 +221,29 @@ def _compiled_ops_load() -> bool:
     "Whether torchvision's own library loads into this torch."
     import torch
     from importlib.util import find_spec
+
     spec = find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         raise TiprError("torchvision is not installed; `pip install torchvision`")
-    library = Path(spec.submodule_search_locations[0])/"_C.so"
-    try: torch.ops.load_library(str(library))
-    except (OSError, RuntimeError): return False
+    library = Path(spec.submodule_search_locations[0]) / "_C.so"
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError):
+        return False
     return True
 
 # %% ../../nbs/00_core/03_machine.ipynb #cell-035
 def ensure_torchvision():
     "Make `import torchvision` work beside a torch that its operators were not built for; call it before that import."
-    if "torchvision" in sys.modules: return
+    if "torchvision" in sys.modules:
+        return
     import torch
-    if _compiled_ops_load(): return
+
+    if _compiled_ops_load():
+        return
     for name, schema in _SCHEMAS.items():
-        if _declared(name): continue
+        if _declared(name):
+            continue
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define(schema)
         _libraries.append(library)

@@ -18,7 +18,7 @@ from .files import user_path
 # %% ../../nbs/00_core/04_sources.ipynb #cell-006
 def shipped_weights() -> dict[str, Path]:
     "Alias -> folder of the weights that ship with the package."
-    home = Path(str(files("tipr_nb")))/"weights"
+    home = Path(str(files("tipr_nb"))) / "weights"
     return {p.name: p for p in sorted(home.glob("*")) if p.is_dir()}
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-009
@@ -27,10 +27,11 @@ def hub_is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-010
-def _first_stop() -> tuple[str|None, int]:
+def _first_stop() -> tuple[str | None, int]:
     "Host and port of what a request to the hub goes to first: the hub, or a proxy."
     from urllib.parse import urlparse
     from urllib.request import getproxies, proxy_bypass
+
     url = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     proxies = getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
@@ -39,78 +40,111 @@ def _first_stop() -> tuple[str|None, int]:
     return url.hostname, url.port or (80 if url.scheme == "http" else 443)
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-012
-def hub_answers(timeout:float=3.) -> bool:
+def hub_answers(timeout: float = 3.0) -> bool:
     "One quick connection, so that a machine without network learns it in seconds; none where `HF_HUB_OFFLINE` is set."
-    if hub_is_offline(): return False
-    try: socket.create_connection(_first_stop(), timeout=timeout).close()
-    except (OSError, ValueError): return False
+    if hub_is_offline():
+        return False
+    try:
+        socket.create_connection(_first_stop(), timeout=timeout).close()
+    except (OSError, ValueError):
+        return False
     return True
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-014
 def hub_snapshot(
-    hub_id:str,                         # `owner/name`
-    kind:str="model",                   # or 'dataset'
-    error:type[TiprError]=TiprError,    # what to raise
+    hub_id: str,  # `owner/name`
+    kind: str = "model",  # or 'dataset'
+    error: type[TiprError] = TiprError,  # what to raise
 ) -> Path:
     "Folder of a hub repository: from the local hub cache, else downloaded."
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    try: return Path(snapshot_download(hub_id, repo_type=kind, local_files_only=True))
-    except Exception: pass
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(hub_id, repo_type=kind, local_files_only=True))
+    except Exception:
+        pass
     if not hub_answers():
         option = "" if kind == "model" else f"--repo-type {kind} "
         offline = " (HF_HUB_OFFLINE is set)" if hub_is_offline() else ""
-        raise error(f"{hub_id}: not in the local hub cache and the hub cannot be reached; download it where there is "
-                    f"a network (`hf download {option}{hub_id}`) and pass the folder{offline}")
-    try: return Path(snapshot_download(hub_id, repo_type=kind))
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as e:   # also repositories behind a form
-        raise error(f"{hub_id}: the hub has no such {kind} repository or refused it ({type(e).__name__}); "
-                    "check the id or log in") from e
+        raise error(
+            f"{hub_id}: not in the local hub cache and the hub cannot be reached; download it where there is "
+            f"a network (`hf download {option}{hub_id}`) and pass the folder{offline}"
+        )
+    try:
+        return Path(snapshot_download(hub_id, repo_type=kind))
+    except (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    ) as e:  # also repositories behind a form
+        raise error(
+            f"{hub_id}: the hub has no such {kind} repository or refused it ({type(e).__name__}); "
+            "check the id or log in"
+        ) from e
     except Exception as e:
-        raise error(f"{hub_id}: the download failed ({one_line(e)}); check the network, the proxy and the disk, "
-                    "and try again") from e
+        raise error(
+            f"{hub_id}: the download failed ({one_line(e)}); check the network, the proxy and the disk, "
+            "and try again"
+        ) from e
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-016
-def _looks_local(path:Path, text:str) -> bool:
+def _looks_local(path: Path, text: str) -> bool:
     "Whether a source is meant as a path on this machine."
-    return path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or os.path.isdir(path.parent)
+    return (
+        path.is_absolute()
+        or text.startswith((".", "~"))
+        or text.count("/") != 1
+        or os.path.isdir(path.parent)
+    )
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-017
 def resolve_model(
-    source:str|Path,                        # a folder, the alias of shipped weights, or a hub id `owner/name`
-    needs:Iterable[str]=("config.json",),   # files the folder must hold
-) -> Path: # folder on this machine
+    source: str | Path,  # a folder, the alias of shipped weights, or a hub id `owner/name`
+    needs: Iterable[str] = ("config.json",),  # files the folder must hold
+) -> Path:  # folder on this machine
     "Find the folder of a pretrained model; a `TiprError` at once when it is not available."
     path = user_path(source)
     text = str(source)
     shipped = shipped_weights()
     if not os.path.isdir(path):
-        if text in shipped: path = shipped[text]
+        if text in shipped:
+            path = shipped[text]
         elif _looks_local(path, text):
             known = ", ".join(shipped) or "none here"
-            raise TiprError(f"{source}: no such folder, and no shipped weights of that name ({known}); "
-                            "give a folder or a hub id like owner/name")
-        else: path = hub_snapshot(text)
+            raise TiprError(
+                f"{source}: no such folder, and no shipped weights of that name ({known}); "
+                "give a folder or a hub id like owner/name"
+            )
+        else:
+            path = hub_snapshot(text)
     for name in needs:
-        if not (path/name).exists():
-            raise TiprError(f"{source}: {name} is missing in that folder; save the model again with save_pretrained")
+        if not (path / name).exists():
+            raise TiprError(
+                f"{source}: {name} is missing in that folder; save the model again with save_pretrained"
+            )
     return path
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-021
 def fill_card(
-    template:str,   # "model_card" or "data_card", in `tipr_nb/templates`
-    data:dict,      # what the hub reads
-    **kwargs,       # what stands in braces in the template
+    template: str,  # "model_card" or "data_card", in `tipr_nb/templates`
+    data: dict,  # what the hub reads
+    **kwargs,  # what stands in braces in the template
 ) -> str:
     "A card: lines for the hub between dashes, as JSON, which is YAML, then the template's text."
-    text = (files("tipr_nb")/"templates"/f"{template}.md").read_text(encoding="utf-8")
+    text = (files("tipr_nb") / "templates" / f"{template}.md").read_text(encoding="utf-8")
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items()]
     return text.format(data="\n".join(lines), **kwargs)
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-023
-def markdown_table(rows:Sequence[dict]) -> str:
+def markdown_table(rows: Sequence[dict]) -> str:
     "Rows as a Markdown table."
-    if not rows: return ""
+    if not rows:
+        return ""
     body = [[str(value) for value in row.values()] for row in rows]
-    lines = [list(rows[0]), ["---"]*len(rows[0]), *body]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *body]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

@@ -19,55 +19,67 @@ import numpy as np
 from ..core import ensure_torchvision, one_line, progress
 from .corpora import DatasetError, PersonDataset
 from .crops import picture_header
-from .readers import (LAYOUTS, Layout, Row, annotation_records, check_ids, complete_rows, files_there,
-    find_annotation, find_dataset, find_images, find_tables, is_old_rstpreid, leave_out, near_name, parse_record,
-    parse_table_row, read_skip, split_by_identity, table_records, unreadable_error)
+from .readers import (LAYOUTS, Layout, Row, annotation_records, check_ids,
+    complete_rows, files_there, find_annotation, find_dataset, find_images, find_tables,
+    is_old_rstpreid, leave_out, near_name, parse_record, parse_table_row, read_skip,
+    split_by_identity, table_records, unreadable_error)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-007
 LEVELS = ("ok", "note", "warning", "error")
 
+
 @dataclass
 class Check:
     "One thing that was looked at."
-    level:str                   # one of `LEVELS`
-    check:str                   # what was looked at
-    found:str                   # what was found
-    remedy:str = ""             # what to do
-    examples:list[str] = field(default_factory=list)
+
+    level: str  # one of `LEVELS`
+    check: str  # what was looked at
+    found: str  # what was found
+    remedy: str = ""  # what to do
+    examples: list[str] = field(default_factory=list)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-008
 _COLOURS = {"ok": "#2e7d32", "note": "#607d8b", "warning": "#b26a00", "error": "#c62828"}
-_EXAMPLES = 3    # shown of each finding
+_EXAMPLES = 3  # shown of each finding
 
-def _cell(text:str, style:str="") -> str:
+
+def _cell(text: str, style: str = "") -> str:
     return f"<td style='text-align:left;vertical-align:top;{style}'>{text}</td>"
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-010
-def _html_row(c:Check) -> str:
+def _html_row(c: Check) -> str:
     "A finding as a row of an HTML table."
     examples = "".join(f"<br><small>{escape(e)}</small>" for e in c.examples)
     level = _cell(c.level, f"color:{_COLOURS[c.level]};font-weight:bold")
     return f"<tr>{level}{_cell(escape(c.check))}{_cell(escape(c.found) + examples)}{_cell(escape(c.remedy))}</tr>"
 
-def _text_lines(c:Check) -> list[str]:
+
+def _text_lines(c: Check) -> list[str]:
     "A finding as lines of text."
     examples = f" (e.g. {'; '.join(c.examples)})" if c.examples else ""
     lines = [f"{c.level:8} {c.check:20} {c.found}{examples}"]
-    if c.remedy: lines.append(f"{'':29} -> {c.remedy}")
+    if c.remedy:
+        lines.append(f"{'':29} -> {c.remedy}")
     return lines
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-012
 @dataclass(repr=False)
 class Report:
     "What `check_dataset` found."
-    name:str
-    root:str
-    checks:list[Check] = field(default_factory=list)
-    lengths:dict[str, np.ndarray] = field(default_factory=dict)  # split -> CLIP tokens, with start and end
-    missing:list[str] = field(default_factory=list)         # images that are not there, as `skip` takes them
-    unreadable:list[str] = field(default_factory=list)      # images that cannot be read, as `skip` takes them
 
-    def add(self, level:str, check:str, found:str, remedy:str="", examples:Iterable[str]=()):
+    name: str
+    root: str
+    checks: list[Check] = field(default_factory=list)
+    # split -> CLIP tokens, with start and end
+    lengths: dict[str, np.ndarray] = field(default_factory=dict)
+    # images that are not there, as `skip` takes them
+    missing: list[str] = field(default_factory=list)
+    # images that cannot be read, as `skip` takes them
+    unreadable: list[str] = field(default_factory=list)
+
+    def add(
+        self, level: str, check: str, found: str, remedy: str = "", examples: Iterable[str] = ()
+    ):
         "Note a finding."
         self.checks.append(Check(level, check, found, remedy, list(examples)[:_EXAMPLES]))
 
@@ -87,23 +99,32 @@ class Report:
         errors = [c for c in self.problems if c.level == "error"]
         return f"{errors[0].check}: {errors[0].found}; {errors[0].remedy}" if errors else ""
 
-    def table(self) -> Any: # DataFrame
+    def table(self) -> Any:  # DataFrame
         "The findings as a DataFrame."
         import pandas as pd
+
         rows = [vars(c) | {"examples": "; ".join(c.examples)} for c in self.checks]
         return pd.DataFrame(rows).rename(columns={"level": "result"})
 
     def to_dict(self) -> dict:
         "The findings as plain values; written as JSON, it is what `skip` takes."
-        return {"name": self.name, "root": self.root, "usable": self.usable, "remedy": self.remedy,
-                "missing": self.missing, "unreadable": self.unreadable, "checks": [vars(c) for c in self.checks]}
+        return {
+            "name": self.name,
+            "root": self.root,
+            "usable": self.usable,
+            "remedy": self.remedy,
+            "missing": self.missing,
+            "unreadable": self.unreadable,
+            "checks": [vars(c) for c in self.checks],
+        }
 
     @property
     def title(self) -> str:
         "Name and verdict."
         return f"{self.name}: {'usable' if self.usable else 'not usable'}"
 
-    def __repr__(self): return "\n".join([self.title, *(line for c in self.checks for line in _text_lines(c))])
+    def __repr__(self):
+        return "\n".join([self.title, *(line for c in self.checks for line in _text_lines(c))])
 
     def _repr_html_(self):
         heads = ("result", "check", "found", "remedy")
@@ -111,34 +132,56 @@ class Report:
         body = "".join(_html_row(c) for c in self.checks)
         return f"<b>{escape(self.title)}</b><table><tr>{head}</tr>{body}</table>"
 
-    def plot(self, ax=None, limit:int=77) -> Any: # Axes
+    def plot(self, ax=None, limit: int = 77) -> Any:  # Axes
         "Caption lengths in CLIP tokens, and the length at which CLIP cuts."
         return plot_lengths(self.lengths, ax, limit)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-013
-def plot_lengths(lengths:dict[str, np.ndarray], ax=None, limit:int=77) -> Any: # Axes
+def plot_lengths(lengths: dict[str, np.ndarray], ax=None, limit: int = 77) -> Any:  # Axes
     "A histogram of caption lengths for each split, with a line where CLIP cuts."
     import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
-    if ax is None: ax = plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
-    data = pd.DataFrame([(n, split) for split, found in lengths.items() for n in found], columns=["tokens", "split"])
+
+    if ax is None:
+        ax = plt.subplots(figsize=(6, 2.8), layout="constrained")[1]
+    data = pd.DataFrame(
+        [(n, split) for split, found in lengths.items() for n in found], columns=["tokens", "split"]
+    )
     if data.empty:
-        ax.text(.5, .5, "no captions were measured", ha="center")
+        ax.text(0.5, 0.5, "no captions were measured", ha="center")
         return ax
-    sns.histplot(data, x="tokens", hue="split", binwidth=2, stat="proportion", common_norm=False, element="step",
-                 fill=False, linewidth=1.6, ax=ax)
-    for line, dash in zip(ax.lines, ("-", "--", ":")): line.set_linestyle(dash)
+    sns.histplot(
+        data,
+        x="tokens",
+        hue="split",
+        binwidth=2,
+        stat="proportion",
+        common_norm=False,
+        element="step",
+        fill=False,
+        linewidth=1.6,
+        ax=ax,
+    )
+    for line, dash in zip(ax.lines, ("-", "--", ":")):
+        line.set_linestyle(dash)
     ax.axvline(limit, color="0.4", ls="--", lw=1)
-    longer = 100*(data.tokens > limit).mean()
-    ax.annotate(f"CLIP cuts at {limit}:\n{longer:.1f} % are longer", (limit, 1), (5, -4), va="top", fontsize=8,
-                xycoords=("data", "axes fraction"), textcoords="offset points")
-    right = max(limit*1.4, data.tokens.max() + 4)
+    longer = 100 * (data.tokens > limit).mean()
+    ax.annotate(
+        f"CLIP cuts at {limit}:\n{longer:.1f} % are longer",
+        (limit, 1),
+        (5, -4),
+        va="top",
+        fontsize=8,
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+    )
+    right = max(limit * 1.4, data.tokens.max() + 4)
     ax.set(xlabel="CLIP tokens in a caption", ylabel="fraction of captions", xlim=(0, right))
     sns.move_legend(ax, "center right", frameon=False)
     sns.despine(ax=ax)
     return ax
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-016
-def _parts(e:DatasetError|str) -> tuple[str, str]:
+def _parts(e: DatasetError | str) -> tuple[str, str]:
     "A message as what was found and the remedy."
     found, _, remedy = str(e).partition("; ")
     return found, remedy
@@ -147,26 +190,34 @@ def _parts(e:DatasetError|str) -> tuple[str, str]:
 @dataclass
 class Gathered:
     "What could be parsed of a dataset, and what could not."
-    rows:list[Row] = field(default_factory=list)
-    bad:list[str] = field(default_factory=list)     # messages
-    empty:list[str] = field(default_factory=list)   # records with an empty caption
-    total:int = 0
 
-    def take(self, parse:Callable[[bool], Row], where:str):
+    rows: list[Row] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)  # messages
+    empty: list[str] = field(default_factory=list)  # records with an empty caption
+    total: int = 0
+
+    def take(self, parse: Callable[[bool], Row], where: str):
         "Parse a record, if need be without its empty captions."
         self.total += 1
-        try: self.rows.append(parse(False))
+        try:
+            self.rows.append(parse(False))
         except DatasetError as e:
-            try: self.rows.append(parse(True))
-            except DatasetError: self.bad.append(str(e))
-            else: self.empty.append(where)
+            try:
+                self.rows.append(parse(True))
+            except DatasetError:
+                self.bad.append(str(e))
+            else:
+                self.empty.append(where)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-020
-def gather(report:Report, name:str, root:str|Path) -> tuple[Path, list[Row]]|None: # the dataset's folder, its rows
+def gather(
+    report: Report, name: str, root: str | Path
+) -> tuple[Path, list[Row]] | None:  # the dataset's folder, its rows
     "Find and parse what can be parsed, noting the rest; None when there is nothing to look at."
     layout = LAYOUTS.get(name)
     found = Gathered()
-    try: home, names = _gather_layout(layout, root, found) if layout else _gather_table(root, found)
+    try:
+        home, names = _gather_layout(layout, root, found) if layout else _gather_table(root, found)
     except DatasetError as e:
         report.add("error", "annotation", *_parts(e))
         return None
@@ -174,21 +225,37 @@ def gather(report:Report, name:str, root:str|Path) -> tuple[Path, list[Row]]|Non
         report.add("error", "annotation", *_parts(unreadable_error(e, root)))
         return None
     official = layout.annotation[0] if layout else names[0]
-    if names == [official]: report.add("ok", "annotation", official)
+    if names == [official]:
+        report.add("ok", "annotation", official)
     else:
-        report.add("warning", "annotation", f"{', '.join(names)}; the official name is {official}",
-                   "rename it: other projects look for the official name")
+        report.add(
+            "warning",
+            "annotation",
+            f"{', '.join(names)}; the official name is {official}",
+            "rename it: other projects look for the official name",
+        )
     if found.bad:
-        report.add("error", "records", f"{len(found.bad):,} of {found.total:,} cannot be used",
-                   _parts(found.bad[0])[1], found.bad)
-    else: report.add("ok", "records", f"{found.total:,}")
+        report.add(
+            "error",
+            "records",
+            f"{len(found.bad):,} of {found.total:,} cannot be used",
+            _parts(found.bad[0])[1],
+            found.bad,
+        )
+    else:
+        report.add("ok", "records", f"{found.total:,}")
     if found.empty:
-        report.add("error", "empty captions", f"in {len(found.empty):,} records",
-                   "write them, or load with drop_empty=True", found.empty)
+        report.add(
+            "error",
+            "empty captions",
+            f"in {len(found.empty):,} records",
+            "write them, or load with drop_empty=True",
+            found.empty,
+        )
     return home, found.rows
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-021
-def _gather_layout(layout:Layout, root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
+def _gather_layout(layout: Layout, root: str | Path, found: Gathered) -> tuple[Path, list[str]]:
     "Records of a public layout; its folder and the names of its files."
     annotation = find_annotation(layout, root)
     for where, record, split in annotation_records(layout, annotation):
@@ -196,37 +263,42 @@ def _gather_layout(layout:Layout, root:str|Path, found:Gathered) -> tuple[Path, 
     return annotation.home, [p.name for p in annotation.files.values()]
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-022
-def _gather_table(root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
+def _gather_table(root: str | Path, found: Gathered) -> tuple[Path, list[str]]:
     "Records of somebody's table; its folder and name."
     tables = find_tables(root)
     path = next(iter(tables.values()))
     for where, record in table_records(tables):
         found.take(partial(parse_table_row, record, where), where)
-    if not found.total: raise DatasetError(f"{path}: no rows in it; the table needs image, caption and id")
+    if not found.total:
+        raise DatasetError(f"{path}: no rows in it; the table needs image, caption and id")
     return path.parent, [path.name]
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-024
-def check_own(report:Report, rows:list[Row]) -> list[Row]:
+def check_own(report: Report, rows: list[Row]) -> list[Row]:
     "What only people's own tables can have wrong: an image under two people, splits for some rows only."
     try:
         rows = complete_rows(rows)
-        if rows and not rows[0].split: report.add("note", "splits", split_by_identity(rows, 0))
-    except DatasetError as e: report.add("error", "table", *_parts(e))
+        if rows and not rows[0].split:
+            report.add("note", "splits", split_by_identity(rows, 0))
+    except DatasetError as e:
+        report.add("error", "table", *_parts(e))
     return rows
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-027
-Count = tuple[int, int, int]   # identities, images, captions
+Count = tuple[int, int, int]  # identities, images, captions
 
-def count_rows(rows:Iterable[Row]) -> Count:
+
+def count_rows(rows: Iterable[Row]) -> Count:
     "Identities, images and captions."
     part = list(rows)
     return len({r.id for r in part}), len(part), sum(len(r.captions) for r in part)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-029
-def check_counts(report:Report, name:str, rows:list[Row], counts:dict[str, Count]):
+def check_counts(report: Report, name: str, rows: list[Row], counts: dict[str, Count]):
     "Counts against the official ones."
     official = LAYOUTS[name].official if name in LAYOUTS else {}
-    if "all" in official: counts = counts | {"all": count_rows(rows)}
+    if "all" in official:
+        counts = counts | {"all": count_rows(rows)}
     why = "another release or an incomplete copy: do not compare with published numbers"
     if is_old_rstpreid(name, rows):
         why = "this is the old release: get the one with 200 val and 200 test identities"
@@ -234,59 +306,84 @@ def check_counts(report:Report, name:str, rows:list[Row], counts:dict[str, Count
         said = "{:,} ids, {:,} images, {:,} captions".format(*found)
         wanted = official.get(split)
         title = f"counts, {split or 'no split'}"
-        if wanted is None: report.add("ok", title, said)
-        elif wanted == found: report.add("ok", title, f"{said}, as published")
+        if wanted is None:
+            report.add("ok", title, said)
+        elif wanted == found:
+            report.add("ok", title, f"{said}, as published")
         else:
             published = "{:,} ids, {:,} images, {:,} captions".format(*wanted)
             report.add("warning", title, f"{said}; published: {published}", why)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-030
-def check_splits(report:Report, name:str, rows:list[Row]):
+def check_splits(report: Report, name: str, rows: list[Row]):
     "Splits, identities in two of them, and counts."
     splits = dict.fromkeys(r.split for r in rows)
     counts = {s: count_rows(r for r in rows if r.split == s) for s in splits}
     for split in ("train", "test"):
-        if split not in counts: report.add("error", "splits", f"no {split} split", "get the version with splits")
+        if split not in counts:
+            report.add("error", "splits", f"no {split} split", "get the version with splits")
         elif counts[split][0] < 2:
-            report.add("error", "identities", f"only one identity in {split}",
-                       "retrieval needs at least two people to tell apart")
+            report.add(
+                "error",
+                "identities",
+                f"only one identity in {split}",
+                "retrieval needs at least two people to tell apart",
+            )
     if "val" not in counts:
-        report.add("note", "splits", "no val split", "nothing to do: 5 % of the training identities are held out, "
-                   "or pass val='last-epoch'")
-    try: notes = check_ids(rows)
-    except DatasetError as e: report.add("error", "identities", *_parts(e))
+        report.add(
+            "note",
+            "splits",
+            "no val split",
+            "nothing to do: 5 % of the training identities are held out, or pass val='last-epoch'",
+        )
+    try:
+        notes = check_ids(rows)
+    except DatasetError as e:
+        report.add("error", "identities", *_parts(e))
     else:
-        if notes: report.add("note", "identities", notes[0])
-        else: report.add("ok", "identities", "each in one split only")
+        if notes:
+            report.add("note", "identities", notes[0])
+        else:
+            report.add("ok", "identities", "each in one split only")
     check_counts(report, name, rows, counts)
     per_person = np.unique([r.id for r in rows if r.split == "train"], return_counts=True)[1]
     single = int((per_person == 1).sum())
-    if single: report.add("note", "single photos", f"{single:,} training identities have one photo only")
+    if single:
+        report.add("note", "single photos", f"{single:,} training identities have one photo only")
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-033
 @dataclass
 class ImageFacts:
     "What reading an image file gave."
-    digest:str = ""                     # of its bytes
-    size:tuple[int, int] = (0, 0)       # (w, h)
-    error:str = ""
+
+    digest: str = ""  # of its bytes
+    size: tuple[int, int] = (0, 0)  # (w, h)
+    error: str = ""
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-035
-def image_facts(path:Path, verify:bool=True) -> ImageFacts:
+def image_facts(path: Path, verify: bool = True) -> ImageFacts:
     "Read (and decode) a file."
-    if os.path.exists(path) and not os.path.isfile(path): return ImageFacts(error="not a file")
-    try: data = path.read_bytes()
-    except (OSError, ValueError) as e: return ImageFacts(error=getattr(e, "strerror", None) or type(e).__name__)
-    if not data: return ImageFacts(error="zero bytes")
+    if os.path.exists(path) and not os.path.isfile(path):
+        return ImageFacts(error="not a file")
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as e:
+        return ImageFacts(error=getattr(e, "strerror", None) or type(e).__name__)
+    if not data:
+        return ImageFacts(error="zero bytes")
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     try:
         with picture_header(data) as im:
-            if verify: im.load()
+            if verify:
+                im.load()
             return ImageFacts(digest, im.size)
-    except Exception as e: return ImageFacts(digest, error=one_line(e))   # Pillow's plugins raise all kinds
+    except Exception as e:
+        return ImageFacts(digest, error=one_line(e))  # Pillow's plugins raise all kinds
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-037
-def check_missing(report:Report, images:Path, rows:list[Row], allowed:int=0) -> list[str]: # images that are there
+def check_missing(
+    report: Report, images: Path, rows: list[Row], allowed: int = 0
+) -> list[str]:  # images that are there
     "Images that are not there; as many as are `allowed` to be missing are a warning."
     paths = list(dict.fromkeys(r.path for r in rows))
     there = files_there(images, paths)
@@ -294,164 +391,244 @@ def check_missing(report:Report, images:Path, rows:list[Row], allowed:int=0) -> 
     if not report.missing:
         report.add("ok", "missing images", f"none of {len(paths):,}")
         return paths
-    near = [(p, other.name) for p in report.missing[:200] if (other := near_name(images/p))]
+    near = [(p, other.name) for p in report.missing[:200] if (other := near_name(images / p))]
     hint = "restore them, or leave them out with skip=[...] or skip_missing=N (--skip FILE, --skip-missing N)"
-    if near: hint = f"{near[0][1]} is there for {Path(near[0][0]).name}: rename such files"
+    if near:
+        hint = f"{near[0][1]} is there for {Path(near[0][0]).name}: rename such files"
     level = "error" if len(report.missing) > allowed else "warning"
-    report.add(level, "missing images", f"{len(report.missing):,} of {len(paths):,}", hint, report.missing)
+    report.add(
+        level, "missing images", f"{len(report.missing):,} of {len(paths):,}", hint, report.missing
+    )
     return [p for p in paths if p in there]
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-039
-def check_unreadable(report:Report, facts:dict[str, ImageFacts], verify:bool):
+def check_unreadable(report: Report, facts: dict[str, ImageFacts], verify: bool):
     "Images that cannot be decoded."
     report.unreadable = [p for p, f in facts.items() if f.error]
     examples = [f"{p}: {facts[p].error}" for p in report.unreadable]
     if report.unreadable:
-        report.add("error", "unreadable images", f"{len(report.unreadable):,}",
-                   "replace them, or load with skip=report.unreadable", examples)
-    else: report.add("ok", "unreadable images", "none" if verify else "none, by their headers")
+        report.add(
+            "error",
+            "unreadable images",
+            f"{len(report.unreadable):,}",
+            "replace them, or load with skip=report.unreadable",
+            examples,
+        )
+    else:
+        report.add("ok", "unreadable images", "none" if verify else "none, by their headers")
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-041
-def check_sizes(report:Report, rows:list[Row], facts:dict[str, ImageFacts]):
+def check_sizes(report: Report, rows: list[Row], facts: dict[str, ImageFacts]):
     "Whether the images look like crops of people."
     whole = [facts.get(r.path) for r in rows if not r.box]
     sizes = np.array([f.size for f in whole if f and not f.error])
-    if not len(sizes): return
+    if not len(sizes):
+        return
     wide = float((sizes[:, 0] > sizes[:, 1]).mean())
     size = "median {} x {} pixels".format(*np.median(sizes, 0).astype(int))
-    if wide <= .5: report.add("ok", "image sizes", f"{size} (w x h)")
+    if wide <= 0.5:
+        report.add("ok", "image sizes", f"{size} (w x h)")
     else:
-        report.add("warning", "image sizes", f"{size}, {100*wide:.0f} % wider than tall",
-                   "these look like scenes: give boxes x, y, w, h to cut people out")
+        report.add(
+            "warning",
+            "image sizes",
+            f"{size}, {100 * wide:.0f} % wider than tall",
+            "these look like scenes: give boxes x, y, w, h to cut people out",
+        )
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-043
-def check_duplicates(report:Report, rows:list[Row], facts:dict[str, ImageFacts]):
+def check_duplicates(report: Report, rows: list[Row], facts: dict[str, ImageFacts]):
     "The same picture twice, by the hash of its bytes, or listed twice."
-    same:dict[str, list[Row]] = {}
+    same: dict[str, list[Row]] = {}
     for r in rows:
         f = facts.get(r.path)
-        if r.box is None and f and f.digest: same.setdefault(f.digest, []).append(r)
+        if r.box is None and f and f.digest:
+            same.setdefault(f.digest, []).append(r)
     groups = [g for g in same.values() if len(g) > 1]
-    if not groups: report.add("ok", "duplicate images", "none")
+    if not groups:
+        report.add("ok", "duplicate images", "none")
     leaks = [g for g in groups if len({r.split for r in g}) > 1]
     mixed = [g for g in groups if g not in leaks and len({r.id for r in g}) > 1]
     others = [g for g in groups if g not in leaks and g not in mixed]
     for found, level, where, remedy in (
-        (leaks, "warning", "in several splits", "test pictures must not be seen in training: drop one of each"),
-        (mixed, "warning", "under several identities", "one picture is one person: fix the id or drop one"),
-        (others, "note", "of one identity", "")):
+        (
+            leaks,
+            "warning",
+            "in several splits",
+            "test pictures must not be seen in training: drop one of each",
+        ),
+        (
+            mixed,
+            "warning",
+            "under several identities",
+            "one picture is one person: fix the id or drop one",
+        ),
+        (others, "note", "of one identity", ""),
+    ):
         examples = [" = ".join(r.path for r in g) for g in found]
-        if found: report.add(level, "duplicate images", f"{len(found):,} {where}", remedy, examples)
+        if found:
+            report.add(level, "duplicate images", f"{len(found):,} {where}", remedy, examples)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-045
-def check_images(report:Report, images:Path, rows:list[Row], verify:bool=True, workers:int|None=None, allowed:int=0):
+def check_images(
+    report: Report,
+    images: Path,
+    rows: list[Row],
+    verify: bool = True,
+    workers: int | None = None,
+    allowed: int = 0,
+):
     "Missing, unreadable and duplicate images, and images that are no crops of people."
     present = check_missing(report, images, rows, allowed)
     with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        read = pool.map(lambda p: image_facts(images/p, verify), present)
+        read = pool.map(lambda p: image_facts(images / p, verify), present)
         facts = dict(zip(present, progress(read, "reading images", total=len(present))))
     check_unreadable(report, facts, verify)
     check_duplicates(report, rows, facts)
     check_sizes(report, rows, facts)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-048
-_FOREIGN = re.compile(r"[^\x00-\u024f\u02b0-\u02ff\u1e00-\u1eff\u2000-\u2bff\ufb00-\ufb06\ufe0f\ufeff]")
+_FOREIGN = re.compile(
+    r"[^\x00-\u024f\u02b0-\u02ff\u1e00-\u1eff\u2000-\u2bff\ufb00-\ufb06\ufe0f\ufeff]"
+)
 _CODE = re.compile(r"[{}<>\\|=]|https?://|&[a-z]+;")
 
-def token_lengths(captions:Sequence[str]) -> np.ndarray: # (n,)
+
+def token_lengths(captions: Sequence[str]) -> np.ndarray:  # (n,)
     "CLIP tokens of each caption uncut, with start and end."
     ensure_torchvision()
     from open_clip.tokenizer import SimpleTokenizer
+
     encode = SimpleTokenizer().encode
     different = list(dict.fromkeys(captions))
     known = {c: len(encode(c)) + 2 for c in progress(different, "counting tokens")}
     return np.array([known[c] for c in captions], dtype=np.int64)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-050
-def check_wording(report:Report, rows:list[Row]):
+def check_wording(report: Report, rows: list[Row]):
     "Odd numbers of captions; duplicate, foreign, odd and short ones."
     captions = [c for r in rows for c in r.captions]
-    people:dict[str, set[int]] = {}
+    people: dict[str, set[int]] = {}
     for r in rows:
-        for c in r.captions: people.setdefault(c.lower(), set()).add(r.id)
+        for c in r.captions:
+            people.setdefault(c.lower(), set()).add(r.id)
     usual = int(np.median([len(r.captions) for r in rows]))
     odd = [f"{r.path} has {len(r.captions)}" for r in rows if len(r.captions) != usual]
     for check, found, what in (
         ("captions per image", odd, f"images have not the usual {usual}"),
-        ("shared captions", [c for c, who in people.items() if len(who) > 1],
-         "sentences describe several identities word for word"),
-        ("non-Latin captions", [c for c in captions if _FOREIGN.search(c)],
-         "have letters that CLIP hardly saw in training"),
-        ("code in captions", [c for c in captions if _CODE.search(c)], "have fragments of code or markup"),
-        ("short captions", [c for c in captions if len(c.split()) < 3], "have fewer than three words")):
+        (
+            "shared captions",
+            [c for c, who in people.items() if len(who) > 1],
+            "sentences describe several identities word for word",
+        ),
+        (
+            "non-Latin captions",
+            [c for c in captions if _FOREIGN.search(c)],
+            "have letters that CLIP hardly saw in training",
+        ),
+        (
+            "code in captions",
+            [c for c in captions if _CODE.search(c)],
+            "have fragments of code or markup",
+        ),
+        (
+            "short captions",
+            [c for c in captions if len(c.split()) < 3],
+            "have fewer than three words",
+        ),
+    ):
         examples = [text if len(text) < 60 else text[:57] + "..." for text in found]
-        if found: report.add("note", check, f"{len(found):,} {what}", "", examples)
+        if found:
+            report.add("note", check, f"{len(found):,} {what}", "", examples)
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-052
-def check_captions(report:Report, rows:list[Row], lengths:Callable[[Sequence[str]], np.ndarray]|None=token_lengths,
-                   limit:int=77):
+def check_captions(
+    report: Report,
+    rows: list[Row],
+    lengths: Callable[[Sequence[str]], np.ndarray] | None = token_lengths,
+    limit: int = 77,
+):
     "Wording and length of captions."
     captions = [c for r in rows for c in r.captions]
-    if not captions: return
+    if not captions:
+        return
     check_wording(report, rows)
-    if lengths is None: return
+    if lengths is None:
+        return
     counts = lengths(captions)
     splits = np.array([r.split for r in rows for _ in r.captions])
     report.lengths = {s: counts[splits == s] for s in dict.fromkeys(splits.tolist())}
     cut = int((counts > limit).sum())
     said = f"median {int(np.median(counts))} CLIP tokens, longest {counts.max()}"
-    if not cut: report.add("ok", "caption lengths", said)
+    if not cut:
+        report.add("ok", "caption lengths", said)
     else:
-        fraction = cut/len(counts)
-        report.add("warning" if fraction > .01 else "note", "caption lengths",
-                   f"{said}; {cut:,} ({100*fraction:.1f} %) are longer than {limit}",
-                   "CLIP cuts them: take an encoder with a longer context, or live with it")
+        fraction = cut / len(counts)
+        report.add(
+            "warning" if fraction > 0.01 else "note",
+            "caption lengths",
+            f"{said}; {cut:,} ({100 * fraction:.1f} %) are longer than {limit}",
+            "CLIP cuts them: take an encoder with a longer context, or live with it",
+        )
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-055
-def rows_of(data:PersonDataset) -> list[Row]:
+def rows_of(data: PersonDataset) -> list[Row]:
     "A loaded dataset as rows, with the dataset's own identity numbers."
     rows = []
     for split, s in data.splits.items():
         source = s.image_columns.get("source_id", s.image_ids)
-        mine:list[list[str]] = [[] for _ in s.images]
-        for caption, image in zip(s.captions, s.caption_image): mine[image].append(caption)
+        mine: list[list[str]] = [[] for _ in s.images]
+        for caption, image in zip(s.captions, s.caption_image):
+            mine[image].append(caption)
         for i, (path, captions) in enumerate(zip(s.images, mine)):
-            rows.append(Row(f"{split} image {i}", split, int(source[i]), os.path.normpath(path), captions))
+            rows.append(
+                Row(f"{split} image {i}", split, int(source[i]), os.path.normpath(path), captions)
+            )
     return rows
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-057
 _TABLE_NAMES = ("folder", "csv", "jsonl")
 _OWN_IMAGE_DIRS = (".", "imgs", "images")
 
+
 def check_dataset(
-    name:str,                       # as for `load_dataset`
-    root:str|Path|None=None,        # as for `load_dataset`
-    verify:bool=True,               # decode every image, not only its header
-    lengths:Callable[[Sequence[str]], np.ndarray]|None=token_lengths,   # captions -> token counts; None leaves that out
-    workers:int|None=None,          # threads that read images
-    skip:Sequence[str]|str|Path=(), # images to leave out, as for `load_dataset`
-    skip_missing:int=0,             # so many images may be missing
+    name: str,  # as for `load_dataset`
+    root: str | Path | None = None,  # as for `load_dataset`
+    verify: bool = True,  # decode every image, not only its header
+    lengths: Callable[[Sequence[str]], np.ndarray]
+    | None = token_lengths,  # captions -> token counts; None leaves that out
+    workers: int | None = None,  # threads that read images
+    skip: Sequence[str] | str | Path = (),  # images to leave out, as for `load_dataset`
+    skip_missing: int = 0,  # so many images may be missing
 ) -> Report:
     "Examine a dataset without stopping at the first thing that is wrong."
     load = find_dataset(name, root)
     report = Report(name, str(root))
     synthetic = name.startswith("synth-pedes")
-    if synthetic and root is None: root = load(None).root
+    if synthetic and root is None:
+        root = load(None).root
     report.root = str(root)
     kind = "synth-pedes" if synthetic else name
-    images:Path|None = Path()
-    if kind in (*LAYOUTS, *_TABLE_NAMES): rows, images = _check_files(report, kind, root or "", read_skip(skip))
-    else: rows = _check_loaded(report, load, root)
+    images: Path | None = Path()
+    if kind in (*LAYOUTS, *_TABLE_NAMES):
+        rows, images = _check_files(report, kind, root or "", read_skip(skip))
+    else:
+        rows = _check_loaded(report, load, root)
     if images is not None:
-        try: check_images(report, images, rows, verify, workers, skip_missing)
-        except OSError as e: report.add("error", "images", *_parts(unreadable_error(e, images)))
+        try:
+            check_images(report, images, rows, verify, workers, skip_missing)
+        except OSError as e:
+            report.add("error", "images", *_parts(unreadable_error(e, images)))
     check_captions(report, rows, lengths)
     return report
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-058
-def _check_loaded(report:Report, load:Callable[..., PersonDataset], root:str|Path|None) -> list[Row]:
+def _check_loaded(
+    report: Report, load: Callable[..., PersonDataset], root: str | Path | None
+) -> list[Row]:
     "What somebody's own function loads."
-    try: rows = rows_of(load(root))
+    try:
+        rows = rows_of(load(root))
     except DatasetError as e:
         report.add("error", "annotation", *_parts(e))
         return []
@@ -460,20 +637,29 @@ def _check_loaded(report:Report, load:Callable[..., PersonDataset], root:str|Pat
     return rows
 
 # %% ../../nbs/01_data/05_checks.ipynb #cell-059
-def _check_files(report:Report, kind:str, root:str|Path, skip:list[str]) -> tuple[list[Row], Path|None]:
+def _check_files(
+    report: Report, kind: str, root: str | Path, skip: list[str]
+) -> tuple[list[Row], Path | None]:
     "Annotation and splits; the rows, and the folder of the images where it was found."
     found = gather(report, kind, root)
-    if not found or not found[1]: return [], None
+    if not found or not found[1]:
+        return [], None
     home, rows = found
     layout = LAYOUTS.get(kind)
-    if not layout: rows = check_own(report, rows)
-    try: images = find_images(home, rows, layout.image_dirs if layout else _OWN_IMAGE_DIRS)
+    if not layout:
+        rows = check_own(report, rows)
+    try:
+        images = find_images(home, rows, layout.image_dirs if layout else _OWN_IMAGE_DIRS)
     except DatasetError as e:
         images = None
         missing = _parts(e)
-    notes:list[str] = []
-    if images: rows = leave_out(rows, images, skip, notes)
-    for note in notes: report.add("note", "skip", note)
-    if not report.name.endswith("sealed"): check_splits(report, kind, rows)
-    if images is None: report.add("error", "missing images", *missing)
+    notes: list[str] = []
+    if images:
+        rows = leave_out(rows, images, skip, notes)
+    for note in notes:
+        report.add("note", "skip", note)
+    if not report.name.endswith("sealed"):
+        check_splits(report, kind, rows)
+    if images is None:
+        report.add("error", "missing images", *missing)
     return rows, images

@@ -23,35 +23,44 @@ class DatasetError(TiprError):
 @dataclass(repr=False)
 class Split:
     "Images, captions and identities of one split, as columns."
-    name:str                    # 'train', 'val' or 'test'
-    images:list[Path]           # (n_images) files
-    image_ids:np.ndarray        # (n_images,) identities; contiguous 0..n_ids-1 in train
-    captions:list[str]          # (n_captions)
-    caption_ids:np.ndarray      # (n_captions,) identities
-    caption_image:np.ndarray    # (n_captions,) index into `images`
-    image_columns:dict[str, np.ndarray] = field(default_factory=dict)    # name -> (n_images, ...)
-    caption_columns:dict[str, np.ndarray] = field(default_factory=dict)  # name -> (n_captions, ...)
+
+    name: str  # 'train', 'val' or 'test'
+    images: list[Path]  # (n_images) files
+    image_ids: np.ndarray  # (n_images,) identities; contiguous 0..n_ids-1 in train
+    captions: list[str]  # (n_captions)
+    caption_ids: np.ndarray  # (n_captions,) identities
+    caption_image: np.ndarray  # (n_captions,) index into `images`
+    image_columns: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (n_images, ...)
+    # name -> (n_captions, ...)
+    caption_columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         self.image_ids = np.asarray(self.image_ids, dtype=np.int64)
         self.caption_ids = np.asarray(self.caption_ids, dtype=np.int64)
         self.caption_image = np.asarray(self.caption_image, dtype=np.int64)
         if len(self.images) != len(self.image_ids):
-            raise DatasetError(f"split {self.name}: {len(self.images)} images but {len(self.image_ids)} image_ids; "
-                               "give one identity per image")
+            raise DatasetError(
+                f"split {self.name}: {len(self.images)} images but {len(self.image_ids)} image_ids; "
+                "give one identity per image"
+            )
         if not len(self.captions) == len(self.caption_ids) == len(self.caption_image):
-            raise DatasetError(f"split {self.name}: captions, caption_ids and caption_image differ in length; "
-                               "give one of each per caption")
+            raise DatasetError(
+                f"split {self.name}: captions, caption_ids and caption_image differ in length; "
+                "give one of each per caption"
+            )
         if not np.array_equal(self.caption_ids, self.image_ids[self.caption_image]):
-            raise DatasetError(f"split {self.name}: a caption and its image have different identities; "
-                               "caption_ids must be image_ids[caption_image]")
+            raise DatasetError(
+                f"split {self.name}: a caption and its image have different identities; "
+                "caption_ids must be image_ids[caption_image]"
+            )
 
     @classmethod
-    def empty(cls, name:str) -> "Split":
+    def empty(cls, name: str) -> "Split":
         "A split without anything in it."
         return cls(name, [], np.zeros(0), [], np.zeros(0), np.zeros(0))
 
-    def __len__(self) -> int: return len(self.captions)
+    def __len__(self) -> int:
+        return len(self.captions)
 
     def __repr__(self):
         return f"Split({self.name}: {self.n_ids:,} ids, {len(self.images):,} images, {len(self):,} captions)"
@@ -61,14 +70,16 @@ class Split:
         "Number of distinct identities."
         return len(np.unique(self.image_ids))
 
-    def with_column(self, name:str, values:np.ndarray) -> "Split":
+    def with_column(self, name: str, values: np.ndarray) -> "Split":
         "The split with one more column of its images, (n_images, ...)."
         if len(values) != len(self.images):
-            raise DatasetError(f"split {self.name}: column '{name}' has {len(values)} values for {len(self.images)} "
-                               "images; give one for each")
+            raise DatasetError(
+                f"split {self.name}: column '{name}' has {len(values)} values for {len(self.images)} "
+                "images; give one for each"
+            )
         return replace(self, image_columns=self.image_columns | {name: np.asarray(values)})
 
-    def take(self, images:np.ndarray, captions:np.ndarray, relabel:bool=False) -> "Split":
+    def take(self, images: np.ndarray, captions: np.ndarray, relabel: bool = False) -> "Split":
         "The split of these images and captions (boolean masks), identities renumbered from 0 if asked."
         captions = captions & images[self.caption_image]
         ids = self.image_ids[images]
@@ -86,67 +97,83 @@ class Split:
             caption_ids=ids[where],
             caption_image=where,
             image_columns=columns,
-            caption_columns={k: v[captions] for k, v in self.caption_columns.items()})
+            caption_columns={k: v[captions] for k, v in self.caption_columns.items()},
+        )
 
-    def subset_ids(self, ids:Sequence[int]|np.ndarray, relabel:bool|None=None) -> "Split":
+    def subset_ids(self, ids: Sequence[int] | np.ndarray, relabel: bool | None = None) -> "Split":
         "Only these identities; in train they are renumbered from 0."
-        if relabel is None: relabel = self.name == "train"
+        if relabel is None:
+            relabel = self.name == "train"
         keep = np.isin(self.image_ids, np.asarray(ids))
         return self.take(keep, np.ones(len(self), bool), relabel)
 
-    def subset_captions(self, mask:np.ndarray|Sequence[int]) -> "Split":
+    def subset_captions(self, mask: np.ndarray | Sequence[int]) -> "Split":
         "Only these captions (mask or indices), with the gallery left whole."
         keep = np.zeros(len(self), bool)
         keep[mask] = True
         return self.take(np.ones(len(self.images), bool), keep)
 
-    def subset_images(self, mask:np.ndarray|Sequence[int]) -> "Split":
+    def subset_images(self, mask: np.ndarray | Sequence[int]) -> "Split":
         "Only these images (mask or indices) and the captions that describe them."
         keep = np.zeros(len(self.images), bool)
         keep[mask] = True
         return self.take(keep, np.ones(len(self), bool))
 
-    def with_wrong_pairs(self, fraction:float, seed:int=0) -> "Split":
+    def with_wrong_pairs(self, fraction: float, seed: int = 0) -> "Split":
         "The split with some captions given to images of other people; the caption column `wrong_pair` says which."
-        if not 0 <= fraction < 1: raise DatasetError(f"wrong_pairs={fraction}; give a fraction from 0 to below 1")
+        if not 0 <= fraction < 1:
+            raise DatasetError(f"wrong_pairs={fraction}; give a fraction from 0 to below 1")
         rng = np.random.default_rng([seed, 13])
-        chosen = rng.permutation(len(self))[:round(fraction*len(self))]
+        chosen = rng.permutation(len(self))[: round(fraction * len(self))]
         person = rng.permutation(int(self.image_ids.max(initial=0)) + 1)[self.caption_ids[chosen]]
-        chosen = chosen[np.argsort(person, kind="stable")]   # person by person, in any order of people
+        # person by person, in any order of people
+        chosen = chosen[np.argsort(person, kind="stable")]
         step = int(np.unique(person, return_counts=True)[1].max(initial=0))
-        if len(chosen) < 2*step:
-            raise DatasetError(f"split {self.name}: wrong_pairs={fraction} takes captions of several people; give more")
+        if len(chosen) < 2 * step:
+            raise DatasetError(
+                f"split {self.name}: wrong_pairs={fraction} takes captions of several people; give more"
+            )
         captions = list(self.captions)
-        for to, source in zip(chosen, np.roll(chosen, step)): captions[to] = self.captions[source]
+        for to, source in zip(chosen, np.roll(chosen, step)):
+            captions[to] = self.captions[source]
         wrong = np.zeros(len(self), bool)
         wrong[chosen] = True
-        return replace(self, captions=captions, caption_columns=self.caption_columns | {"wrong_pair": wrong})
+        return replace(
+            self, captions=captions, caption_columns=self.caption_columns | {"wrong_pair": wrong}
+        )
 
     def summary(self) -> dict:
         "Counts, as one row of a table."
         words = [len(c.split()) for c in self.captions] or [0]
-        return {"split": self.name, "ids": self.n_ids, "images": len(self.images), "captions": len(self),
-                "words per caption": round(float(np.mean(words)), 1)}
+        return {
+            "split": self.name,
+            "ids": self.n_ids,
+            "images": len(self.images),
+            "captions": len(self),
+            "words per caption": round(float(np.mean(words)), 1),
+        }
 
 # %% ../../nbs/01_data/01_corpora.ipynb #cell-016
 @dataclass(repr=False)
 class PersonDataset:
     "Train, val and test of one dataset, and what a reader of its numbers should know."
-    name:str
-    root:Path
-    train:Split
-    val:Split
-    test:Split
-    notes:list[str] = field(default_factory=list)
+
+    name: str
+    root: Path
+    train: Split
+    val: Split
+    test: Split
+    notes: list[str] = field(default_factory=list)
 
     @property
     def splits(self) -> dict[str, Split]:
         "Name -> split."
         return {"train": self.train, "val": self.val, "test": self.test}
 
-    def summary(self) -> Any: # DataFrame
+    def summary(self) -> Any:  # DataFrame
         "A table of counts, one row per split."
         import pandas as pd
+
         rows = [s.summary() for s in self.splits.values()]
         return pd.DataFrame(rows).set_index("split")
 
@@ -157,5 +184,6 @@ class PersonDataset:
 
     def _repr_html_(self):
         from html import escape
+
         notes = "".join(f"<div>note: {escape(n)}</div>" for n in self.notes)
         return f"<b>{escape(self.name)}</b>{self.summary().to_html()}{notes}"

@@ -21,60 +21,85 @@ from ..core import atomic_path, cache_dir, locked, one_line, progress
 from .corpora import DatasetError, Split
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-006
-PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "HEIF")
+PICTURE_FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "GIF",
+    "PPM",
+    "AVIF",
+    "JPEG2000",
+    "HEIF",
+)
+
 
 def picture_formats() -> list[str]:
     "Those of `PICTURE_FORMATS` that can be read here; HEIF with the `pillow-heif` package."
     if "HEIF" not in Image.OPEN:
-        try: from pillow_heif import register_heif_opener
-        except ImportError: pass
-        else: register_heif_opener()
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            pass
+        else:
+            register_heif_opener()
     Image.init()
     return [f for f in PICTURE_FORMATS if f in Image.OPEN]
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-008
 def picture_header(
-    source:str|Path|bytes,  # a file, or the bytes of one
-) -> Image.Image: # not yet decoded
+    source: str | Path | bytes,  # a file, or the bytes of one
+) -> Image.Image:  # not yet decoded
     "A picture whose header was read and whose pixels were not; only formats of pictures are tried."
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    special = isinstance(stream, (str, Path)) and os.path.exists(stream) and not os.path.isfile(stream)
-    if special: raise OSError("not a file")   # a folder, or a pipe that would be waited on for ever
+    special = (
+        isinstance(stream, (str, Path)) and os.path.exists(stream) and not os.path.isfile(stream)
+    )
+    if special:
+        raise OSError("not a file")  # a folder, or a pipe that would be waited on for ever
     return Image.open(stream, formats=picture_formats())
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-010
-def _upright(picture:Image.Image) -> Image.Image:
+def _upright(picture: Image.Image) -> Image.Image:
     "Turned as its EXIF note says; a damaged note is none."
-    try: return ImageOps.exif_transpose(picture)
-    except Exception: return picture   # Pillow's plugins raise all kinds
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:
+        return picture  # Pillow's plugins raise all kinds
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-012
-def _on_white(picture:Image.Image) -> Image.Image:
+def _on_white(picture: Image.Image) -> Image.Image:
     "With white behind what is transparent."
     over = picture.convert("RGBA")
     white = Image.new("RGBA", over.size, "white")
     return Image.alpha_composite(white, over)
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-014
-def _eight_bits(picture:Image.Image) -> Image.Image:
+def _eight_bits(picture: Image.Image) -> Image.Image:
     "Grey of 16 or 32 bits, or floats in [0, 1] or [0, 255], as 8 bits."
     values = np.asarray(picture, dtype=np.float32)
-    if picture.mode == "F": scale = 255. if values.max(initial=0.) <= 1 else 1.
-    else: scale = 1/256
-    return Image.fromarray((values*scale).clip(0, 255).astype(np.uint8))
+    if picture.mode == "F":
+        scale = 255.0 if values.max(initial=0.0) <= 1 else 1.0
+    else:
+        scale = 1 / 256
+    return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-016
-def to_rgb(picture:Image.Image) -> Image.Image: # RGB, upright
+def to_rgb(picture: Image.Image) -> Image.Image:  # RGB, upright
     "Any picture as training, evaluation, galleries and queries see it."
-    if picture.mode == "RGB" and "transparency" not in picture.info and not picture.getexif(): return picture
+    if picture.mode == "RGB" and "transparency" not in picture.info and not picture.getexif():
+        return picture
     picture = _upright(picture)
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         picture = _on_white(picture)
-    if picture.mode == "F" or picture.mode.startswith("I"): picture = _eight_bits(picture)
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = _eight_bits(picture)
     return picture.convert("RGB")
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-018
-def _crop_box(im:Image.Image, box:Sequence[float], path:str|Path) -> Image.Image:
+def _crop_box(im: Image.Image, box: Sequence[float], path: str | Path) -> Image.Image:
     "The part of a picture inside x, y, w, h."
     x, y, w, h = box
     left = max(0, round(x))
@@ -82,44 +107,52 @@ def _crop_box(im:Image.Image, box:Sequence[float], path:str|Path) -> Image.Image
     right = min(im.width, round(x + w))
     bottom = min(im.height, round(y + h))
     if left >= right or top >= bottom:
-        raise DatasetError(f"{path}: box {[float(v) for v in box]} lies outside the image of {im.width} x {im.height}; "
-                           "fix its x, y, w, h")
+        raise DatasetError(
+            f"{path}: box {[float(v) for v in box]} lies outside the image of {im.width} x {im.height}; "
+            "fix its x, y, w, h"
+        )
     return im.crop((left, top, right, bottom))
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-019
 def read_image(
-    path:str|Path,                      # file
-    box:Sequence[float]|None=None,      # x, y, w, h in pixels to cut out
-) -> Image.Image: # RGB, upright
+    path: str | Path,  # file
+    box: Sequence[float] | None = None,  # x, y, w, h in pixels to cut out
+) -> Image.Image:  # RGB, upright
     "Open an image for good: decoded, upright, RGB; a `DatasetError` names a file that cannot be read."
     try:
         with picture_header(path) as opened:
             opened.load()
             im = to_rgb(opened)
     except FileNotFoundError:
-        raise DatasetError(f"{path}: no such image; restore it or leave it out with skip=[...]") from None
-    except Exception as e:   # Pillow's plugins raise all kinds
-        raise DatasetError(f"{path}: not a readable image ({one_line(e)}); "
-                           "replace it or leave it out with skip=[...]") from None
-    if box is None or not np.isfinite(box).all(): return im
+        raise DatasetError(
+            f"{path}: no such image; restore it or leave it out with skip=[...]"
+        ) from None
+    except Exception as e:  # Pillow's plugins raise all kinds
+        raise DatasetError(
+            f"{path}: not a readable image ({one_line(e)}); "
+            "replace it or leave it out with skip=[...]"
+        ) from None
+    if box is None or not np.isfinite(box).all():
+        return im
     return _crop_box(im, box, path)
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-022
 def resize_image(
-    im:Image.Image,                 # any size and mode
-    image_size:tuple[int, int],     # (h, w)
-) -> np.ndarray: # (3, h, w) uint8
+    im: Image.Image,  # any size and mode
+    image_size: tuple[int, int],  # (h, w)
+) -> np.ndarray:  # (3, h, w) uint8
     "Resize a picture, bilinear with antialiasing, whatever its shape was."
     h, w = image_size
     im = to_rgb(im)
-    if im.size != (w, h): im = im.resize((w, h), Image.Resampling.BILINEAR)
+    if im.size != (w, h):
+        im = im.resize((w, h), Image.Resampling.BILINEAR)
     return np.asarray(im).transpose(2, 0, 1)
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-024
 def stack_images(
-    images:Sequence[Image.Image|str|Path],  # pictures or files
-    image_size:tuple[int, int],             # (h, w)
-) -> Tensor: # (b, 3, h, w) uint8
+    images: Sequence[Image.Image | str | Path],  # pictures or files
+    image_size: tuple[int, int],  # (h, w)
+) -> Tensor:  # (b, 3, h, w) uint8
     "Pictures of any size as one tensor."
     out = torch.zeros(len(images), 3, *image_size, dtype=torch.uint8)
     for row, im in zip(out.numpy(), images):
@@ -128,239 +161,296 @@ def stack_images(
     return out
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-027
-def rectangles(erase:Tensor, h:int, w:int) -> Tensor: # (b, 1, h, w) bool
+def rectangles(erase: Tensor, h: int, w: int) -> Tensor:  # (b, 1, h, w) bool
     "Rectangles (b, 4) of top, left, bottom, right as a mask."
+
     def inside(n, low, high):
         at = torch.arange(n, device=erase.device)
         return (at >= low[:, None]) & (at < high[:, None])
+
     top, left, bottom, right = erase.unbind(1)
     return (inside(h, top, bottom)[:, :, None] & inside(w, left, right)[:, None, :])[:, None]
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-029
-def blank(images:Tensor, erase:Tensor) -> Tensor:
+def blank(images: Tensor, erase: Tensor) -> Tensor:
     "Set each image's rectangle to 0, in place; on a GPU without asking it where the rectangles are."
-    if images.is_cuda: return images.masked_fill_(rectangles(erase, *images.shape[-2:]), 0.)
-    for image, (top, left, bottom, right) in zip(images, erase.tolist()): image[:, top:bottom, left:right] = 0.
+    if images.is_cuda:
+        return images.masked_fill_(rectangles(erase, *images.shape[-2:]), 0.0)
+    for image, (top, left, bottom, right) in zip(images, erase.tolist()):
+        image[:, top:bottom, left:right] = 0.0
     return images
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-031
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_CACHE_PIXELS = 2**18   # numbers that fit into a processor's cache
+_CACHE_PIXELS = 2**18  # numbers that fit into a processor's cache
+
 
 def normalise(
-    raw:Tensor,                 # (b, 3, h, w) uint8, or float in [0, 1]
-    erase:Tensor|None=None,     # (b, 4) top, left, bottom, right: rectangles to blank with the mean colour
-) -> Tensor: # (b, 3, h, w) float32
+    raw: Tensor,  # (b, 3, h, w) uint8, or float in [0, 1]
+    erase: Tensor
+    | None = None,  # (b, 4) top, left, bottom, right: rectangles to blank with the mean colour
+) -> Tensor:  # (b, 3, h, w) float32
     "CLIP's normalisation, on whatever device `raw` is; erased rectangles become 0, the mean colour."
     mean = torch.tensor(CLIP_MEAN, device=raw.device).view(3, 1, 1)
     std = torch.tensor(CLIP_STD, device=raw.device).view(3, 1, 1)
     largest = 255 if raw.dtype == torch.uint8 else 1
-    scale = 1/(std*largest)
-    shift = mean/std
+    scale = 1 / (std * largest)
+    shift = mean / std
     out = torch.empty(raw.shape, dtype=torch.float32, device=raw.device)
     at_once = len(raw)
-    if not raw.is_cuda and raw.ndim == 4: at_once = max(1, _CACHE_PIXELS//raw[0].numel())
+    if not raw.is_cuda and raw.ndim == 4:
+        at_once = max(1, _CACHE_PIXELS // raw[0].numel())
     for lo in range(0, len(raw), at_once):
         part = slice(lo, lo + at_once)
         out[part].copy_(raw[part]).mul_(scale).sub_(shift)
     return out if erase is None else blank(out, erase)
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-034
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)   # the increment of SplitMix64
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # the increment of SplitMix64
 
-def _mix(z:np.ndarray) -> np.ndarray:
+
+def _mix(z: np.ndarray) -> np.ndarray:
     "SplitMix64's bijection of 64-bit numbers."
-    z = (z ^ (z >> np.uint64(30)))*np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
-def _word(i:int) -> np.ndarray:
+
+def _word(i: int) -> np.ndarray:
     "A number of any size as 64 bits."
     return np.array([int(i) & (2**64 - 1)], dtype=np.uint64)
 
-def uniforms(seed:int, epoch:int, positions:np.ndarray, n:int, stream:int=0) -> np.ndarray: # (b, n)
+
+def uniforms(
+    seed: int, epoch: int, positions: np.ndarray, n: int, stream: int = 0
+) -> np.ndarray:  # (b, n)
     "Numbers in [0, 1) for places in an epoch (b,), that depend on nothing but the arguments."
     with np.errstate(over="ignore"):
         key = _mix(_word(seed) + _GAMMA)
         key = _mix(key + _word(epoch))
         key = _mix(key + _word(stream))
-        first = np.asarray(positions).astype(np.uint64)[:, None]*np.uint64(n)
+        first = np.asarray(positions).astype(np.uint64)[:, None] * np.uint64(n)
         counter = first + np.arange(1, n + 1, dtype=np.uint64)
-        bits = _mix(key + counter*_GAMMA) >> np.uint64(11)
-    return bits.astype(np.float64)*2**-53
+        bits = _mix(key + counter * _GAMMA) >> np.uint64(11)
+    return bits.astype(np.float64) * 2**-53
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-037
 @dataclass
 class Draw:
     "What was drawn for a batch of images."
-    flip:np.ndarray     # (b,) bool
-    top:np.ndarray      # (b,) row of the crop in the padded image
-    left:np.ndarray     # (b,) column of the crop in the padded image
-    erase:np.ndarray    # (b, 4) top, left, bottom, right; zeros where nothing is erased
+
+    flip: np.ndarray  # (b,) bool
+    top: np.ndarray  # (b,) row of the crop in the padded image
+    left: np.ndarray  # (b,) column of the crop in the padded image
+    erase: np.ndarray  # (b, 4) top, left, bottom, right; zeros where nothing is erased
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-039
 class TrainTransform:
     "Flip, pad and random crop, random erasing, CLIP normalisation; for a whole batch at once."
-    n_draws = 26   # random numbers an image takes
 
-    def __init__(self,
-        image_size:tuple[int, int]=(384, 128),      # (h, w)
-        flip:float=.5,                              # probability of mirroring
-        pad:int|None=None,                          # pixels added on each side before the crop; None: 10 at width 128
-        erase:float=.5,                             # probability of erasing a rectangle
-        area:tuple[float, float]=(.02, .4),         # the rectangle's part of the image
-        aspect:tuple[float, float]=(.3, 3.3),       # its height over its width
+    n_draws = 26  # random numbers an image takes
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (384, 128),  # (h, w)
+        flip: float = 0.5,  # probability of mirroring
+        pad: int | None = None,  # pixels added on each side before the crop; None: 10 at width 128
+        erase: float = 0.5,  # probability of erasing a rectangle
+        area: tuple[float, float] = (0.02, 0.4),  # the rectangle's part of the image
+        aspect: tuple[float, float] = (0.3, 3.3),  # its height over its width
     ):
         self.image_size = image_size
         self.flip = flip
-        self.pad = round(10*image_size[1]/128) if pad is None else pad
+        self.pad = round(10 * image_size[1] / 128) if pad is None else pad
         self.erase = erase
         self.area = area
         self.aspect = aspect
 
-    def draw(self, u:np.ndarray) -> Draw:
+    def draw(self, u: np.ndarray) -> Draw:
         "From (b, 26) uniform numbers to what will be done."
-        crop = (u[:, 2:4]*(2*self.pad + 1)).astype(int)
-        erase = self.rectangle(u)*(u[:, 1] < self.erase)[:, None]
+        crop = (u[:, 2:4] * (2 * self.pad + 1)).astype(int)
+        erase = self.rectangle(u) * (u[:, 1] < self.erase)[:, None]
         return Draw(flip=u[:, 0] < self.flip, top=crop[:, 0], left=crop[:, 1], erase=erase)
 
-    def rectangle(self, u:np.ndarray) -> np.ndarray: # (b, 4) top, left, bottom, right
+    def rectangle(self, u: np.ndarray) -> np.ndarray:  # (b, 4) top, left, bottom, right
         "The first of ten rectangles that fits; zeros where none does."
         h, w = self.image_size
         smallest, largest = self.area
-        area = (smallest + (largest - smallest)*u[:, 6:16])*h*w
+        area = (smallest + (largest - smallest) * u[:, 6:16]) * h * w
         low, high = np.log(self.aspect)
-        ratio = np.exp(low + (high - low)*u[:, 16:26])
-        heights = np.round(np.sqrt(area*ratio)).astype(int)
-        widths = np.round(np.sqrt(area/ratio)).astype(int)
+        ratio = np.exp(low + (high - low) * u[:, 16:26])
+        heights = np.round(np.sqrt(area * ratio)).astype(int)
+        widths = np.round(np.sqrt(area / ratio)).astype(int)
         fits = (heights < h) & (widths < w)
         first = np.arange(len(u)), fits.argmax(1)
         height, width = heights[first], widths[first]
-        top = (u[:, 4]*(h - height + 1)).astype(int)
-        left = (u[:, 5]*(w - width + 1)).astype(int)
-        return np.stack([top, left, top + height, left + width], 1)*fits.any(1)[:, None]
+        top = (u[:, 4] * (h - height + 1)).astype(int)
+        left = (u[:, 5] * (w - width + 1)).astype(int)
+        return np.stack([top, left, top + height, left + width], 1) * fits.any(1)[:, None]
 
-    def geometry(self,
-        images:Tensor,  # (b, 3, h, w) uint8
-        d:Draw,
-    ) -> Tensor: # (b, 3, h, w) uint8
+    def geometry(
+        self,
+        images: Tensor,  # (b, 3, h, w) uint8
+        d: Draw,
+    ) -> Tensor:  # (b, 3, h, w) uint8
         "Flip, pad with black and crop as drawn."
         h, w = images.shape[-2:]
         out = np.zeros(images.shape, np.uint8)
-        for new, old, flip, y, x in zip(out, images.numpy(), d.flip, d.top - self.pad, d.left - self.pad):
-            if flip: old = old[:, :, ::-1]
-            seen = old[:, max(0, y):h + min(0, y), max(0, x):w + min(0, x)]
-            new[:, max(0, -y):h - max(0, y), max(0, -x):w - max(0, x)] = seen
+        for new, old, flip, y, x in zip(
+            out, images.numpy(), d.flip, d.top - self.pad, d.left - self.pad
+        ):
+            if flip:
+                old = old[:, :, ::-1]
+            seen = old[:, max(0, y) : h + min(0, y), max(0, x) : w + min(0, x)]
+            new[:, max(0, -y) : h - max(0, y), max(0, -x) : w - max(0, x)] = seen
         return torch.from_numpy(out)
 
-    def __call__(self,
-        images:Tensor,                      # (b, 3, h, w) or (3, h, w) uint8
-        seed:int=0,
-        epoch:int=0,
-        positions:np.ndarray|None=None,     # (b,) places in the epoch, which choose the random numbers
-    ) -> tuple[Tensor, Tensor]: # normalised and augmented; same geometry in [0, 1] before erasing
+    def __call__(
+        self,
+        images: Tensor,  # (b, 3, h, w) or (3, h, w) uint8
+        seed: int = 0,
+        epoch: int = 0,
+        positions: np.ndarray
+        | None = None,  # (b,) places in the epoch, which choose the random numbers
+    ) -> tuple[Tensor, Tensor]:  # normalised and augmented; same geometry in [0, 1] before erasing
         "Augment uint8 images; the same arguments give the same result."
         batch = images if images.ndim == 4 else images[None]
         places = np.arange(len(batch)) if positions is None else positions
         d = self.draw(uniforms(seed, epoch, places, self.n_draws))
         raw = self.geometry(batch, d)
         out = normalise(raw, torch.from_numpy(d.erase))
-        pixels = raw.float()/255
+        pixels = raw.float() / 255
         return (out, pixels) if images.ndim == 4 else (out[0], pixels[0])
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-043
 class EvalTransform:
     "Resize and CLIP normalisation, nothing random."
-    def __init__(self,
-        image_size:tuple[int, int]=(384, 128), # (h, w)
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (384, 128),  # (h, w)
     ):
         self.image_size = image_size
 
-    def __call__(self, images:Tensor|Image.Image|str|Path|Sequence) -> tuple[Tensor, Tensor]: # normalised; in [0, 1]
+    def __call__(
+        self, images: Tensor | Image.Image | str | Path | Sequence
+    ) -> tuple[Tensor, Tensor]:  # normalised; in [0, 1]
         "From uint8 tensors (resized already), one picture or file, or a list of them."
-        if isinstance(images, Tensor): return normalise(images), images.float()/255
-        if isinstance(images, (Image.Image, str, Path)): return self(stack_images([images], self.image_size)[0])
+        if isinstance(images, Tensor):
+            return normalise(images), images.float() / 255
+        if isinstance(images, (Image.Image, str, Path)):
+            return self(stack_images([images], self.image_size)[0])
         return self(stack_images(images, self.image_size))
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-046
 _SIDES = {"left": "right", "right": "left"}
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?)?\b)", re.IGNORECASE)
 
-def has_side(caption:str) -> bool:
+
+def has_side(caption: str) -> bool:
     "Whether a caption speaks of left or right."
     return _SIDE.search(caption) is not None
 
-def _other_side(found:re.Match) -> str:
+
+def _other_side(found: re.Match) -> str:
     "The other word, in the same case."
     word = _SIDES[found[0].lower()]
-    if found[0].isupper(): return word.upper()
+    if found[0].isupper():
+        return word.upper()
     return word.capitalize() if found[0][0].isupper() else word
 
-def swap_sides(caption:str) -> str:
+
+def swap_sides(caption: str) -> str:
     "Say 'right' for 'left' and 'left' for 'right', as a mirrored image needs."
     return _SIDE.sub(_other_side, caption)
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-049
-_CACHE_VERSION = 2   # of how pictures are decoded
+_CACHE_VERSION = 2  # of how pictures are decoded
 
-def cache_file(paths:list[Path], boxes:np.ndarray|None, image_size:tuple[int, int], folder:str|Path|None=None) -> Path:
+
+def cache_file(
+    paths: list[Path],
+    boxes: np.ndarray | None,
+    image_size: tuple[int, int],
+    folder: str | Path | None = None,
+) -> Path:
     "The file that caches these images at this size; its name depends on paths, boxes and size."
     key = hashlib.sha256(f"{_CACHE_VERSION} {tuple(image_size)}".encode())
-    for p in paths: key.update(os.fsencode(os.path.abspath(p)) + b"\0")
-    if boxes is not None: key.update(np.ascontiguousarray(boxes, dtype=np.float64).tobytes())
-    home = Path(folder) if folder else cache_dir()/"images"
-    return home/f"{key.hexdigest()[:24]}.u8"
+    for p in paths:
+        key.update(os.fsencode(os.path.abspath(p)) + b"\0")
+    if boxes is not None:
+        key.update(np.ascontiguousarray(boxes, dtype=np.float64).tobytes())
+    home = Path(folder) if folder else cache_dir() / "images"
+    return home / f"{key.hexdigest()[:24]}.u8"
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-051
-def file_stamps(paths:list[Path]) -> np.ndarray: # (n, 2) int64
+def file_stamps(paths: list[Path]) -> np.ndarray:  # (n, 2) int64
     "Size in bytes and modification time of each file."
     out = np.empty((len(paths), 2), np.int64)
     for i, p in enumerate(paths):
-        try: s = os.stat(p)
+        try:
+            s = os.stat(p)
         except (OSError, ValueError):
-            raise DatasetError(f"{p}: no such image; restore it or leave it out with skip=[...]") from None
+            raise DatasetError(
+                f"{p}: no such image; restore it or leave it out with skip=[...]"
+            ) from None
         out[i] = s.st_size, s.st_mtime_ns
     return out
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-053
-def read_cache(file:Path, shape:tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]|None:
+def read_cache(file: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
     "Pixels (memory-mapped) and stamps of a cache file; None if it is missing or has the wrong length."
     n_bytes = int(np.prod(shape))
     try:
-        if os.stat(file).st_size != n_bytes + 16*shape[0]: return None
+        if os.stat(file).st_size != n_bytes + 16 * shape[0]:
+            return None
         whole = np.memmap(file, np.uint8, "r")
-    except (OSError, ValueError): return None
+    except (OSError, ValueError):
+        return None
     stamps = np.frombuffer(whole[n_bytes:].tobytes(), np.int64)
     return whole[:n_bytes].reshape(shape), stamps.reshape(-1, 2)
 
-def open_cache(file:Path, shape:tuple[int, ...], stamps:np.ndarray) -> np.ndarray|None:
+
+def open_cache(file: Path, shape: tuple[int, ...], stamps: np.ndarray) -> np.ndarray | None:
     "The pixels, if they are there and no source has changed."
     found = read_cache(file, shape)
     return found[0] if found and np.array_equal(found[1], stamps) else None
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-054
-_BLOCK = 64   # images that a thread decodes before it hands them over
+_BLOCK = 64  # images that a thread decodes before it hands them over
 
-def check_room(folder:Path, n_bytes:int):
+
+def check_room(folder: Path, n_bytes: int):
     "Refuse to begin a cache that the disk has no room for."
-    if shutil.disk_usage(folder).free >= n_bytes: return
-    raise DatasetError(f"{folder}: the image cache needs {n_bytes/2**30:.2f} GiB and the disk has less; free some, set "
-                       "TIPR_CACHE to another disk, or do without (cache=False)")
+    if shutil.disk_usage(folder).free >= n_bytes:
+        return
+    raise DatasetError(
+        f"{folder}: the image cache needs {n_bytes / 2**30:.2f} GiB and the disk has less; free some, set "
+        "TIPR_CACHE to another disk, or do without (cache=False)"
+    )
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-056
-def write_cache(file:Path, paths:list[Path], boxes:np.ndarray|None, shape:tuple[int, ...], stamps:np.ndarray,
-                workers:int|None=None) -> np.ndarray:
+def write_cache(
+    file: Path,
+    paths: list[Path],
+    boxes: np.ndarray | None,
+    shape: tuple[int, ...],
+    stamps: np.ndarray,
+    workers: int | None = None,
+) -> np.ndarray:
     "Decode what is new or changed, keep the rest, and put the file in place in one step."
     old = read_cache(file, shape)
     fresh = (old[1] == stamps).all(1) if old else np.zeros(len(paths), bool)
 
     def pixels(i):
-        if old and fresh[i]: return old[0][i]
+        if old and fresh[i]:
+            return old[0][i]
         box = None if boxes is None else boxes[i]
         return resize_image(read_image(paths[i], box), shape[2:])
 
-    def block(first): return np.stack([pixels(i) for i in range(first, min(first + _BLOCK, len(paths)))])
+    def block(first):
+        return np.stack([pixels(i) for i in range(first, min(first + _BLOCK, len(paths)))])
 
     blocks = range(0, len(paths), _BLOCK)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -372,92 +462,108 @@ def write_cache(file:Path, paths:list[Path], boxes:np.ndarray|None, shape:tuple[
                 for part in progress(pool.map(block, blocks), "caching images", total=len(blocks)):
                     f.write(part.tobytes())
                 f.write(stamps.tobytes())
-        finally: pool.shutdown(cancel_futures=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return np.memmap(file, np.uint8, "r", shape=shape)
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-058
-def _files(source) -> list: return source.images if isinstance(source, Split) else list(source)
+def _files(source) -> list:
+    return source.images if isinstance(source, Split) else list(source)
 
-def _boxes(source, boxes): return source.image_columns.get("box") if isinstance(source, Split) else boxes
+
+def _boxes(source, boxes):
+    return source.image_columns.get("box") if isinstance(source, Split) else boxes
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-059
 class ImageCache:
     "Decoded, resized images in one memory-mapped file, built once."
-    def __init__(self,
-        pixels:np.ndarray, # (n, 3, h, w) uint8, memory-mapped
+
+    def __init__(
+        self,
+        pixels: np.ndarray,  # (n, 3, h, w) uint8, memory-mapped
     ):
         self.pixels = pixels
 
-    def __len__(self) -> int: return len(self.pixels)
+    def __len__(self) -> int:
+        return len(self.pixels)
 
     def __repr__(self):
         h, w = self.image_size
-        return f"ImageCache({len(self):,} images of {h}x{w}, {self.pixels.nbytes/2**20:,.1f} MiB)"
+        return f"ImageCache({len(self):,} images of {h}x{w}, {self.pixels.nbytes / 2**20:,.1f} MiB)"
 
     @property
     def image_size(self) -> tuple[int, int]:
         "(h, w) of the cached images."
         return self.pixels.shape[2], self.pixels.shape[3]
 
-    def batch(self, index:Sequence[int]|np.ndarray) -> Tensor: # (b, 3, h, w) uint8
+    def batch(self, index: Sequence[int] | np.ndarray) -> Tensor:  # (b, 3, h, w) uint8
         "These images."
         return torch.from_numpy(np.asarray(self.pixels[np.asarray(index)]))
 
-    def __getitem__(self, i:int) -> Tensor: # (3, h, w) uint8
+    def __getitem__(self, i: int) -> Tensor:  # (3, h, w) uint8
         "One image."
         return self.batch([i])[0]
 
     @classmethod
-    def build(cls,
-        source:Split|Sequence[str|Path],            # a split, or image files
-        image_size:tuple[int, int]=(384, 128),      # (h, w)
-        cache_dir:str|Path|None=None,               # folder of the cache files; default: the package's cache folder
-        boxes:np.ndarray|None=None,                 # (n, 4) x, y, w, h to cut out; a split brings its own
-        workers:int|None=None,                      # threads that decode; default: one per core, at most 8
+    def build(
+        cls,
+        source: Split | Sequence[str | Path],  # a split, or image files
+        image_size: tuple[int, int] = (384, 128),  # (h, w)
+        cache_dir: str
+        | Path
+        | None = None,  # folder of the cache files; default: the package's cache folder
+        boxes: np.ndarray | None = None,  # (n, 4) x, y, w, h to cut out; a split brings its own
+        workers: int | None = None,  # threads that decode; default: one per core, at most 8
     ) -> "ImageCache":
         "Open the cache of these images, building or updating it first if files are new or have changed."
         paths = [Path(p) for p in _files(source)]
         boxes = _boxes(source, boxes)
         shape = (len(paths), 3, *image_size)
-        if not paths: return cls(np.zeros(shape, np.uint8))
+        if not paths:
+            return cls(np.zeros(shape, np.uint8))
         stamps = file_stamps(paths)
         file = cache_file(paths, boxes, image_size, cache_dir)
         pixels = open_cache(file, shape, stamps)
-        if pixels is not None: return cls(pixels)
+        if pixels is not None:
+            return cls(pixels)
         with locked(file):
-            pixels = open_cache(file, shape, stamps)   # another process may have built it meanwhile
-            if pixels is None: pixels = write_cache(file, paths, boxes, shape, stamps, workers)
+            pixels = open_cache(file, shape, stamps)  # another process may have built it meanwhile
+            if pixels is None:
+                pixels = write_cache(file, paths, boxes, shape, stamps, workers)
         return cls(pixels)
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-061
 class ImageFiles:
     "The same access as `ImageCache`, but decoding every time."
-    def __init__(self,
-        source:Split|Sequence[str|Path],            # a split, or image files
-        image_size:tuple[int, int]=(384, 128),      # (h, w)
-        boxes:np.ndarray|None=None,                 # (n, 4) x, y, w, h to cut out; a split brings its own
+
+    def __init__(
+        self,
+        source: Split | Sequence[str | Path],  # a split, or image files
+        image_size: tuple[int, int] = (384, 128),  # (h, w)
+        boxes: np.ndarray | None = None,  # (n, 4) x, y, w, h to cut out; a split brings its own
     ):
         self.paths = _files(source)
         self.boxes = _boxes(source, boxes)
         self.image_size = image_size
 
-    def __len__(self) -> int: return len(self.paths)
+    def __len__(self) -> int:
+        return len(self.paths)
 
-    def read(self, i:int) -> Image.Image:
+    def read(self, i: int) -> Image.Image:
         "One image, cut out where there is a box."
         return read_image(self.paths[i], None if self.boxes is None else self.boxes[i])
 
-    def batch(self, index:Sequence[int]|np.ndarray) -> Tensor: # (b, 3, h, w) uint8
+    def batch(self, index: Sequence[int] | np.ndarray) -> Tensor:  # (b, 3, h, w) uint8
         "These images."
         return stack_images([self.read(i) for i in index], self.image_size)
 
 # %% ../../nbs/01_data/03_crops.ipynb #cell-063
 def image_batches(
-    source:Split|Sequence[str|Path],            # a split, or image files
-    image_size:tuple[int, int]=(384, 128),      # (h, w)
-    batch_size:int=256,
-    cache:bool=True,                            # through the image cache, or decoding
-) -> Iterator[tuple[np.ndarray, Tensor]]: # indices (b,), normalised images (b, 3, h, w)
+    source: Split | Sequence[str | Path],  # a split, or image files
+    image_size: tuple[int, int] = (384, 128),  # (h, w)
+    batch_size: int = 256,
+    cache: bool = True,  # through the image cache, or decoding
+) -> Iterator[tuple[np.ndarray, Tensor]]:  # indices (b,), normalised images (b, 3, h, w)
     "Walk over the images of a gallery, in order, ready for an encoder."
     images = ImageCache.build(source, image_size) if cache else ImageFiles(source, image_size)
     for lo in range(0, len(images), batch_size):

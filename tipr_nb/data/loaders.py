@@ -18,42 +18,49 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from ..core import TiprError, exit_with_parent, find_registered
 from .corpora import DatasetError, PersonDataset, Split
-from tipr_nb.data.crops import (Draw, ImageCache, ImageFiles, TrainTransform, has_side, normalise, swap_sides,
-    uniforms)
+from .crops import (Draw, ImageCache, ImageFiles, TrainTransform, has_side, normalise,
+    swap_sides, uniforms)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-008
 class RandomSampler:
     "Every caption once an epoch, in an order that only seed and epoch decide."
-    def __init__(self,
-        n:int,                  # captions
-        batch_size:int,         # of each process
-        seed:int=0,
-        shuffle:bool=True,
-        drop_last:bool=True,    # leave out the last batch where it is not full
-        rank:int=0,             # which process this is ...
-        world_size:int=1,       # ... of how many
+
+    def __init__(
+        self,
+        n: int,  # captions
+        batch_size: int,  # of each process
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,  # leave out the last batch where it is not full
+        rank: int = 0,  # which process this is ...
+        world_size: int = 1,  # ... of how many
     ):
-        if batch_size < 1: raise DatasetError(f"batch_size={batch_size}; choose at least 1")
+        if batch_size < 1:
+            raise DatasetError(f"batch_size={batch_size}; choose at least 1")
         if not 0 <= rank < world_size:
-            raise DatasetError(f"rank={rank} of {world_size} processes; ranks go from 0 to {world_size - 1}")
-        if drop_last and n < batch_size*world_size:
-            raise DatasetError(f"batch_size={batch_size} for {world_size} process(es) is more than the {n} captions "
-                               f"of the split; choose at most {n//world_size}")
+            raise DatasetError(
+                f"rank={rank} of {world_size} processes; ranks go from 0 to {world_size - 1}"
+            )
+        if drop_last and n < batch_size * world_size:
+            raise DatasetError(
+                f"batch_size={batch_size} for {world_size} process(es) is more than the {n} captions "
+                f"of the split; choose at most {n // world_size}"
+            )
         self.n = n
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
-        self.batch_size = batch_size*world_size   # of all processes together
+        self.batch_size = batch_size * world_size  # of all processes together
         self.set_epoch(0)
 
-    def set_epoch(self, epoch:int):
+    def set_epoch(self, epoch: int):
         "Draw the order of this epoch."
         self.epoch = epoch
         self.sequence = self.order(np.random.default_rng([self.seed, epoch, 11]))
 
-    def order(self, rng:np.random.Generator) -> np.ndarray: # (n,)
+    def order(self, rng: np.random.Generator) -> np.ndarray:  # (n,)
         "Caption indices in the order of the epoch, the same in every process."
         return rng.permutation(self.n) if self.shuffle else np.arange(self.n)
 
@@ -61,18 +68,19 @@ class RandomSampler:
         full, rest = divmod(self.n, self.batch_size)
         return full + bool(rest and not self.drop_last)
 
-    def batch(self, b:int) -> tuple[np.ndarray, np.ndarray]: # (b,), (b,)
+    def batch(self, b: int) -> tuple[np.ndarray, np.ndarray]:  # (b,), (b,)
         "This process's part of batch `b`: caption indices and their places in the epoch."
-        end = min((b + 1)*self.batch_size, self.n)
-        places = np.arange(b*self.batch_size, end)
+        end = min((b + 1) * self.batch_size, self.n)
+        places = np.arange(b * self.batch_size, end)
         mine = np.array_split(places, self.world_size)[self.rank]
         return self.sequence[mine], mine
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for b in range(len(self)): yield self.batch(b)[0]
+        for b in range(len(self)):
+            yield self.batch(b)[0]
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-010
-def place_within(group:np.ndarray, key:np.ndarray) -> np.ndarray:
+def place_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
     "For each entry its rank by `key` among those of the same group."
     order = np.lexsort((key, group))
     starts = np.flatnonzero(np.r_[True, np.diff(group[order]) != 0])
@@ -83,12 +91,12 @@ def place_within(group:np.ndarray, key:np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-012
 def pack(
-    blocks:list[list[int]], # in the order wanted
-    size:int,               # of a batch
-    ahead:int=64,           # how far to look for a block that fits
-) -> np.ndarray: # all entries in order
+    blocks: list[list[int]],  # in the order wanted
+    size: int,  # of a batch
+    ahead: int = 64,  # how far to look for a block that fits
+) -> np.ndarray:  # all entries in order
     "Fill batches with whole blocks, taking a later one that fits before cutting the next in two."
-    out:list[int] = []
+    out: list[int] = []
     queue = blocks[::-1]
     while queue:
         room = size - len(out) % size
@@ -98,54 +106,73 @@ def pack(
     return np.array(out, dtype=np.int64)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-015
-def visit_sizes(k:int|Sequence[int], batch_size:int) -> tuple[int, int]:
+def visit_sizes(k: int | Sequence[int], batch_size: int) -> tuple[int, int]:
     "The fewest and the most pairs of a visit, from a number or a pair of numbers."
-    try: low, high = (k, k) if isinstance(k, int) else k
+    try:
+        low, high = (k, k) if isinstance(k, int) else k
     except (TypeError, ValueError):
-        raise DatasetError(f"k={k!r}; give the pairs of a visit as a number, or the fewest and the most") from None
+        raise DatasetError(
+            f"k={k!r}; give the pairs of a visit as a number, or the fewest and the most"
+        ) from None
     if not 1 <= low <= high <= batch_size:
-        raise DatasetError(f"k={k} pairs per identity in a batch of {batch_size}; choose 1 to {batch_size}")
+        raise DatasetError(
+            f"k={k} pairs per identity in a batch of {batch_size}; choose 1 to {batch_size}"
+        )
     return low, high
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-017
 class IdentitySampler(RandomSampler):
     "Up to `k` pairs of an identity side by side, of different photos where it has them; every caption once an epoch."
-    def __init__(self,
-        ids:np.ndarray,                     # (n,) identity of each caption
-        batch_size:int,                     # of each process
-        k:int|Sequence[int]=2,              # pairs of an identity per visit; (1, 2): one or two, drawn for each epoch
-        images:np.ndarray|None=None,        # (n,) photo of each caption; None: a visit may show one photo twice
-        groups:np.ndarray|dict|None=None,   # identity -> look-alike family (negative: none); a family shares a batch
-        seed:int=0,
-        rank:int=0,
-        world_size:int=1,
-        drop_last:bool=True,                # leave out the last batch where it is not full
+
+    def __init__(
+        self,
+        ids: np.ndarray,  # (n,) identity of each caption
+        batch_size: int,  # of each process
+        k: int
+        | Sequence[
+            int
+        ] = 2,  # pairs of an identity per visit; (1, 2): one or two, drawn for each epoch
+        images: np.ndarray
+        | None = None,  # (n,) photo of each caption; None: a visit may show one photo twice
+        groups: np.ndarray
+        | dict
+        | None = None,  # identity -> look-alike family (negative: none); a family shares a batch
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,  # leave out the last batch where it is not full
     ):
         self.low, self.high = visit_sizes(k, batch_size)
         known, self.who = np.unique(ids, return_inverse=True)
-        if len(known) < 2: raise DatasetError("an identity sampler needs at least two identities; this split has one")
+        if len(known) < 2:
+            raise DatasetError(
+                "an identity sampler needs at least two identities; this split has one"
+            )
         photos = np.arange(len(ids)) if images is None else images
         self.photo = np.unique(photos, return_inverse=True)[1]
         family = np.array([-1 if groups is None else groups[i] for i in known])
         alone = -1 - np.arange(len(known))
-        together = np.where(family < 0, alone, family)   # whose visits go together
+        together = np.where(family < 0, alone, family)  # whose visits go together
         self.owner = np.unique(together[self.who], return_inverse=True)[1]
-        super().__init__(len(ids), batch_size, seed, drop_last=drop_last, rank=rank, world_size=world_size)
+        super().__init__(
+            len(ids), batch_size, seed, drop_last=drop_last, rank=rank, world_size=world_size
+        )
 
-    def sizes(self, rng:np.random.Generator) -> np.ndarray: # (n,)
+    def sizes(self, rng: np.random.Generator) -> np.ndarray:  # (n,)
         "For each caption the pairs per visit of its identity in this epoch."
-        if self.low == self.high: return np.full(self.n, self.low)
+        if self.low == self.high:
+            return np.full(self.n, self.low)
         return rng.integers(self.low, self.high + 1, self.who.max() + 1)[self.who]
 
-    def order(self, rng:np.random.Generator) -> np.ndarray: # (n,)
+    def order(self, rng: np.random.Generator) -> np.ndarray:  # (n,)
         "Visits spread evenly over the epoch, packed so that the end of a batch cuts as few as can be."
-        turn = place_within(self.photo, rng.random(self.n))   # first or second caption of its photo
+        turn = place_within(self.photo, rng.random(self.n))  # first or second caption of its photo
         shuffled = turn + rng.random(self.photo.max() + 1)[self.photo]
-        place = place_within(self.who, shuffled)   # round the photos of an identity
-        visit = place//self.sizes(rng)
+        place = place_within(self.who, shuffled)  # round the photos of an identity
+        visit = place // self.sizes(rng)
         rounds = np.zeros(self.owner.max() + 1, np.int64)
         np.maximum.at(rounds, self.owner, visit + 1)
-        when = (visit + rng.random(len(rounds))[self.owner])/rounds[self.owner]
+        when = (visit + rng.random(len(rounds))[self.owner]) / rounds[self.owner]
         order = np.lexsort((place, self.who, self.owner, when))
         other_visit = np.diff(self.owner[order]) | np.diff(visit[order])
         cut = np.flatnonzero(other_visit) + 1
@@ -155,48 +182,63 @@ class IdentitySampler(RandomSampler):
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-020
 class RoundsSampler(IdentitySampler):
     "Rounds of different identities with up to `k` pairs each, until too few have any left: IRRA's and SEN's order."
-    def __init__(self,
-        ids:np.ndarray,                     # (n,) identity of each caption
-        batch_size:int,                     # of each process
-        k:int|Sequence[int]=2,              # pairs of an identity per visit; (1, 2): one or two, drawn for each epoch
-        images:np.ndarray|None=None,        # (n,) photo of each caption; None: a visit may show one photo twice
-        seed:int=0,
-        rank:int=0,
-        world_size:int=1,
-        drop_last:bool=True,                # leave out the last batch where it is not full
+
+    def __init__(
+        self,
+        ids: np.ndarray,  # (n,) identity of each caption
+        batch_size: int,  # of each process
+        k: int
+        | Sequence[
+            int
+        ] = 2,  # pairs of an identity per visit; (1, 2): one or two, drawn for each epoch
+        images: np.ndarray
+        | None = None,  # (n,) photo of each caption; None: a visit may show one photo twice
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,  # leave out the last batch where it is not full
     ):
-        self.first = 0   # pairs of the first draw
+        self.first = 0  # pairs of the first draw
         super().__init__(ids, batch_size, k, images, None, seed, rank, world_size, drop_last)
         self.n = self.first
         if drop_last and self.n < self.batch_size:
-            raise DatasetError(f"batch_size={batch_size}: an epoch of rounds has only {self.n} pairs; choose a smaller batch")
+            raise DatasetError(
+                f"batch_size={batch_size}: an epoch of rounds has only {self.n} pairs; choose a smaller batch"
+            )
 
-    def set_epoch(self, epoch:int):
+    def set_epoch(self, epoch: int):
         "Draw the order of this epoch."
         self.epoch = epoch
         rng = np.random.default_rng([self.seed, epoch, 11])
         self.sequence = self.order(rng)
-        if not self.first: self.first = len(self.sequence)
-        while len(self.sequence) < self.first: self.sequence = np.r_[self.sequence, self.order(rng)]
-        self.sequence = self.sequence[:self.first]
+        if not self.first:
+            self.first = len(self.sequence)
+        while len(self.sequence) < self.first:
+            self.sequence = np.r_[self.sequence, self.order(rng)]
+        self.sequence = self.sequence[: self.first]
 
-    def order(self, rng:np.random.Generator) -> np.ndarray: # (m,) caption indices
+    def order(self, rng: np.random.Generator) -> np.ndarray:  # (m,) caption indices
         "One draw: rounds until fewer identities have visits left than a round takes."
-        per_round = self.batch_size//self.high
+        per_round = self.batch_size // self.high
         visits = self.visits(rng)
         left = np.array([len(v) for v in visits])
         if len(left) < per_round:
-            raise DatasetError(f"batch_size={self.batch_size} takes {per_round} identities a round and the split has "
-                               f"{len(left)}; choose a smaller batch, or sampler='identity'")
+            raise DatasetError(
+                f"batch_size={self.batch_size} takes {per_round} identities a round and the split has "
+                f"{len(left)}; choose a smaller batch, or sampler='identity'"
+            )
         out = []
         while True:
             available = np.flatnonzero(left)
-            if len(available) < per_round: return np.concatenate(out)
+            if len(available) < per_round:
+                return np.concatenate(out)
             for i in rng.choice(available, per_round, replace=False):
                 left[i] -= 1
                 out.append(visits[i][left[i]])
 
-    def visits(self, rng:np.random.Generator) -> list[np.ndarray]: # of each identity (visits, pairs)
+    def visits(
+        self, rng: np.random.Generator
+    ) -> list[np.ndarray]:  # of each identity (visits, pairs)
         "Each identity's captions, a visit to a row."
         turn = place_within(self.photo, rng.random(len(self.photo)))
         place = place_within(self.who, turn + rng.random(self.photo.max() + 1)[self.photo])
@@ -204,26 +246,34 @@ class RoundsSampler(IdentitySampler):
         own = np.split(order, np.flatnonzero(np.diff(self.who[order])) + 1)
         sizes = rng.integers(self.low, self.high + 1, len(own))
         few = [rng.choice(c, k) if len(c) < k else c for c, k in zip(own, sizes)]
-        return [rng.permutation(c[:len(c)//k*k].reshape(-1, k)) for c, k in zip(few, sizes)]
+        return [rng.permutation(c[: len(c) // k * k].reshape(-1, k)) for c, k in zip(few, sizes)]
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-025
-IGNORED = -100   # label of a token that is not to be predicted
+IGNORED = -100  # label of a token that is not to be predicted
+
 
 class Batch:
     "What an encoder and its objectives see at one step."
-    def __init__(self,
-        images:Tensor|None,                 # (b, 3, h, w) float, augmented, CLIP mean and std; None if `raw` is given
-        tokens:Tensor,                      # (b, L) long, padded to the longest here
-        ids:Tensor,                         # (b,) long
-        captions:list[str],
-        image_index:Tensor|None=None,       # (b,) long, into the split's images
-        caption_index:Tensor|None=None,     # (b,) long, into the split's captions
-        pixels:Tensor|None=None,            # (b, 3, h, w) in [0, 1], same geometry, before erasing and normalisation
-        extra:dict[str, Any]|None=None,     # further per-sample tensors or lists
-        raw:Tensor|None=None,               # (b, 3, h, w) uint8, from which images and pixels are made when asked for
-        erase:Tensor|None=None,             # (b, 4) rectangles to erase in `images`
-        tokens_original:Tensor|None=None,   # (b, L') long, before token transforms; None: `tokens` are unchanged
-        mask_labels:Tensor|None=None,       # (b, L) long, ids to predict at the places of `tokens`, -100 elsewhere
+
+    def __init__(
+        self,
+        images: Tensor
+        | None,  # (b, 3, h, w) float, augmented, CLIP mean and std; None if `raw` is given
+        tokens: Tensor,  # (b, L) long, padded to the longest here
+        ids: Tensor,  # (b,) long
+        captions: list[str],
+        image_index: Tensor | None = None,  # (b,) long, into the split's images
+        caption_index: Tensor | None = None,  # (b,) long, into the split's captions
+        pixels: Tensor
+        | None = None,  # (b, 3, h, w) in [0, 1], same geometry, before erasing and normalisation
+        extra: dict[str, Any] | None = None,  # further per-sample tensors or lists
+        raw: Tensor
+        | None = None,  # (b, 3, h, w) uint8, from which images and pixels are made when asked for
+        erase: Tensor | None = None,  # (b, 4) rectangles to erase in `images`
+        tokens_original: Tensor
+        | None = None,  # (b, L') long, before token transforms; None: `tokens` are unchanged
+        mask_labels: Tensor
+        | None = None,  # (b, L) long, ids to predict at the places of `tokens`, -100 elsewhere
     ):
         self.tokens = tokens
         self.ids = ids
@@ -242,51 +292,74 @@ class Batch:
     def images(self) -> Tensor:
         "(b, 3, h, w) augmented images with CLIP's mean and std."
         if self._images is None:
-            if self.raw is None: raise TiprError("this batch has neither images nor raw pixels; give one of them")
+            if self.raw is None:
+                raise TiprError("this batch has neither images nor raw pixels; give one of them")
             self._images = normalise(self.raw, self.erase)
         return self._images
 
     @images.setter
-    def images(self, value:Tensor): self._images = value
+    def images(self, value: Tensor):
+        self._images = value
 
     @property
-    def pixels(self) -> Tensor|None:
+    def pixels(self) -> Tensor | None:
         "(b, 3, h, w) in [0, 1], same geometry as `images`, before erasing and normalisation."
-        if self._pixels is None and self.raw is not None: self._pixels = self.raw.float()/255
+        if self._pixels is None and self.raw is not None:
+            self._pixels = self.raw.float() / 255
         return self._pixels
 
     @pixels.setter
-    def pixels(self, value:Tensor|None): self._pixels = value
+    def pixels(self, value: Tensor | None):
+        self._pixels = value
 
     @property
     def tokens_original(self) -> Tensor:
         "(b, L') token ids before any token transform."
         return self.tokens if self._tokens_original is None else self._tokens_original
 
-    def __len__(self) -> int: return len(self.ids)
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def __repr__(self):
         shown = self.raw if self._images is None else self._images
-        parts = [f"{len(self)} pairs", f"{len(self.ids.unique())} ids", f"images {tuple(shown.shape)}",
-                 f"tokens {tuple(self.tokens.shape)}"]
-        if self._tokens_original is not None: parts.append("tokens changed")
-        if self.extra: parts.append("extra " + ", ".join(self.extra))
+        parts = [
+            f"{len(self)} pairs",
+            f"{len(self.ids.unique())} ids",
+            f"images {tuple(shown.shape)}",
+            f"tokens {tuple(self.tokens.shape)}",
+        ]
+        if self._tokens_original is not None:
+            parts.append("tokens changed")
+        if self.extra:
+            parts.append("extra " + ", ".join(self.extra))
         return f"Batch({', '.join(parts)})"
 
-    def map(self, fn:Callable[[Tensor], Tensor], lists:Callable[[list], list]=list) -> "Batch":
+    def map(self, fn: Callable[[Tensor], Tensor], lists: Callable[[list], list] = list) -> "Batch":
         "The batch with `fn` applied to every tensor, `lists` to every list."
-        def change(value):
-            if isinstance(value, Tensor): return fn(value)
-            if isinstance(value, list): return lists(value)
-            return value
-        return Batch(
-            images=change(self._images), tokens=change(self.tokens), ids=change(self.ids),
-            captions=change(self.captions), image_index=change(self.image_index),
-            caption_index=change(self.caption_index), pixels=change(self._pixels),
-            extra={k: change(v) for k, v in self.extra.items()}, raw=change(self.raw), erase=change(self.erase),
-            tokens_original=change(self._tokens_original), mask_labels=change(self.mask_labels))
 
-    def to(self, device, non_blocking:bool=True) -> "Batch":
+        def change(value):
+            if isinstance(value, Tensor):
+                return fn(value)
+            if isinstance(value, list):
+                return lists(value)
+            return value
+
+        return Batch(
+            images=change(self._images),
+            tokens=change(self.tokens),
+            ids=change(self.ids),
+            captions=change(self.captions),
+            image_index=change(self.image_index),
+            caption_index=change(self.caption_index),
+            pixels=change(self._pixels),
+            extra={k: change(v) for k, v in self.extra.items()},
+            raw=change(self.raw),
+            erase=change(self.erase),
+            tokens_original=change(self._tokens_original),
+            mask_labels=change(self.mask_labels),
+        )
+
+    def to(self, device, non_blocking: bool = True) -> "Batch":
         "The batch on another device; images travel as bytes and are normalised there."
         return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
@@ -294,160 +367,194 @@ class Batch:
         "The batch in page-locked memory."
         return self.map(lambda t: t.pin_memory())
 
-    def __getitem__(self, part:slice|Tensor) -> "Batch":
+    def __getitem__(self, part: slice | Tensor) -> "Batch":
         "Some of the pairs (a slice or a tensor of indices)."
         pick = range(len(self))[part] if isinstance(part, slice) else part.tolist()
         return self.map(lambda t: t[part], lambda c: [c[i] for i in pick])
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-029
-def pad_rows(rows:Sequence[np.ndarray], fill:int=0) -> Tensor: # (b, L)
+def pad_rows(rows: Sequence[np.ndarray], fill: int = 0) -> Tensor:  # (b, L)
     "Rows of different length as one tensor."
     out = np.full((len(rows), max(map(len, rows))), fill, np.int64)
-    for o, r in zip(out, rows): o[:len(r)] = r
+    for o, r in zip(out, rows):
+        o[: len(r)] = r
     return torch.from_numpy(out)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-031
 class TokenTable:
     "Token ids of captions, made once for each wording."
-    def __init__(self,
-        tokenize:Callable[[list[str]], Tensor], # captions -> (b, L) token ids
-        trim:bool|None=None,                    # leave out the padding; None: as the tokenizer's model says
+
+    def __init__(
+        self,
+        tokenize: Callable[[list[str]], Tensor],  # captions -> (b, L) token ids
+        trim: bool | None = None,  # leave out the padding; None: as the tokenizer's model says
     ):
         owner = getattr(tokenize, "__self__", None)
         self.tokenize = tokenize
         self.trim = getattr(owner, "trims", True) if trim is None else trim
-        self.pad:int = getattr(owner, "pad_id", 0)
-        self.known:dict[str, np.ndarray] = {}   # caption -> token ids
+        self.pad: int = getattr(owner, "pad_id", 0)
+        self.known: dict[str, np.ndarray] = {}  # caption -> token ids
 
-    def add(self, captions:Iterable[str], chunk:int=1024):
+    def add(self, captions: Iterable[str], chunk: int = 1024):
         "Tokenize the wordings not yet known."
         new = list(dict.fromkeys(c for c in captions if c not in self.known))
         for lo in range(0, len(new), chunk):
-            part = new[lo:lo + chunk]
+            part = new[lo : lo + chunk]
             rows = torch.as_tensor(self.tokenize(part)).cpu().numpy().astype(np.int64)
-            for caption, row in zip(part, rows): self.known[caption] = self.used(row)
+            for caption, row in zip(part, rows):
+                self.known[caption] = self.used(row)
 
-    def used(self, row:np.ndarray) -> np.ndarray:
+    def used(self, row: np.ndarray) -> np.ndarray:
         "A row without the padding at its end."
-        if not self.trim: return row.copy()
+        if not self.trim:
+            return row.copy()
         there = np.flatnonzero(row != self.pad)
-        return row[:there[-1] + 1 if len(there) else 1].copy()
+        return row[: there[-1] + 1 if len(there) else 1].copy()
 
-    def rows(self, captions:list[str]) -> list[np.ndarray]:
+    def rows(self, captions: list[str]) -> list[np.ndarray]:
         "Token ids of each caption, of different length."
         self.add(captions)
         return [self.known[c] for c in captions]
 
-    def __call__(self, captions:list[str]) -> Tensor: # (b, L)
+    def __call__(self, captions: list[str]) -> Tensor:  # (b, L)
         "Token ids, padded to the longest here."
         return pad_rows(self.rows(captions), self.pad)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-035
-CaptionSpec = str|Sequence|Callable|None   # a name, (name, arguments), the callable itself, or a list of such
+# a name, (name, arguments), the callable itself, or a list of such
+CaptionSpec = str | Sequence | Callable | None
 
-CAPTION_TRANSFORMS:dict[str, Callable|str] = { # name -> factory(**arguments) -> transform, or the path of one
+CAPTION_TRANSFORMS: dict[
+    str, Callable | str
+] = {  # name -> factory(**arguments) -> transform, or the path of one
     "mask": "tipr_nb.methods.masking:TokenMasker",
-    "prune": "tipr_nb.methods.pruning:CaptionPruner"}
+    "prune": "tipr_nb.methods.pruning:CaptionPruner",
+}
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-036
-def caption_specs(spec:CaptionSpec) -> list:
+def caption_specs(spec: CaptionSpec) -> list:
     "What `caption_transform` names, as a list of names, (name, arguments) pairs and callables."
-    if spec is None: return []
-    if isinstance(spec, str) or callable(spec): return [spec]
+    if spec is None:
+        return []
+    if isinstance(spec, str) or callable(spec):
+        return [spec]
     found = list(spec)
-    if len(found) == 2 and isinstance(found[0], str) and isinstance(found[1], dict): return [tuple(found)]
+    if len(found) == 2 and isinstance(found[0], str) and isinstance(found[1], dict):
+        return [tuple(found)]
     return [one for part in found for one in caption_specs(part)]
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-038
-def build_caption_transform(spec:str|Sequence|Callable) -> Callable:
+def build_caption_transform(spec: str | Sequence | Callable) -> Callable:
     "One caption transform from its name, (name, arguments), or the callable itself."
-    if callable(spec): return spec
+    if callable(spec):
+        return spec
     name, *rest = (spec,) if isinstance(spec, str) else tuple(spec)
-    arguments:dict[str, Any] = dict(rest[0]) if rest else {}
+    arguments: dict[str, Any] = dict(rest[0]) if rest else {}
     factory = find_registered(name, CAPTION_TRANSFORMS, "caption transform")
-    try: return factory(**arguments)
-    except TypeError as e: raise TiprError(f"caption transform {name!r}: {e}; give arguments that it has") from None
+    try:
+        return factory(**arguments)
+    except TypeError as e:
+        raise TiprError(f"caption transform {name!r}: {e}; give arguments that it has") from None
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-040
-def checked_tokens(result:Any, before:np.ndarray, name:str) -> tuple[np.ndarray, np.ndarray|None]:
+def checked_tokens(
+    result: Any, before: np.ndarray, name: str
+) -> tuple[np.ndarray, np.ndarray | None]:
     "New ids and labels (or None) that a token transform returned; a `TiprError` where they make no sense."
     new, labels = result if isinstance(result, tuple) else (result, None)
     new = np.asarray(new)
     if new.ndim != 1 or not 0 < len(new) <= len(before) or not np.issubdtype(new.dtype, np.integer):
-        raise TiprError(f"caption transform {name} returned {new.dtype} of shape {new.shape} for {len(before)} tokens; "
-                        "return as many whole numbers, or fewer")
+        raise TiprError(
+            f"caption transform {name} returned {new.dtype} of shape {new.shape} for {len(before)} tokens; "
+            "return as many whole numbers, or fewer"
+        )
     if labels is not None and np.shape(labels) != new.shape:
-        raise TiprError(f"caption transform {name} returned {len(new)} tokens and labels of shape {np.shape(labels)}; "
-                        "return a label for each token")
+        raise TiprError(
+            f"caption transform {name} returned {len(new)} tokens and labels of shape {np.shape(labels)}; "
+            "return a label for each token"
+        )
     return new, None if labels is None else np.asarray(labels, np.int64)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-042
 class CaptionTransforms:
     "Text transforms in their order, then token transforms in theirs."
-    def __init__(self,
-        spec:CaptionSpec=None,                                  # as in a recipe
-        tokenize:Callable[[list[str]], Tensor]|None=None,       # what token transforms are bound to
+
+    def __init__(
+        self,
+        spec: CaptionSpec = None,  # as in a recipe
+        tokenize: Callable[[list[str]], Tensor] | None = None,  # what token transforms are bound to
     ):
         built = [build_caption_transform(s) for s in caption_specs(spec)]
         bound = [t.bind(tokenize) if hasattr(t, "bind") else t for t in built]
         self.on_text = [t for t in bound if not getattr(t, "on_tokens", False)]
         self.on_tokens = [t for t in bound if getattr(t, "on_tokens", False)]
 
-    def __bool__(self) -> bool: return bool(self.on_text or self.on_tokens)
+    def __bool__(self) -> bool:
+        return bool(self.on_text or self.on_tokens)
 
-    def text(self, caption:str, rng:random.Random) -> str:
+    def text(self, caption: str, rng: random.Random) -> str:
         "The caption after all text transforms."
-        for change in self.on_text: caption = change(caption, rng)
+        for change in self.on_text:
+            caption = change(caption, rng)
         return caption
 
-    def tokens(self,
-        tokens:np.ndarray,      # (L,) ids with start and end, without padding
-        caption:str,            # their text
-        rng:random.Random,
-    ) -> tuple[np.ndarray, np.ndarray|None]: # new ids; labels, if a transform gives them
+    def tokens(
+        self,
+        tokens: np.ndarray,  # (L,) ids with start and end, without padding
+        caption: str,  # their text
+        rng: random.Random,
+    ) -> tuple[np.ndarray, np.ndarray | None]:  # new ids; labels, if a transform gives them
         "The ids after all token transforms; a place keeps the first label that it was given."
         labels = None
         for change in self.on_tokens:
             name = getattr(change, "__name__", type(change).__name__)
             new, wanted = checked_tokens(change(tokens.copy(), caption, rng), tokens, name)
             if labels is not None and len(new) != len(tokens):
-                raise TiprError(f"caption transform {name} drops tokens that were masked before; name it first")
-            if labels is None: labels = wanted
-            elif wanted is not None: labels = np.where(labels == IGNORED, wanted, labels)
+                raise TiprError(
+                    f"caption transform {name} drops tokens that were masked before; name it first"
+                )
+            if labels is None:
+                labels = wanted
+            elif wanted is not None:
+                labels = np.where(labels == IGNORED, wanted, labels)
             tokens = new
         return tokens, labels
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-047
 class PhotosOfPerson:
     "For each image the other images of its identity."
-    def __init__(self, image_ids:np.ndarray): # (n_images,)
+
+    def __init__(self, image_ids: np.ndarray):  # (n_images,)
         _, who, count = np.unique(image_ids, return_inverse=True, return_counts=True)
-        self.images = np.argsort(who, kind="stable")   # identity by identity
+        self.images = np.argsort(who, kind="stable")  # identity by identity
         self.count = count[who]
         self.start = (np.cumsum(count) - count)[who]
         self.rank = np.argsort(self.images) - self.start
 
-    def another(self, image:np.ndarray, u:np.ndarray) -> np.ndarray: # (b,)
+    def another(self, image: np.ndarray, u: np.ndarray) -> np.ndarray:  # (b,)
         "By numbers `u` in [0, 1) another image of the same identity; the image itself where it is the only one."
         n = self.count[image]
-        step = 1 + (u*np.maximum(n - 1, 1)).astype(np.int64)
+        step = 1 + (u * np.maximum(n - 1, 1)).astype(np.int64)
         return self.images[self.start[image] + (self.rank[image] + step) % n]
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-049
 class PairLoader:
     "Batches of image-caption pairs; batch `b` of an epoch is a function of seed, epoch and `b` alone."
-    def __init__(self,
-        split:Split,
-        sampler:RandomSampler,
-        images:ImageCache|ImageFiles,
-        tokens:TokenTable,
-        transform:TrainTransform|None=None,         # augmentation of images; None: none
-        seed:int=0,
-        caption_transform:CaptionTransforms|None=None,
-        swap:bool=True,                             # swap the words left and right where the image is mirrored
-        extra:dict[str, Any]|None=None,             # 'other', or name -> callable(caption_index) -> tensor
-        num_workers:int=0,                          # processes that make batches
-        pin_memory:bool=False,
+
+    def __init__(
+        self,
+        split: Split,
+        sampler: RandomSampler,
+        images: ImageCache | ImageFiles,
+        tokens: TokenTable,
+        transform: TrainTransform | None = None,  # augmentation of images; None: none
+        seed: int = 0,
+        caption_transform: CaptionTransforms | None = None,
+        swap: bool = True,  # swap the words left and right where the image is mirrored
+        extra: dict[str, Any]
+        | None = None,  # 'other', or name -> callable(caption_index) -> tensor
+        num_workers: int = 0,  # processes that make batches
+        pin_memory: bool = False,
     ):
         self.split = split
         self.sampler = sampler
@@ -463,30 +570,42 @@ class PairLoader:
         self.sided = np.array([has_side(c) for c in split.captions], bool)
         self.photos = PhotosOfPerson(split.image_ids)
 
-    def __len__(self) -> int: return len(self.sampler)
+    def __len__(self) -> int:
+        return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Batch]: return self.batches()
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
 
     @property
     def epoch(self) -> int:
         "The epoch that is loaded."
         return self.sampler.epoch
 
-    def set_epoch(self, epoch:int):
+    def set_epoch(self, epoch: int):
         "Choose the epoch: its order and its random numbers, and what extra fields show in it."
         self.sampler.set_epoch(epoch)
         for make in self.extra.values():
-            if hasattr(make, "set_epoch"): make.set_epoch(epoch)
+            if hasattr(make, "set_epoch"):
+                make.set_epoch(epoch)
 
-    def batches(self, start:int=0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Iterator[Batch]:
         "The batches of this epoch from number `start` on; made in worker processes if there are any."
         numbers = range(start, len(self))
-        if not self.num_workers: return (self[b].pin_memory() if self.pin_memory else self[b] for b in numbers)
+        if not self.num_workers:
+            return (self[b].pin_memory() if self.pin_memory else self[b] for b in numbers)
         by_number = _ByNumber(self)
-        return iter(DataLoader(by_number, batch_size=None, sampler=numbers, num_workers=self.num_workers,
-                               pin_memory=self.pin_memory, worker_init_fn=_start_worker))
+        return iter(
+            DataLoader(
+                by_number,
+                batch_size=None,
+                sampler=numbers,
+                num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
+                worker_init_fn=_start_worker,
+            )
+        )
 
-    def __getitem__(self, b:int) -> Batch:
+    def __getitem__(self, b: int) -> Batch:
         "Batch number `b` of this epoch."
         index, places = self.sampler.batch(b)
         image = self.split.caption_image[index]
@@ -494,101 +613,144 @@ class PairLoader:
         streams = self.streams(places)
         captions = self.captions(index, draw, streams)
         return Batch(
-            images=None, ids=torch.from_numpy(self.split.caption_ids[index]), captions=captions,
-            image_index=torch.from_numpy(image), caption_index=torch.from_numpy(index),
-            extra=self.extras(index, image, places, draw), raw=raw,
-            erase=None if draw is None else torch.from_numpy(draw.erase), **self.token_fields(captions, streams))
+            images=None,
+            ids=torch.from_numpy(self.split.caption_ids[index]),
+            captions=captions,
+            image_index=torch.from_numpy(image),
+            caption_index=torch.from_numpy(index),
+            extra=self.extras(index, image, places, draw),
+            raw=raw,
+            erase=None if draw is None else torch.from_numpy(draw.erase),
+            **self.token_fields(captions, streams),
+        )
 
-    def picture(self,
-        image:np.ndarray,       # (b,) into the split's images
-        places:np.ndarray,      # (b,) in the epoch
-        stream:int=0,           # which random numbers
-        like:Draw|None=None,    # mirror as here
-    ) -> tuple[Tensor, Draw|None]: # (b, 3, h, w) bytes; what was drawn for them
+    def picture(
+        self,
+        image: np.ndarray,  # (b,) into the split's images
+        places: np.ndarray,  # (b,) in the epoch
+        stream: int = 0,  # which random numbers
+        like: Draw | None = None,  # mirror as here
+    ) -> tuple[Tensor, Draw | None]:  # (b, 3, h, w) bytes; what was drawn for them
         "Images, augmented when training."
         raw = self.images.batch(image)
-        if self.transform is None: return raw, None
-        draw = self.transform.draw(uniforms(self.seed, self.epoch, places, TrainTransform.n_draws, stream))
-        if like is not None: draw.flip = like.flip
+        if self.transform is None:
+            return raw, None
+        draw = self.transform.draw(
+            uniforms(self.seed, self.epoch, places, TrainTransform.n_draws, stream)
+        )
+        if like is not None:
+            draw.flip = like.flip
         return self.transform.geometry(raw, draw), draw
 
-    def streams(self, places:np.ndarray) -> list[random.Random]:
+    def streams(self, places: np.ndarray) -> list[random.Random]:
         "A generator for each caption; none where nothing is changed."
-        if not self.changes: return []
+        if not self.changes:
+            return []
         return [random.Random(f"{self.seed} {self.epoch} {p}") for p in places]
 
-    def captions(self, index:np.ndarray, draw:Draw|None, streams:list[random.Random]) -> list[str]:
+    def captions(
+        self, index: np.ndarray, draw: Draw | None, streams: list[random.Random]
+    ) -> list[str]:
         "The sentences of a batch: sides swapped where the image was mirrored, then transformed."
         found = [self.split.captions[i] for i in index]
         if self.swap and draw is not None:
-            for j in np.flatnonzero(draw.flip & self.sided[index]): found[j] = swap_sides(found[j])
-        if not self.changes.on_text: return found
+            for j in np.flatnonzero(draw.flip & self.sided[index]):
+                found[j] = swap_sides(found[j])
+        if not self.changes.on_text:
+            return found
         return [self.changes.text(c, rng) for c, rng in zip(found, streams)]
 
-    def token_fields(self, captions:list[str], streams:list[random.Random]) -> dict[str, Tensor]:
+    def token_fields(self, captions: list[str], streams: list[random.Random]) -> dict[str, Tensor]:
         "Token ids, with the original ones and labels where they were changed."
-        if not self.changes.on_tokens: return {"tokens": self.tokens(captions)}
+        if not self.changes.on_tokens:
+            return {"tokens": self.tokens(captions)}
         rows = self.tokens.rows(captions)
         changed = [self.changes.tokens(r, c, rng) for r, c, rng in zip(rows, captions, streams)]
         pad = self.tokens.pad
-        out = {"tokens": pad_rows([new for new, _ in changed], pad), "tokens_original": pad_rows(rows, pad)}
+        out = {
+            "tokens": pad_rows([new for new, _ in changed], pad),
+            "tokens_original": pad_rows(rows, pad),
+        }
         if any(labels is not None for _, labels in changed):
             nothing = [np.full(len(new), IGNORED) for new, _ in changed]
-            known = [empty if labels is None else labels for (_, labels), empty in zip(changed, nothing)]
+            known = [
+                empty if labels is None else labels for (_, labels), empty in zip(changed, nothing)
+            ]
             out["mask_labels"] = pad_rows(known, IGNORED)
         return out
 
-    def extras(self, index:np.ndarray, image:np.ndarray, places:np.ndarray, draw:Draw|None) -> dict[str, Any]:
+    def extras(
+        self, index: np.ndarray, image: np.ndarray, places: np.ndarray, draw: Draw | None
+    ) -> dict[str, Any]:
         "Further per-sample tensors; pictures are mirrored with their pair and normalised."
-        out:dict[str, Any] = {}
+        out: dict[str, Any] = {}
         for name, make in self.extra.items():
-            if name == "other" and not callable(make): out |= self.other_photos(image, places, draw)
-            else: out[name] = _mirrored(make(index), draw)
+            if name == "other" and not callable(make):
+                out |= self.other_photos(image, places, draw)
+            else:
+                out[name] = _mirrored(make(index), draw)
         return out
 
-    def other_photos(self, image:np.ndarray, places:np.ndarray, draw:Draw|None) -> dict[str, Tensor]:
+    def other_photos(
+        self, image: np.ndarray, places: np.ndarray, draw: Draw | None
+    ) -> dict[str, Tensor]:
         "Another photo of each identity, mirrored like the first."
         another = self.another_photo(image, places)
         raw, drawn = self.picture(another, places, stream=2, like=draw)
         erase = None if drawn is None else torch.from_numpy(drawn.erase)
         return {"other": normalise(raw, erase), "other_index": torch.from_numpy(another)}
 
-    def another_photo(self, image:np.ndarray, places:np.ndarray) -> np.ndarray: # (b,)
+    def another_photo(self, image: np.ndarray, places: np.ndarray) -> np.ndarray:  # (b,)
         "For each image another of the same identity, drawn by seed, epoch and place."
-        return self.photos.another(image, uniforms(self.seed, self.epoch, places, 1, stream=1)[:, 0])
+        return self.photos.another(
+            image, uniforms(self.seed, self.epoch, places, 1, stream=1)[:, 0]
+        )
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-050
-def _mirrored(value:Any, draw:Draw|None) -> Any:
+def _mirrored(value: Any, draw: Draw | None) -> Any:
     "Pictures as bytes become normalised images, mirrored as drawn; anything else stays."
-    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.ndim != 4: return value
-    if draw is None: return normalise(value)
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.ndim != 4:
+        return value
+    if draw is None:
+        return normalise(value)
     flip = torch.from_numpy(draw.flip)[:, None, None, None]
     return normalise(torch.where(flip, value.flip(-1), value))
 
-def _start_worker(number:int):
+
+def _start_worker(number: int):
     "What a worker process does first: see to it that it ends when its parent does, however that ends."
     exit_with_parent()
 
+
 class _ByNumber(Dataset):
     "Whole batches by number, as worker processes want them."
-    def __init__(self, loader:PairLoader): self.loader = loader
 
-    def __len__(self) -> int: return len(self.loader)
+    def __init__(self, loader: PairLoader):
+        self.loader = loader
 
-    def __getitem__(self, b:int) -> Batch: return self.loader[b]
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getitem__(self, b: int) -> Batch:
+        return self.loader[b]
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-051
-def identity_column(split:Split, name:str) -> dict[int, int]:
+def identity_column(split: Split, name: str) -> dict[int, int]:
     "An image column as a property of identities: identity -> number of its value."
     if name not in split.image_columns:
-        raise DatasetError(f"split {split.name} has no image column '{name}' (it has "
-                           f"{', '.join(split.image_columns)}); choose one of those")
+        raise DatasetError(
+            f"split {split.name} has no image column '{name}' (it has "
+            f"{', '.join(split.image_columns)}); choose one of those"
+        )
     values = split.image_columns[name]
-    if not np.issubdtype(values.dtype, np.integer): values = np.unique(values.astype(str), return_inverse=True)[1]
+    if not np.issubdtype(values.dtype, np.integer):
+        values = np.unique(values.astype(str), return_inverse=True)[1]
     return dict(zip(split.image_ids.tolist(), values.tolist()))
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-053
-def image_source(split:Split, image_size:tuple[int, int], cache:bool=True) -> ImageCache|ImageFiles:
+def image_source(
+    split: Split, image_size: tuple[int, int], cache: bool = True
+) -> ImageCache | ImageFiles:
     "Where a split's images come from: an array in memory, the image cache, or the files."
     if "pixels" in split.image_columns:
         return ImageCache(np.ascontiguousarray(split.image_columns["pixels"].transpose(0, 3, 1, 2)))
@@ -597,73 +759,102 @@ def image_source(split:Split, image_size:tuple[int, int], cache:bool=True) -> Im
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-055
 SAMPLERS = ("random", "identity", "rounds")
 
+
 def make_loader(
-    split:Split,
-    tokenize:Callable[[list[str]], Tensor],         # captions -> (b, L) token ids padded with 0
-    image_size:tuple[int, int]=(384, 128),          # (h, w)
-    batch_size:int=64,                              # of each process
-    train:bool=True,                                # augment and shuffle
-    sampler:str="random",                           # 'random', 'identity' or 'rounds'
-    k:int|Sequence[int]=2,                          # pairs of an identity per visit, unless random; (1, 2): one or two
-    groups:str|np.ndarray|dict|None=None,           # look-alike family of each identity, or an image column of it
-    seed:int=0,
-    caption_transform:CaptionSpec=None,             # name, (name, arguments), callable, or a list of such
-    swap_sides:bool=True,                           # swap the words left and right where the image is mirrored
-    augment:dict|None=None,                         # arguments of TrainTransform, e.g. dict(erase=0)
-    cache:bool=True,                                # through the image cache, or decoding every time
-    num_workers:int=0,                              # processes that make batches; the batches do not depend on it
-    extra_fields:dict[str, Any]|Sequence[str]=(),   # 'other', or name -> callable(caption_index) -> tensor
-    rank:int=0,
-    world_size:int=1,
-    pin_memory:bool=False,
-    drop_last:bool|None=None,                       # leave out the last odd batch; None: when training
-    same_photo:bool=False,                          # let a visit show one photo with both its captions, unless random
-    trim:bool|None=None,                            # pad captions to the longest of a batch; None: as the tower allows
+    split: Split,
+    tokenize: Callable[[list[str]], Tensor],  # captions -> (b, L) token ids padded with 0
+    image_size: tuple[int, int] = (384, 128),  # (h, w)
+    batch_size: int = 64,  # of each process
+    train: bool = True,  # augment and shuffle
+    sampler: str = "random",  # 'random', 'identity' or 'rounds'
+    k: int | Sequence[int] = 2,  # pairs of an identity per visit, unless random; (1, 2): one or two
+    groups: str
+    | np.ndarray
+    | dict
+    | None = None,  # look-alike family of each identity, or an image column of it
+    seed: int = 0,
+    caption_transform: CaptionSpec = None,  # name, (name, arguments), callable, or a list of such
+    swap_sides: bool = True,  # swap the words left and right where the image is mirrored
+    augment: dict | None = None,  # arguments of TrainTransform, e.g. dict(erase=0)
+    cache: bool = True,  # through the image cache, or decoding every time
+    num_workers: int = 0,  # processes that make batches; the batches do not depend on it
+    extra_fields: dict[str, Any]
+    | Sequence[str] = (),  # 'other', or name -> callable(caption_index) -> tensor
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+    drop_last: bool | None = None,  # leave out the last odd batch; None: when training
+    same_photo: bool = False,  # let a visit show one photo with both its captions, unless random
+    trim: bool | None = None,  # pad captions to the longest of a batch; None: as the tower allows
 ) -> PairLoader:
     "Batches of a split, for training or (train=False) in order and untouched."
-    if not len(split): raise DatasetError(f"split {split.name} has no captions; load a dataset that has some there")
-    if sampler not in SAMPLERS: raise DatasetError(f"sampler={sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if not len(split):
+        raise DatasetError(
+            f"split {split.name} has no captions; load a dataset that has some there"
+        )
+    if sampler not in SAMPLERS:
+        raise DatasetError(f"sampler={sampler!r}; choose one of {', '.join(SAMPLERS)}")
     if sampler == "rounds" and groups is not None:
-        raise DatasetError("sampler='rounds' knows no look-alike families; choose sampler='identity' for groups")
+        raise DatasetError(
+            "sampler='rounds' knows no look-alike families; choose sampler='identity' for groups"
+        )
     drop = train if drop_last is None else drop_last
-    shared:dict[str, Any] = dict(seed=seed, drop_last=drop, rank=rank, world_size=world_size)
-    order:RandomSampler
+    shared: dict[str, Any] = dict(seed=seed, drop_last=drop, rank=rank, world_size=world_size)
+    order: RandomSampler
     photos = None if same_photo else split.caption_image
     if train and sampler == "identity":
         families = identity_column(split, groups) if isinstance(groups, str) else groups
         order = IdentitySampler(split.caption_ids, batch_size, k, photos, families, **shared)
     elif train and sampler == "rounds":
         order = RoundsSampler(split.caption_ids, batch_size, k, photos, **shared)
-    else: order = RandomSampler(len(split), batch_size, shuffle=train, **shared)
+    else:
+        order = RandomSampler(len(split), batch_size, shuffle=train, **shared)
     tokens = TokenTable(tokenize, trim)
     changes = CaptionTransforms(caption_transform if train else None, tokenize)
-    if not changes.on_text: tokens.add(split.captions)
-    extra = extra_fields if isinstance(extra_fields, dict) else {name: True for name in extra_fields}
+    if not changes.on_text:
+        tokens.add(split.captions)
+    extra = (
+        extra_fields if isinstance(extra_fields, dict) else {name: True for name in extra_fields}
+    )
     transform = TrainTransform(image_size, **(augment or {})) if train else None
-    return PairLoader(split, order, image_source(split, image_size, cache), tokens, transform, seed, changes,
-                      swap_sides, extra, num_workers, pin_memory)
+    return PairLoader(
+        split,
+        order,
+        image_source(split, image_size, cache),
+        tokens,
+        transform,
+        seed,
+        changes,
+        swap_sides,
+        extra,
+        num_workers,
+        pin_memory,
+    )
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-063
-def keep_memory() -> bool: # whether it could be set
+def keep_memory() -> bool:  # whether it could be set
     "Let the C library keep freed memory for reuse, which spares page faults (glibc on Linux; a no-op elsewhere)."
     import ctypes
-    try: mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError): return False
-    no_blocks_apart = mallopt(-4, 0)            # M_MMAP_MAX: no block of its own for any size
+
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    no_blocks_apart = mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for any size
     give_nothing_back = mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     return bool(no_blocks_apart and give_nothing_back)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-066
 def dataset_from_arrays(
-    pixels:np.ndarray,                  # (n, h, w, 3) uint8, of the recipe's image size
-    captions:Sequence[Sequence[str]],   # captions of each image
-    ids:Sequence[int]|np.ndarray,       # (n,) identity of each image
-    name:str="arrays",
+    pixels: np.ndarray,  # (n, h, w, 3) uint8, of the recipe's image size
+    captions: Sequence[Sequence[str]],  # captions of each image
+    ids: Sequence[int] | np.ndarray,  # (n,) identity of each image
+    name: str = "arrays",
 ) -> PersonDataset:
     "A dataset to train on whose images are in memory, such as `synth.world_arrays` gives; it has no val and no test."
     where = np.repeat(np.arange(len(pixels)), [len(c) for c in captions])
     people = np.unique(np.asarray(ids), return_inverse=True)[1]
-    files = [Path(name)/f"{i:06d}" for i in range(len(pixels))]
+    files = [Path(name) / f"{i:06d}" for i in range(len(pixels))]
     sentences = [c for one in captions for c in one]
     train = Split("train", files, people, sentences, people[where], where, {"pixels": pixels})
     return PersonDataset(name, Path(name), train, Split.empty("val"), Split.empty("test"))

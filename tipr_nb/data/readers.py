@@ -16,39 +16,77 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tipr_nb.core import (TABLES, TiprError, find_registered, one_line, read_json, read_rows, read_text, user_path,
-    write_json)
+from ..core import (TABLES, TiprError, find_registered, one_line, read_json, read_rows,
+    read_text, user_path, write_json)
 from .corpora import DatasetError, PersonDataset, Split
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-005
 @dataclass(frozen=True)
 class Layout:
     "How a dataset lies on disk and what its authors counted."
-    name:str                        # as given to `load_dataset`
-    folder:str                      # the folder people unpack it to
-    annotation:tuple[str, ...]      # file names; the first is the official one
-    path_field:str = "file_path"    # the record's field with the image's path
-    image_dirs:tuple[str, ...] = ("imgs", "images", ".")    # folders that paths may be relative to
-    official:dict[str, tuple[int, int, int]] = field(default_factory=dict)  # split -> (ids, images, captions)
-    unsplit:tuple[str, ...] = ()    # deliveries without splits, and so of no use
-    access:str = ""                 # where it comes from
+
+    name: str  # as given to `load_dataset`
+    folder: str  # the folder people unpack it to
+    annotation: tuple[str, ...]  # file names; the first is the official one
+    path_field: str = "file_path"  # the record's field with the image's path
+    image_dirs: tuple[str, ...] = ("imgs", "images", ".")  # folders that paths may be relative to
+    # split -> (ids, images, captions)
+    official: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    unsplit: tuple[str, ...] = ()  # deliveries without splits, and so of no use
+    access: str = ""  # where it comes from
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-006
 _KNOWN = [
-    Layout("cuhk-pedes", "CUHK-PEDES", ("reid_raw.json",), unsplit=("caption_all.json",),
-           access="by mail from its authors (CVPR 2017)",
-           official={"train": (11003, 34054, 68126), "val": (1000, 3078, 6158), "test": (1000, 3074, 6156)}),
-    Layout("icfg-pedes", "ICFG-PEDES", ("ICFG-PEDES.json", "ICFG_PEDES.json"),
-           access="from its authors (arXiv 2107.12666); the images are MSMT17's",
-           official={"train": (3102, 34674, 34674), "test": (1000, 19848, 19848)}),
-    Layout("rstpreid", "RSTPReid", ("data_captions.json",), path_field="img_path",
-           access="from its authors (ACM MM 2021)",
-           official={"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)}),
-    Layout("ufine6926", "UFine6926", ("UFine6926.json", "UFineBench.json", "UFine.json", "annotations.json"),
-           image_dirs=(".", "imgs", "images"), access="by signed licence from its authors (CVPR 2024)",
-           official={"all": (6926, 26206, 52412)}),
-    Layout("synth-pedes", "synth-pedes", ("reid_raw.json",), access="drawn by this package (`tipr data synth`)",
-           official={"train": (3000, 7526, 15052), "val": (300, 1200, 2400), "test": (1500, 6000, 12000)}),
+    Layout(
+        "cuhk-pedes",
+        "CUHK-PEDES",
+        ("reid_raw.json",),
+        unsplit=("caption_all.json",),
+        access="by mail from its authors (CVPR 2017)",
+        official={
+            "train": (11003, 34054, 68126),
+            "val": (1000, 3078, 6158),
+            "test": (1000, 3074, 6156),
+        },
+    ),
+    Layout(
+        "icfg-pedes",
+        "ICFG-PEDES",
+        ("ICFG-PEDES.json", "ICFG_PEDES.json"),
+        access="from its authors (arXiv 2107.12666); the images are MSMT17's",
+        official={"train": (3102, 34674, 34674), "test": (1000, 19848, 19848)},
+    ),
+    Layout(
+        "rstpreid",
+        "RSTPReid",
+        ("data_captions.json",),
+        path_field="img_path",
+        access="from its authors (ACM MM 2021)",
+        official={
+            "train": (3701, 18505, 37010),
+            "val": (200, 1000, 2000),
+            "test": (200, 1000, 2000),
+        },
+    ),
+    Layout(
+        "ufine6926",
+        "UFine6926",
+        ("UFine6926.json", "UFineBench.json", "UFine.json", "annotations.json"),
+        image_dirs=(".", "imgs", "images"),
+        access="by signed licence from its authors (CVPR 2024)",
+        official={"all": (6926, 26206, 52412)},
+    ),
+    Layout(
+        "synth-pedes",
+        "synth-pedes",
+        ("reid_raw.json",),
+        access="drawn by this package (`tipr data synth`)",
+        official={
+            "train": (3000, 7526, 15052),
+            "val": (300, 1200, 2400),
+            "test": (1500, 6000, 12000),
+        },
+    ),
 ]
 LAYOUTS = {layout.name: layout for layout in _KNOWN}
 
@@ -56,104 +94,166 @@ LAYOUTS = {layout.name: layout for layout in _KNOWN}
 @dataclass
 class Row:
     "One annotated image: what a reader takes from a record."
-    where:str           # file and row, for messages
-    split:str           # '' where the table names none
-    id:int
-    path:str            # relative to the image folder
-    captions:list[str]
-    box:tuple[float, float, float, float]|None = None               # x, y, w, h in pixels
-    columns:dict = field(default_factory=dict)                      # name -> value of the image
-    caption_columns:dict[str, list] = field(default_factory=dict)   # name -> value of each caption
+
+    where: str  # file and row, for messages
+    split: str  # '' where the table names none
+    id: int
+    path: str  # relative to the image folder
+    captions: list[str]
+    box: tuple[float, float, float, float] | None = None  # x, y, w, h in pixels
+    columns: dict = field(default_factory=dict)  # name -> value of the image
+    caption_columns: dict[str, list] = field(default_factory=dict)  # name -> value of each caption
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-011
-def _shown(value:Any) -> str:
+def _shown(value: Any) -> str:
     "A value for a message: on one line, and not longer than that."
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
+
 _LARGEST_ID = 2**62
 
-def _whole(value:Any) -> int|None:
-    "A whole number from what may spell one; None from anything else."
-    if isinstance(value, bool): return None
-    try:
-        if isinstance(value, str): return int(value)
-        return int(value) if float(value).is_integer() else None
-    except (TypeError, ValueError, OverflowError): return None
 
-def parse_id(value:Any, where:str) -> int:
+def _whole(value: Any) -> int | None:
+    "A whole number from what may spell one; None from anything else."
+    if isinstance(value, bool):
+        return None
+    try:
+        if isinstance(value, str):
+            return int(value)
+        return int(value) if float(value).is_integer() else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def parse_id(value: Any, where: str) -> int:
     "An identity as a whole number from 0 up."
     number = _whole(value)
-    if number is not None and 0 <= number < _LARGEST_ID: return number
-    raise DatasetError(f"{where}: id {_shown(value)} is not a whole number from 0 up; "
-                       "number the identities 0, 1, 2, ...")
+    if number is not None and 0 <= number < _LARGEST_ID:
+        return number
+    raise DatasetError(
+        f"{where}: id {_shown(value)} is not a whole number from 0 up; "
+        "number the identities 0, 1, 2, ..."
+    )
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-013
-_SPLITS = {"train": "train", "training": "train", "trn": "train",
-           "val": "val", "valid": "val", "validation": "val", "dev": "val",
-           "test": "test", "testing": "test"}
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "trn": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 
-def parse_split(value:Any, where:str) -> str:
+
+def parse_split(value: Any, where: str) -> str:
     "'train', 'val' or 'test', from the spellings in use."
     text = str(value).strip().lower()
-    if text in _SPLITS: return _SPLITS[text]
-    raise DatasetError(f"{where}: split {_shown(value)} is not one of train, val, test; fix that field")
+    if text in _SPLITS:
+        return _SPLITS[text]
+    raise DatasetError(
+        f"{where}: split {_shown(value)} is not one of train, val, test; fix that field"
+    )
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-015
-_LONGEST_NAME = 255   # of a file or folder, on all usual file systems
+_LONGEST_NAME = 255  # of a file or folder, on all usual file systems
 
-def _is_text(value:Any) -> bool:
+
+def _is_text(value: Any) -> bool:
     "Whether it is text that can be written down (half a character cannot)."
-    if not isinstance(value, str): return False
-    try: value.encode()
-    except UnicodeEncodeError: return False
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
     return True
 
-def parse_path(value:Any, where:str) -> str:
+
+def parse_path(value: Any, where: str) -> str:
     "A relative path that stays inside the dataset."
-    if not _is_text(value) or not value.strip() or "\0" in value or max(map(len, value.split("/"))) > _LONGEST_NAME:
-        raise DatasetError(f"{where}: image path {_shown(value)} is not a file name; fix that field")
+    if (
+        not _is_text(value)
+        or not value.strip()
+        or "\0" in value
+        or max(map(len, value.split("/"))) > _LONGEST_NAME
+    ):
+        raise DatasetError(
+            f"{where}: image path {_shown(value)} is not a file name; fix that field"
+        )
     path = value.strip().replace("\\", "/")
     outside = path.startswith("/") or re.match(r"[A-Za-z]:", path) or ".." in path.split("/")
     if outside:
-        raise DatasetError(f"{where}: image path {_shown(value)} leads out of the dataset's folder; "
-                           "give paths relative to it, without '..'")
+        raise DatasetError(
+            f"{where}: image path {_shown(value)} leads out of the dataset's folder; "
+            "give paths relative to it, without '..'"
+        )
     return os.path.normpath(path)
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-017
-def parse_captions(value:Any, where:str, drop_empty:bool=False) -> list[str]:
+def parse_captions(value: Any, where: str, drop_empty: bool = False) -> list[str]:
     "Captions as a list of non-empty strings."
     if isinstance(value, str):
-        raise DatasetError(f"{where}: captions must be a list of sentences, found one sentence; a file with a record "
-                           "per caption is read as the dataset 'folder', with the file as root")
+        raise DatasetError(
+            f"{where}: captions must be a list of sentences, found one sentence; a file with a record "
+            "per caption is read as the dataset 'folder', with the file as root"
+        )
     if not isinstance(value, list) or not all(map(_is_text, value)):
-        raise DatasetError(f"{where}: captions must be a list of sentences, found {_shown(value)}; fix that field")
+        raise DatasetError(
+            f"{where}: captions must be a list of sentences, found {_shown(value)}; fix that field"
+        )
     found = [c.strip() for c in value]
-    if drop_empty: return [c for c in found if c]
-    if found and all(found): return found
-    raise DatasetError(f"{where}: empty caption; write one, or pass drop_empty=True to leave it out")
+    if drop_empty:
+        return [c for c in found if c]
+    if found and all(found):
+        return found
+    raise DatasetError(
+        f"{where}: empty caption; write one, or pass drop_empty=True to leave it out"
+    )
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-019
-def parse_record(record:Any, where:str, layout:Layout, drop_empty:bool=False, split:str="") -> Row:
+def parse_record(
+    record: Any, where: str, layout: Layout, drop_empty: bool = False, split: str = ""
+) -> Row:
     "One record of a CUHK-PEDES-like annotation file; `split` is the file's, where each split has a file."
     if not isinstance(record, dict):
-        raise DatasetError(f"{where}: expected a record with fields, found {type(record).__name__}; "
-                           "download the file again")
-    if split: record = {"split": split} | record
+        raise DatasetError(
+            f"{where}: expected a record with fields, found {type(record).__name__}; "
+            "download the file again"
+        )
+    if split:
+        record = {"split": split} | record
     fields = (layout.path_field, "file_path", "img_path")
     used = next((name for name in fields if name in record), layout.path_field)
     for need in ("split", "id", used, "captions"):
-        if need in record: continue
+        if need in record:
+            continue
         has = ", ".join(sorted(map(str, record)))
-        raise DatasetError(f"{where}: no field '{need}' (it has {has[:200]}); is this {layout.folder}'s "
-                           f"{layout.annotation[0]}?{_per_caption_hint(record)}")
-    return Row(where, parse_split(record["split"], where), parse_id(record["id"], where),
-               parse_path(record[used], where), parse_captions(record["captions"], where, drop_empty))
+        raise DatasetError(
+            f"{where}: no field '{need}' (it has {has[:200]}); is this {layout.folder}'s "
+            f"{layout.annotation[0]}?{_per_caption_hint(record)}"
+        )
+    return Row(
+        where,
+        parse_split(record["split"], where),
+        parse_id(record["id"], where),
+        parse_path(record[used], where),
+        parse_captions(record["captions"], where, drop_empty),
+    )
 
-def _per_caption_hint(record:dict) -> str:
+
+def _per_caption_hint(record: dict) -> str:
     "What to do with a file that has a record for each caption."
-    if not any(isinstance(record.get(name), str) for name in _ALIASES["caption"]): return ""
-    return " A file with a record per caption is read as the dataset 'folder', with the file as root"
+    if not any(isinstance(record.get(name), str) for name in _ALIASES["caption"]):
+        return ""
+    return (
+        " A file with a record per caption is read as the dataset 'folder', with the file as root"
+    )
+
 
 _ALIASES = {
     "image": ("image", "file_path", "img_path", "image_path", "path", "file"),
@@ -162,214 +262,279 @@ _ALIASES = {
 }
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-022
-_TOY = {"red": (200, 40, 40), "blue": (50, 70, 190), "green": (40, 140, 70), "black": (30, 30, 30),
-        "white": (235, 235, 235), "yellow": (225, 195, 50)}
+_TOY = {
+    "red": (200, 40, 40),
+    "blue": (50, 70, 190),
+    "green": (40, 140, 70),
+    "black": (30, 30, 30),
+    "white": (235, 235, 235),
+    "yellow": (225, 195, 50),
+}
 _SKIN = (222, 180, 150)
 _BAG = (110, 60, 20)
 
+
 def toy_person(
-    upper:str,                          # colour of the coat
-    lower:str,                          # colour of the trousers
-    bag:str,                            # the person's own hand that holds it, left or right
-    seed:int=0,                         # background and place
-    size:tuple[int, int]=(64, 192),     # (w, h)
+    upper: str,  # colour of the coat
+    lower: str,  # colour of the trousers
+    bag: str,  # the person's own hand that holds it, left or right
+    seed: int = 0,  # background and place
+    size: tuple[int, int] = (64, 192),  # (w, h)
 ) -> Image.Image:
     "A figure of coloured boxes, for demonstrations and tests."
     rng = np.random.default_rng(seed)
     w, h = size
     im = Image.new("RGB", size, tuple(rng.integers(120, 190, 3).tolist()))
     d = ImageDraw.Draw(im)
-    x = w//2 + int(rng.integers(-3, 4))
-    side = 1 if bag == "left" else -1   # facing us, the left hand is on the right
-    hand = x + side*w//3
-    d.rectangle((x - w//6, .24*h, x + w//6, .58*h), _TOY[upper])
-    d.rectangle((x - w//8, .58*h, x + w//8, .93*h), _TOY[lower])
-    d.ellipse((x - w//9, .08*h, x + w//9, .23*h), _SKIN)
-    d.rectangle((hand - 5, .52*h, hand + 5, .62*h), _BAG)
+    x = w // 2 + int(rng.integers(-3, 4))
+    side = 1 if bag == "left" else -1  # facing us, the left hand is on the right
+    hand = x + side * w // 3
+    d.rectangle((x - w // 6, 0.24 * h, x + w // 6, 0.58 * h), _TOY[upper])
+    d.rectangle((x - w // 8, 0.58 * h, x + w // 8, 0.93 * h), _TOY[lower])
+    d.ellipse((x - w // 9, 0.08 * h, x + w // 9, 0.23 * h), _SKIN)
+    d.rectangle((hand - 5, 0.52 * h, hand + 5, 0.62 * h), _BAG)
     return im
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-024
-def toy_records(n_train:int=8, n_test:int=4, photos:int=2) -> list[dict]:
+def toy_records(n_train: int = 8, n_test: int = 4, photos: int = 2) -> list[dict]:
     "Annotation of toy people in CUHK-PEDES' form, two captions a photo."
     names = list(_TOY)
     records = []
     for i in range(n_train + n_test):
         upper = names[i % 6]
-        lower = names[(i//6 + i + 1) % 6]
+        lower = names[(i // 6 + i + 1) % 6]
         bag = ("left", "right")[i % 2]
-        captions = [f"A person in a {upper} coat and {lower} trousers, with a brown bag in the {bag} hand.",
-                    f"Someone is wearing {lower} trousers and a {upper} top."]
+        captions = [
+            f"A person in a {upper} coat and {lower} trousers, with a brown bag in the {bag} hand.",
+            f"Someone is wearing {lower} trousers and a {upper} top.",
+        ]
         words = [re.findall(r"\w+", c.lower()) for c in captions]
         for j in range(photos):
             path = f"cam_{'abcd'[j % 4]}/{i + 1:03d}_{j}.jpg"
-            records.append(dict(split="train" if i < n_train else "test", id=i + 1, file_path=path,
-                                captions=captions[:], processed_tokens=words))
+            records.append(
+                dict(
+                    split="train" if i < n_train else "test",
+                    id=i + 1,
+                    file_path=path,
+                    captions=captions[:],
+                    processed_tokens=words,
+                )
+            )
     return records
 
+
 def toy_people(
-    root:str|Path,      # folder to fill
-    n_train:int=8,      # identities
-    n_test:int=4,
-    photos:int=2,       # of each
-) -> Path: # the folder
+    root: str | Path,  # folder to fill
+    n_train: int = 8,  # identities
+    n_test: int = 4,
+    photos: int = 2,  # of each
+) -> Path:  # the folder
     "Write a toy dataset in CUHK-PEDES' layout, for demonstrations and tests."
     root = Path(root)
     records = toy_records(n_train, n_test, photos)
     for r in records:
         words = r["captions"][0].split()
-        path = root/"imgs"/r["file_path"]
+        path = root / "imgs" / r["file_path"]
         path.parent.mkdir(parents=True, exist_ok=True)
         photo = int(path.stem[-1])
-        toy_person(words[4], words[7], words[-2], seed=10*r["id"] + photo).save(path, quality=95)
-    write_json(root/"reid_raw.json", records)
+        toy_person(words[4], words[7], words[-2], seed=10 * r["id"] + photo).save(path, quality=95)
+    write_json(root / "reid_raw.json", records)
     return root
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-027
-def _letters(name:str) -> str: return re.sub("[^a-z0-9]", "", name.lower())
+def _letters(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
 
-def entry_named(folder:Path, names:Iterable[str], want_dir:bool=False) -> Path|None:
+
+def entry_named(folder: Path, names: Iterable[str], want_dir: bool = False) -> Path | None:
     "The entry of `folder` with one of these names; case, '-' and '_' do not matter, exact names first."
-    if not os.path.isdir(folder): return None
+    if not os.path.isdir(folder):
+        return None
     entries = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir() == want_dir}
     alike = {_letters(name): p for name, p in reversed(entries.items())}
     for name in names:
-        if name in entries: return entries[name]
+        if name in entries:
+            return entries[name]
     for name in names:
-        if _letters(name) in alike: return alike[_letters(name)]
+        if _letters(name) in alike:
+            return alike[_letters(name)]
     return None
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-029
 @dataclass
 class Annotation:
     "What holds a dataset's records: one file, or one for each split."
-    files:dict[str, Path]   # split -> file; '' where one file has all splits
-    home:Path               # the dataset's folder
+
+    files: dict[str, Path]  # split -> file; '' where one file has all splits
+    home: Path  # the dataset's folder
 
     @property
     def first(self) -> Path:
         "The file, or the first of them."
         return next(iter(self.files.values()))
 
-def home_of(file:Path) -> Path:
+
+def home_of(file: Path) -> Path:
     "The dataset's folder, where its annotation file may lie in `annotations/`."
     in_folder = _letters(file.parent.name) in ("annotation", "annotations")
     return file.parent.parent if in_folder else file.parent
 
-def split_files(folder:Path, endings:Sequence[str]=(".json",)) -> dict[str, Path]:
+
+def split_files(folder: Path, endings: Sequence[str] = (".json",)) -> dict[str, Path]:
     "Files named for the splits; nothing unless there is a train and a test."
-    if not os.path.isdir(folder): return {}
-    found:dict[str, Path] = {}
+    if not os.path.isdir(folder):
+        return {}
+    found: dict[str, Path] = {}
     for p in sorted(folder.iterdir()):
         split = _SPLITS.get(p.stem.lower())
-        if split and p.suffix.lower() in endings and p.is_file(): found.setdefault(split, p)
-    return {s: found[s] for s in ("train", "val", "test") if s in found} if {"train", "test"} <= set(found) else {}
+        if split and p.suffix.lower() in endings and p.is_file():
+            found.setdefault(split, p)
+    return (
+        {s: found[s] for s in ("train", "val", "test") if s in found}
+        if {"train", "test"} <= set(found)
+        else {}
+    )
 
-def _places(layout:Layout, root:Path) -> list[Path]:
+
+def _places(layout: Layout, root: Path) -> list[Path]:
     "Folders in which the annotation may lie, the likeliest first."
     homes = [root]
     for name in (layout.folder, "UFineBench", layout.folder):
         inside = [entry_named(home, [name], want_dir=True) for home in homes]
         homes += [p for p in inside if p and p not in homes]
     places = []
-    for home in homes: places += [home, entry_named(home, ["annotations", "annotation"], want_dir=True)]
+    for home in homes:
+        places += [home, entry_named(home, ["annotations", "annotation"], want_dir=True)]
     return [p for p in places if p]
 
-def _first_named(places:list[Path], names:Iterable[str]) -> Path|None:
+
+def _first_named(places: list[Path], names: Iterable[str]) -> Path | None:
     "The first file of one of these names in the first of the places that has one."
     return next((found for p in places if (found := entry_named(p, names))), None)
 
-def find_annotation(layout:Layout, root:str|Path) -> Annotation:
+
+def find_annotation(layout: Layout, root: str | Path) -> Annotation:
     "The annotation, where `root` is the dataset's folder, its parent, or the file itself."
     root = user_path(root)
-    if os.path.isfile(root): return Annotation({"": root}, home_of(root))
+    if os.path.isfile(root):
+        return Annotation({"": root}, home_of(root))
     if not os.path.isdir(root):
-        raise DatasetError(f"{root}: no such folder; unpack {layout.folder} there ({layout.access}) "
-                           "or give its place as root")
+        raise DatasetError(
+            f"{root}: no such folder; unpack {layout.folder} there ({layout.access}) "
+            "or give its place as root"
+        )
     places = _places(layout, root)
     found = _first_named(places, layout.annotation)
-    if found: return Annotation({"": found}, home_of(found))
+    if found:
+        return Annotation({"": found}, home_of(found))
     bare = _first_named(places, layout.unsplit)
     if bare:
-        raise DatasetError(f"{bare}: this delivery has no splits, so results could not be compared; "
-                           f"get {layout.annotation[0]}")
+        raise DatasetError(
+            f"{bare}: this delivery has no splits, so results could not be compared; "
+            f"get {layout.annotation[0]}"
+        )
     for other in LAYOUTS.values():
         if other.name != layout.name and _first_named(places, other.annotation):
-            raise DatasetError(f"{root}: no {layout.annotation[0]} here, but this looks like {other.folder}; "
-                               f"load it as '{other.name}'")
+            raise DatasetError(
+                f"{root}: no {layout.annotation[0]} here, but this looks like {other.folder}; "
+                f"load it as '{other.name}'"
+            )
     for place in places:
-        if parts := split_files(place): return Annotation(parts, home_of(parts["train"]))
-    raise DatasetError(f"{root}: no {layout.annotation[0]} in it or in {layout.folder}/; "
-                       f"the dataset comes {layout.access}")
+        if parts := split_files(place):
+            return Annotation(parts, home_of(parts["train"]))
+    raise DatasetError(
+        f"{root}: no {layout.annotation[0]} in it or in {layout.folder}/; "
+        f"the dataset comes {layout.access}"
+    )
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-031
-def json_records(path:Path, what:str="an annotation file") -> Iterator[tuple[str, Any]]:
+def json_records(path: Path, what: str = "an annotation file") -> Iterator[tuple[str, Any]]:
     "Where each record of a JSON list stands, and the record."
     records = read_json(path, "download it again", error=DatasetError)
     if not isinstance(records, list) or not records:
         kind = "an empty one" if records == [] else type(records).__name__
         raise DatasetError(f"{path}: expected a list of records, found {kind}; is this {what}?")
-    for i, record in enumerate(records): yield f"{path.name} row {i}", record
+    for i, record in enumerate(records):
+        yield f"{path.name} row {i}", record
 
-def annotation_records(layout:Layout, annotation:Annotation) -> Iterator[tuple[str, Any, str]]:
+
+def annotation_records(layout: Layout, annotation: Annotation) -> Iterator[tuple[str, Any, str]]:
     "Where each record stands, the record, and the split of its file ('' where one file has all)."
     for split, path in annotation.files.items():
         for where, record in json_records(path, f"{layout.folder}'s {layout.annotation[0]}"):
             yield where, record, split
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-034
-_SAMPLE = 50   # rows, whose images are looked for
+_SAMPLE = 50  # rows, whose images are looked for
 
-def files_there(images:Path, paths:Iterable[str]) -> set[str]:
+
+def files_there(images: Path, paths: Iterable[str]) -> set[str]:
     "Which of these relative paths exist; each folder is listed once, as 40,000 looks are slow on a network disk."
-    by_folder:dict[str, set[str]] = {}
-    for p in paths: by_folder.setdefault(os.path.dirname(p), set()).add(p)
+    by_folder: dict[str, set[str]] = {}
+    for p in paths:
+        by_folder.setdefault(os.path.dirname(p), set()).add(p)
     found = set()
     for folder, wanted in by_folder.items():
-        if not os.path.isdir(images/folder): continue
-        here = {os.path.join(folder, name) for name in os.listdir(images/folder)}
+        if not os.path.isdir(images / folder):
+            continue
+        here = {os.path.join(folder, name) for name in os.listdir(images / folder)}
         found |= wanted & here
     return found
 
-def find_images(home:Path, rows:list[Row], image_dirs:Sequence[str]) -> Path:
+
+def find_images(home: Path, rows: list[Row], image_dirs: Sequence[str]) -> Path:
     "The folder that the paths of `rows` are relative to: the one under which most of a sample exist."
-    some = [r.path for r in rows[::max(1, len(rows)//_SAMPLE)]]
+    some = [r.path for r in rows[:: max(1, len(rows) // _SAMPLE)]]
     hits = {}
     for folder in image_dirs:
-        if os.path.isdir(home/folder): hits[folder] = sum(os.path.isfile(home/folder/p) for p in some)
+        if os.path.isdir(home / folder):
+            hits[folder] = sum(os.path.isfile(home / folder / p) for p in some)
     best = max(hits, key=lambda folder: hits[folder], default="")
-    if hits.get(best): return home/best
+    if hits.get(best):
+        return home / best
     table = rows[0].where.split(" ")[0]
-    looked = Path(image_dirs[0])/rows[0].path
-    raise DatasetError(f"{home}: none of the images that {table} lists is there (looked for {looked}); "
-                       f"unpack the images there{_near_hint(home, image_dirs, rows[0].path)}")
+    looked = Path(image_dirs[0]) / rows[0].path
+    raise DatasetError(
+        f"{home}: none of the images that {table} lists is there (looked for {looked}); "
+        f"unpack the images there{_near_hint(home, image_dirs, rows[0].path)}"
+    )
 
-def _near_hint(home:Path, image_dirs:Sequence[str], path:str) -> str:
+
+def _near_hint(home: Path, image_dirs: Sequence[str], path: str) -> str:
     "A hint at a name that differs in case or ending only."
-    near = [n for folder in image_dirs if (n := near_name(home/folder/path))]
+    near = [n for folder in image_dirs if (n := near_name(home / folder / path))]
     return f", or rename them: {near[0].name} is there" if near else ""
 
-def near_name(path:Path) -> Path|None:
+
+def near_name(path: Path) -> Path | None:
     "A file beside `path` that differs only in case, extension, '-' or '_'."
-    if not os.path.isdir(path.parent): return None
+    if not os.path.isdir(path.parent):
+        return None
     wanted = _letters(path.stem)
     return next((p for p in sorted(path.parent.iterdir()) if _letters(p.stem) == wanted), None)
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-037
-def missing_error(missing:list[Row], images:Path) -> DatasetError:
+def missing_error(missing: list[Row], images: Path) -> DatasetError:
     "What to say about images that are not there."
     first = missing[0]
-    near = [near_name(images/r.path) for r in missing[:200]]
+    near = [near_name(images / r.path) for r in missing[:200]]
     known = [n.name for n in near if n]
     hint = "restore it, or leave it out with skip=[...] or skip_missing=N (--skip FILE, --skip-missing N)"
-    if known: hint = f"a file named {known[0]} is there, rename it" + (" and the like" if len(known) > 1 else "")
+    if known:
+        hint = f"a file named {known[0]} is there, rename it" + (
+            " and the like" if len(known) > 1 else ""
+        )
     more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
-    return DatasetError(f"{first.where}: image {first.path}{more} is missing under {images}; {hint}; "
-                        "`tipr data check` lists all")
+    return DatasetError(
+        f"{first.where}: image {first.path}{more} is missing under {images}; {hint}; "
+        "`tipr data check` lists all"
+    )
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-038
-def read_skip(skip:str|Path|Iterable[str]) -> list[str]:
+def read_skip(skip: str | Path | Iterable[str]) -> list[str]:
     "Images to leave out: a list of paths, a text file with one a line, or the JSON report of `tipr data check`."
-    if not isinstance(skip, (str, Path)): return [str(s) for s in skip]
+    if not isinstance(skip, (str, Path)):
+        return [str(s) for s in skip]
     path = user_path(skip)
     if path.suffix.lower() != ".json":
         lines = read_text(path, "give a file with one image path a line", DatasetError).splitlines()
@@ -379,91 +544,117 @@ def read_skip(skip:str|Path|Iterable[str]) -> list[str]:
         lists = [found.get(name) or [] for name in ("missing", "unreadable")]
         found = sum(lists, []) if all(isinstance(part, list) for part in lists) else None
     if not isinstance(found, list) or not all(isinstance(s, str) for s in found):
-        raise DatasetError(f"{path}: no list of image paths; give one, or a file with one path a line")
+        raise DatasetError(
+            f"{path}: no list of image paths; give one, or a file with one path a line"
+        )
     return found
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-040
-def leave_out(rows:list[Row], images:Path, skip:Sequence[str], notes:list[str]) -> list[Row]:
+def leave_out(rows: list[Row], images: Path, skip: Sequence[str], notes: list[str]) -> list[Row]:
     "The rows whose images are not in `skip`; says in the notes how many were, and what of `skip` is no image here."
-    if not skip: return rows
+    if not skip:
+        return rows
     gone = {os.path.normpath(s.replace("\\", "/")) for s in skip}
-    left = [r for r in rows if r.path in gone or os.path.normpath(images/r.path) in gone]
+    left = [r for r in rows if r.path in gone or os.path.normpath(images / r.path) in gone]
     notes.append(f"{len(left)} images left out on request")
-    known = {r.path for r in left} | {os.path.normpath(images/r.path) for r in left}
+    known = {r.path for r in left} | {os.path.normpath(images / r.path) for r in left}
     strange = sorted(gone - known)
-    if strange: notes.append(f"{len(strange)} names of skip are no image of this dataset, among them {strange[0]}")
+    if strange:
+        notes.append(
+            f"{len(strange)} names of skip are no image of this dataset, among them {strange[0]}"
+        )
     dropped = {id(r) for r in left}
     return [r for r in rows if id(r) not in dropped]
 
-def leave_out_missing(rows:list[Row], images:Path, allowed:int, notes:list[str]) -> list[Row]:
+
+def leave_out_missing(rows: list[Row], images: Path, allowed: int, notes: list[str]) -> list[Row]:
     "The rows whose images are there; more than `allowed` that are not are an error."
     there = files_there(images, [r.path for r in rows])
     missing = [r for r in rows if r.path not in there]
-    if len({r.path for r in missing}) > allowed: raise missing_error(missing, images)
-    if missing: notes.append(f"{len(missing)} images that are not there left out (at most {allowed} allowed), "
-                             f"among them {missing[0].path}")
+    if len({r.path for r in missing}) > allowed:
+        raise missing_error(missing, images)
+    if missing:
+        notes.append(
+            f"{len(missing)} images that are not there left out (at most {allowed} allowed), "
+            f"among them {missing[0].path}"
+        )
     return [r for r in rows if r.path in there]
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-043
-def _restarted(rows:list[Row]) -> bool:
+def _restarted(rows: list[Row]) -> bool:
     "Whether every split numbers its own people from 0 or 1 on, in folders of their own."
-    ids:dict[str, set[int]] = {}
-    folders:dict[str, set[str]] = {}
+    ids: dict[str, set[int]] = {}
+    folders: dict[str, set[str]] = {}
     for r in rows:
         ids.setdefault(r.split, set()).add(r.id)
         folders.setdefault(r.split, set()).add(os.path.dirname(r.path))
     apart = sum(map(len, folders.values())) == len(set().union(*folders.values()))
     return apart and all(_counts_up(i) for i in ids.values())
 
-def _counts_up(ids:set[int]) -> bool:
+
+def _counts_up(ids: set[int]) -> bool:
     "Whether numbers run from 0 or 1 on without a gap."
     return len(ids) > 1 and min(ids) in (0, 1) and max(ids) - min(ids) == len(ids) - 1
 
-def check_ids(rows:list[Row]) -> list[str]:
+
+def check_ids(rows: list[Row]) -> list[str]:
     "Refuse an identity in two splits; a note if the numbers merely start again in each split."
-    seen:dict[int, Row] = {}
+    seen: dict[int, Row] = {}
     for row in rows:
         first = seen.setdefault(row.id, row)
-        if first.split == row.split: continue
+        if first.split == row.split:
+            continue
         start = min(r.id for r in rows)
-        if _restarted(rows): return [f"identity numbers start again at {start} in each split"]
-        raise DatasetError(f"{row.where}: identity {row.id} is in {row.split} and, at {first.where}, in {first.split}; "
-                           "an identity belongs to one split, fix that field (or number on where the next split "
-                           "starts, if numbers begin anew in each)")
+        if _restarted(rows):
+            return [f"identity numbers start again at {start} in each split"]
+        raise DatasetError(
+            f"{row.where}: identity {row.id} is in {row.split} and, at {first.where}, in {first.split}; "
+            "an identity belongs to one split, fix that field (or number on where the next split "
+            "starts, if numbers begin anew in each)"
+        )
     return []
 
-def hold_out(rows:list[Row], fraction:float, seed:int) -> list[int]:
+
+def hold_out(rows: list[Row], fraction: float, seed: int) -> list[int]:
     "Training identities to hold out as val: `fraction` of them, at least two, drawn by `seed`."
     ids = np.unique([r.id for r in rows if r.split == "train"])
-    wanted = max(2, round(fraction*len(ids)))
+    wanted = max(2, round(fraction * len(ids)))
     n = max(min(wanted, len(ids) - 2), 0)
     drawn = np.random.default_rng([seed, 5]).permutation(ids)[:n]
     return sorted(drawn.tolist())
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-045
 _INTEGER = re.compile(r"[+-]?\d{1,15}")
-_ZEROS_FIRST = re.compile(r"[+-]?0\d")   # a badge 007 is no number
+_ZEROS_FIRST = re.compile(r"[+-]?0\d")  # a badge 007 is no number
 
-def _number(value:Any) -> int|float:
+
+def _number(value: Any) -> int | float:
     "The number that a value is or spells; a missing one is nan."
-    if value is None or value == "": return np.nan
-    if not isinstance(value, str): return value
+    if value is None or value == "":
+        return np.nan
+    if not isinstance(value, str):
+        return value
     text = value.strip()
-    if _ZEROS_FIRST.match(text): raise ValueError("zeros in front would be lost")
+    if _ZEROS_FIRST.match(text):
+        raise ValueError("zeros in front would be lost")
     return int(text) if _INTEGER.fullmatch(text) else float(text)
 
-def as_column(values:list) -> np.ndarray:
+
+def as_column(values: list) -> np.ndarray:
     "Values as numbers where all are (or spell) numbers, as text where all are plain, as objects else."
     there = [v for v in values if v is not None]
     if there and all(isinstance(v, (int, float, str)) for v in there):
-        try: return np.array([_number(v) for v in values])
-        except (ValueError, OverflowError): return np.array(["" if v is None else str(v) for v in values])
+        try:
+            return np.array([_number(v) for v in values])
+        except (ValueError, OverflowError):
+            return np.array(["" if v is None else str(v) for v in values])
     out = np.empty(len(values), object)
-    for i, v in enumerate(values): out[i] = v
+    for i, v in enumerate(values):
+        out[i] = v
     return out
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-047
-def build_split(name:str, rows:list[Row], images:Path, relabel:bool=False) -> Split:
+def build_split(name: str, rows: list[Row], images: Path, relabel: bool = False) -> Split:
     "Columns from rows; with `relabel` identities become 0..n_ids-1. What an image has, its captions have too."
     source = np.array([r.id for r in rows], dtype=np.int64)
     ids = np.unique(source, return_inverse=True)[1] if relabel and len(source) else source
@@ -473,53 +664,60 @@ def build_split(name:str, rows:list[Row], images:Path, relabel:bool=False) -> Sp
     columns = {k: as_column([r.columns.get(k) for r in rows]) for k in names}
     spread = {k: v[where] for k, v in columns.items() if v.dtype != object}
     if any(r.box for r in rows):
-        no_box = (np.nan,)*4
+        no_box = (np.nan,) * 4
         columns["box"] = np.array([r.box or no_box for r in rows], dtype=np.float64)
     return Split(
         name=name,
-        images=[images/r.path for r in rows],
+        images=[images / r.path for r in rows],
         image_ids=ids,
         captions=[c for r in rows for c in r.captions],
         caption_ids=ids[where],
         caption_image=where,
         image_columns={"source_id": source, **columns},
-        caption_columns=spread | _caption_columns(rows))
+        caption_columns=spread | _caption_columns(rows),
+    )
 
-def _caption_columns(rows:list[Row]) -> dict[str, np.ndarray]:
+
+def _caption_columns(rows: list[Row]) -> dict[str, np.ndarray]:
     "What is known of each caption; None becomes a missing value."
     names = dict.fromkeys(k for r in rows for k in r.caption_columns)
     out = {}
     for name in names:
-        values:list = []
-        for r in rows: values += r.caption_columns.get(name) or [None]*len(r.captions)
+        values: list = []
+        for r in rows:
+            values += r.caption_columns.get(name) or [None] * len(r.captions)
         out[name] = as_column(values)
     return out
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-049
 def assemble(
-    name:str,
-    root:Path,
-    rows:list[Row],
-    images:Path,
-    val:str="hold-out",
-    val_share:float=.05,
-    seed:int=0,
-    need:Sequence[str]=("train", "test"),
-    skip:Sequence[str]|str|Path=(),
-    skip_missing:int=0,
-    check_files:bool=True,
-    notes:Sequence[str]=(),
+    name: str,
+    root: Path,
+    rows: list[Row],
+    images: Path,
+    val: str = "hold-out",
+    val_share: float = 0.05,
+    seed: int = 0,
+    need: Sequence[str] = ("train", "test"),
+    skip: Sequence[str] | str | Path = (),
+    skip_missing: int = 0,
+    check_files: bool = True,
+    notes: Sequence[str] = (),
 ) -> PersonDataset:
     "Rows to a `PersonDataset`: checks, the val split where there is none, contiguous training identities."
     notes = list(notes)
     rows = leave_out(rows, images, read_skip(skip), notes)
-    if check_files: rows = leave_out_missing(rows, images, skip_missing, notes)
+    if check_files:
+        rows = leave_out_missing(rows, images, skip_missing, notes)
     found = {r.split for r in rows}
     for split in need:
-        if split in found: continue
+        if split in found:
+            continue
         has = ", ".join(sorted(found)) or "nothing"
-        raise DatasetError(f"{root}: no {split} split in the annotation (found {has}); "
-                           "get the version with splits, or pass need=() to do without")
+        raise DatasetError(
+            f"{root}: no {split} split in the annotation (found {has}); "
+            "get the version with splits, or pass need=() to do without"
+        )
     notes += check_ids(rows)
     if "val" not in found and {"train", "test"} <= found:
         notes.append(make_val(rows, val, val_share, seed))
@@ -529,171 +727,247 @@ def assemble(
         parts[split] = build_split(split, mine, images, relabel=split == "train")
     for split in need:
         if parts[split].n_ids < 2:
-            raise DatasetError(f"{root}: only one identity in {split}; "
-                               "retrieval needs at least two people to tell apart")
+            raise DatasetError(
+                f"{root}: only one identity in {split}; "
+                "retrieval needs at least two people to tell apart"
+            )
     return PersonDataset(name, root, notes=notes, **parts)
 
-def make_val(rows:list[Row], val:str, fraction:float, seed:int) -> str: # the note that says so
+
+def make_val(rows: list[Row], val: str, fraction: float, seed: int) -> str:  # the note that says so
     "Hold out training identities as val, if asked to."
     held = set(hold_out(rows, fraction, seed)) if val == "hold-out" else set()
-    if not held: return "no val split: take the last epoch"
+    if not held:
+        return "no val split: take the last epoch"
     for r in rows:
-        if r.split == "train" and r.id in held: r.split = "val"
-    return f"val: {100*fraction:g} % of training identities held out ({len(held)} ids, seed {seed})"
+        if r.split == "train" and r.id in held:
+            r.split = "val"
+    return (
+        f"val: {100 * fraction:g} % of training identities held out ({len(held)} ids, seed {seed})"
+    )
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-051
 _ALREADY_READ = ("id", "split", "captions")
 
-def add_attributes(rows:list[Row], path:Path):
+
+def add_attributes(rows: list[Row], path: Path):
     "Columns from the side file of our synthetic datasets: image path -> fields, among them one record per caption."
     side = read_json(path, "make the dataset again", expect=dict, error=DatasetError)
     for r in rows:
         known = side.get(r.path, {})
         if not isinstance(known, dict):
-            raise DatasetError(f"{path}: {r.path} has {_shown(known)} and no fields; make the dataset again")
+            raise DatasetError(
+                f"{path}: {r.path} has {_shown(known)} and no fields; make the dataset again"
+            )
         r.columns |= {k: v for k, v in known.items() if k not in _ALREADY_READ}
         about = known.get("captions", [])
         if not isinstance(about, list) or not all(isinstance(a, dict) for a in about):
-            raise DatasetError(f"{path}: captions of {r.path} are no list of fields; make the dataset again")
-        if len(about) != len(r.captions): continue
+            raise DatasetError(
+                f"{path}: captions of {r.path} are no list of fields; make the dataset again"
+            )
+        if len(about) != len(r.captions):
+            continue
         names = dict.fromkeys(k for one in about for k in one if k != "caption")
         r.caption_columns |= {k: [one.get(k) for one in about] for k in names}
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-052
-def load_layout(layout:Layout, root:str|Path, drop_empty:bool=False, **kwargs) -> PersonDataset:
+def load_layout(
+    layout: Layout, root: str | Path, drop_empty: bool = False, **kwargs
+) -> PersonDataset:
     "Read one of `LAYOUTS` from disk; `kwargs` go on to `assemble`."
     annotation = find_annotation(layout, root)
-    rows = [parse_record(record, where, layout, drop_empty, split)
-            for where, record, split in annotation_records(layout, annotation)]
-    attributes = annotation.home/"attributes.json"
-    if attributes.is_file(): add_attributes(rows, attributes)
+    rows = [
+        parse_record(record, where, layout, drop_empty, split)
+        for where, record, split in annotation_records(layout, annotation)
+    ]
+    attributes = annotation.home / "attributes.json"
+    if attributes.is_file():
+        add_attributes(rows, attributes)
     images = find_images(annotation.home, rows, layout.image_dirs)
     notes = annotation_notes(layout, annotation)
     if is_old_rstpreid(layout.name, rows):
-        notes.append("RSTPReid's old release (100 val and 100 test identities); published results use 200 and 200")
+        notes.append(
+            "RSTPReid's old release (100 val and 100 test identities); published results use 200 and 200"
+        )
     return assemble(layout.name, annotation.home, rows, images, notes=notes, **kwargs)
 
-def annotation_notes(layout:Layout, annotation:Annotation) -> list[str]:
+
+def annotation_notes(layout: Layout, annotation: Annotation) -> list[str]:
     "What is worth knowing of the files that were read."
     official = layout.annotation[0]
     names = [p.name for p in annotation.files.values()]
-    if names == [official]: return []
-    if len(names) > 1: return [f"annotation in {', '.join(names)}; the official file is {official}"]
+    if names == [official]:
+        return []
+    if len(names) > 1:
+        return [f"annotation in {', '.join(names)}; the official file is {official}"]
     return [f"annotation file is named {names[0]}; the official name is {official}"]
 
-def is_old_rstpreid(name:str, rows:list[Row]) -> bool:
+
+def is_old_rstpreid(name: str, rows: list[Row]) -> bool:
     "Whether these are the splits 3901/100/100 of RSTPReid's first release."
-    if name != "rstpreid": return False
+    if name != "rstpreid":
+        return False
     return all(len({r.id for r in rows if r.split == s}) == 100 for s in ("val", "test"))
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-055
 _USUAL_TABLES = ("captions", "data", "annotations", "metadata")
 
-def find_tables(root:str|Path) -> dict[str, Path]: # split -> table; '' where one table has all
+
+def find_tables(root: str | Path) -> dict[str, Path]:  # split -> table; '' where one table has all
     "The table of a plain folder, or a table for each split; `root` may be the table itself."
     root = user_path(root)
-    if os.path.isfile(root): return {"": root}
+    if os.path.isfile(root):
+        return {"": root}
     if not os.path.isdir(root):
-        raise DatasetError(f"{root}: no such folder or table; give a folder with images and a CSV or JSONL of "
-                           "image, caption, id")
+        raise DatasetError(
+            f"{root}: no such folder or table; give a folder with images and a CSV or JSONL of "
+            "image, caption, id"
+        )
     tables = [p for p in sorted(root.iterdir()) if p.suffix.lower() in TABLES and p.is_file()]
     found = [p for p in tables if not p.name.startswith(".")]
-    if parts := split_files(root, TABLES): return parts
-    if len(found) > 1: found = [p for p in found if p.stem in _USUAL_TABLES] or found
-    if len(found) == 1: return {"": found[0]}
+    if parts := split_files(root, TABLES):
+        return parts
+    if len(found) > 1:
+        found = [p for p in found if p.stem in _USUAL_TABLES] or found
+    if len(found) == 1:
+        return {"": found[0]}
     names = ", ".join(p.name for p in found)
     what = f"several tables ({names})" if found else "no table"
     raise DatasetError(f"{root}: {what} in it; give the CSV or JSONL itself as root")
 
-def table_records(tables:dict[str, Path]) -> Iterator[tuple[str, Any]]:
+
+def table_records(tables: dict[str, Path]) -> Iterator[tuple[str, Any]]:
     "Where each record stands, and its fields; a table for one split fills that field."
     for split, path in tables.items():
         json_list = path.suffix.lower() == ".json"
         found = read_rows(path, error=DatasetError)
-        if json_list: found = json_records(path, "a table of image, caption and id")
+        if json_list:
+            found = json_records(path, "a table of image, caption and id")
         for where, record in found:
-            if split and isinstance(record, dict): record = {"split": split} | record
+            if split and isinstance(record, dict):
+                record = {"split": split} | record
             yield where, record
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-057
 _NOT_KEPT = ("split", "box", "x", "y", "w", "h")
 
-def parse_table_row(record:Any, where:str, drop_empty:bool=False) -> Row:
+
+def parse_table_row(record: Any, where: str, drop_empty: bool = False) -> Row:
     "One row of image, caption, id, optional split and box, and whatever else there is."
     if not isinstance(record, dict):
-        raise DatasetError(f"{where}: expected a record with fields, found {type(record).__name__}; "
-                           "the table needs image, caption and id")
+        raise DatasetError(
+            f"{where}: expected a record with fields, found {type(record).__name__}; "
+            "the table needs image, caption and id"
+        )
     keys = {name: _field(record, name, where) for name in _ALIASES}
     said = record[keys["caption"]]
     captions = parse_captions(said if isinstance(said, list) else [said], where, drop_empty)
     used = {*keys.values(), *_NOT_KEPT, None}
     extra = {str(k): v for k, v in record.items() if k not in used}
     split = parse_split(record["split"], where) if record.get("split") else ""
-    return Row(where, split, parse_id(record[keys["id"]], where), parse_path(record[keys["image"]], where), captions,
-               parse_box(record, where), extra, {k: [v]*len(captions) for k, v in extra.items()})
+    return Row(
+        where,
+        split,
+        parse_id(record[keys["id"]], where),
+        parse_path(record[keys["image"]], where),
+        captions,
+        parse_box(record, where),
+        extra,
+        {k: [v] * len(captions) for k, v in extra.items()},
+    )
 
-def _field(record:dict, name:str, where:str) -> str:
+
+def _field(record: dict, name: str, where: str) -> str:
     "The name under which a record has image, caption or id."
     for alias in _ALIASES[name]:
-        if record.get(alias) is not None: return alias
+        if record.get(alias) is not None:
+            return alias
     has = ", ".join(str(k) for k in record if k is not None)
-    raise DatasetError(f"{where}: no field '{name}' (it has {has[:200]}); the table needs image, caption and id")
+    raise DatasetError(
+        f"{where}: no field '{name}' (it has {has[:200]}); the table needs image, caption and id"
+    )
 
-def parse_box(record:dict, where:str) -> tuple[float, float, float, float]|None:
+
+def parse_box(record: dict, where: str) -> tuple[float, float, float, float] | None:
     "The box x, y, w, h in pixels, from a field `box` or four fields; None where there is none."
     box = record.get("box") or [record.get(k) for k in "xywh"]
-    if isinstance(box, str): box = re.split(r"[\s,;]+", box.strip(" ()[]"))
-    if isinstance(box, list) and all(v in (None, "") for v in box): return None
-    try: x, y, w, h = (float(v) for v in box)
+    if isinstance(box, str):
+        box = re.split(r"[\s,;]+", box.strip(" ()[]"))
+    if isinstance(box, list) and all(v in (None, "") for v in box):
+        return None
+    try:
+        x, y, w, h = (float(v) for v in box)
     except (TypeError, ValueError, OverflowError):
-        raise DatasetError(f"{where}: box {_shown(box)} is not four numbers x, y, w, h; "
-                           "fix or empty those fields") from None
-    if w > 0 and h > 0 and np.isfinite([x, y, w, h]).all(): return x, y, w, h
+        raise DatasetError(
+            f"{where}: box {_shown(box)} is not four numbers x, y, w, h; fix or empty those fields"
+        ) from None
+    if w > 0 and h > 0 and np.isfinite([x, y, w, h]).all():
+        return x, y, w, h
     raise DatasetError(f"{where}: box {_shown(box)} has no area; width and height are in pixels")
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-059
-def complete_rows(rows:list[Row]) -> list[Row]:
+def complete_rows(rows: list[Row]) -> list[Row]:
     "One row per image (and box), since a table with a line per caption names it several times."
     bare = [r for r in rows if not r.split]
     if bare and len(bare) < len(rows):
-        raise DatasetError(f"{bare[0].where}: no split though other rows have one; fill it everywhere or nowhere")
-    merged:dict[tuple, Row] = {}
+        raise DatasetError(
+            f"{bare[0].where}: no split though other rows have one; fill it everywhere or nowhere"
+        )
+    merged: dict[tuple, Row] = {}
     for r in rows:
         first = merged.setdefault((r.path, r.box), r)
-        if first is not r: _merge(first, r)
+        if first is not r:
+            _merge(first, r)
     return list(merged.values())
 
-def _merge(first:Row, r:Row):
+
+def _merge(first: Row, r: Row):
     "Add the captions of another row of the same image."
     for what, mine, other in (("id", r.id, first.id), ("split", r.split, first.split)):
         if mine != other:
-            raise DatasetError(f"{r.where}: image {r.path} has {what} {mine} here and {other} at {first.where}; "
-                               "one image is one person in one split")
+            raise DatasetError(
+                f"{r.where}: image {r.path} has {what} {mine} here and {other} at {first.where}; "
+                "one image is one person in one split"
+            )
     for name in {*first.caption_columns, *r.caption_columns}:
-        before = first.caption_columns.get(name) or [None]*len(first.captions)
-        first.caption_columns[name] = before + (r.caption_columns.get(name) or [None]*len(r.captions))
+        before = first.caption_columns.get(name) or [None] * len(first.captions)
+        first.caption_columns[name] = before + (
+            r.caption_columns.get(name) or [None] * len(r.captions)
+        )
     first.captions += r.captions
 
-def split_by_identity(rows:list[Row], seed:int, fraction:float=.2) -> str: # the note that says so
+
+def split_by_identity(
+    rows: list[Row], seed: int, fraction: float = 0.2
+) -> str:  # the note that says so
     "Give rows without a split one, by identity and seed."
     ids = np.random.default_rng([seed, 7]).permutation(np.unique([r.id for r in rows]))
     if len(ids) < 4:
         table = rows[0].where.split(" ")[0]
         count = "1 identity" if len(ids) == 1 else f"{len(ids)} identities"
-        raise DatasetError(f"{table}: only {count}; it takes at least 4 to split into train and test")
-    test = set(ids[:max(2, round(fraction*len(ids)))].tolist())
-    for r in rows: r.split = "test" if r.id in test else "train"
+        raise DatasetError(
+            f"{table}: only {count}; it takes at least 4 to split into train and test"
+        )
+    test = set(ids[: max(2, round(fraction * len(ids)))].tolist())
+    for r in rows:
+        r.split = "test" if r.id in test else "train"
     return f"no split column: {len(test)} of {len(ids)} identities drawn for test (seed {seed})"
 
 # %% ../../nbs/01_data/02_readers.ipynb #cell-061
 _OWN_IMAGE_DIRS = (".", "imgs", "images")
 
-def load_folder(root:str|Path, drop_empty:bool=False, seed:int=0, **kwargs) -> PersonDataset:
+
+def load_folder(
+    root: str | Path, drop_empty: bool = False, seed: int = 0, **kwargs
+) -> PersonDataset:
     "Your own images with a table of image, caption, id, and optional split and box."
     tables = find_tables(root)
     table = next(iter(tables.values()))
-    rows = complete_rows([parse_table_row(r, where, drop_empty) for where, r in table_records(tables)])
-    if not rows: raise DatasetError(f"{table}: no rows in it; the table needs image, caption and id")
+    rows = complete_rows(
+        [parse_table_row(r, where, drop_empty) for where, r in table_records(tables)]
+    )
+    if not rows:
+        raise DatasetError(f"{table}: no rows in it; the table needs image, caption and id")
     notes = [] if rows[0].split else [split_by_identity(rows, seed)]
     home = table.parent
     images = find_images(home, rows, _OWN_IMAGE_DIRS)
@@ -702,51 +976,83 @@ def load_folder(root:str|Path, drop_empty:bool=False, seed:int=0, **kwargs) -> P
 # %% ../../nbs/01_data/02_readers.ipynb #cell-063
 _NEED_NO_ROOT = ("synth-pedes",)
 
-DATASETS:dict[str, Callable[..., PersonDataset]|str] = { # name -> function, or the path of one
+DATASETS: dict[str, Callable[..., PersonDataset] | str] = {  # name -> function, or the path of one
     "synth-pedes": "tipr_nb.synth.benchmark:load_synth",
     "synth-pedes-sealed": "tipr_nb.synth.benchmark:load_sealed",
-    **{name: partial(load_layout, layout) for name, layout in LAYOUTS.items() if name not in _NEED_NO_ROOT},
+    **{
+        name: partial(load_layout, layout)
+        for name, layout in LAYOUTS.items()
+        if name not in _NEED_NO_ROOT
+    },
     "folder": load_folder,
     "csv": load_folder,
-    "jsonl": load_folder}
+    "jsonl": load_folder,
+}
 
-def find_dataset(name:str, root:str|Path|None=None) -> Callable[..., PersonDataset]:
+
+def find_dataset(name: str, root: str | Path | None = None) -> Callable[..., PersonDataset]:
     "The function that loads a dataset; a `DatasetError` where the name is unknown or the root is missing."
-    try: load = find_registered(name, DATASETS, "dataset")
-    except TiprError as e: raise DatasetError(str(e)) from None
+    try:
+        load = find_registered(name, DATASETS, "dataset")
+    except TiprError as e:
+        raise DatasetError(str(e)) from None
     reads_files = name in (*LAYOUTS, "folder", "csv", "jsonl") and name not in _NEED_NO_ROOT
-    if root is None and reads_files: raise DatasetError(f"{name} needs root: the folder it was unpacked to")
+    if root is None and reads_files:
+        raise DatasetError(f"{name} needs root: the folder it was unpacked to")
     return load
 
-def unreadable_error(e:OSError, root:str|Path) -> DatasetError:
+
+def unreadable_error(e: OSError, root: str | Path) -> DatasetError:
     "What to say where the system refuses to list or read a part of a dataset."
-    return DatasetError(f"{e.filename or root}: {e.strerror or one_line(e)}; make it readable, or give another root")
+    return DatasetError(
+        f"{e.filename or root}: {e.strerror or one_line(e)}; make it readable, or give another root"
+    )
+
 
 def load_dataset(
-    name:str,                                   # a key of `DATASETS`, an entry point, or package.module:function
-    root:str|Path|None=None,                    # the dataset's folder, its parent, or the annotation file itself
-    val:str="hold-out",                         # where a set has none: 'hold-out' training identities, or 'last-epoch'
-    val_share:float=.05,                        # part of the training identities that is held out
-    seed:int=0,                                 # draws what is held out
-    need:Sequence[str]=("train", "test"),       # splits it must have
-    skip:Sequence[str]|str|Path=(),             # images to leave out: paths as in the annotation, or a file of them
-    drop_empty:bool=False,                      # leave out empty captions instead of refusing them
-    check_files:bool=True,                      # look whether every image is there
-    skip_missing:int=0,                         # so many images may be missing; they are left out
-    wrong_pairs:float=0.,                       # fraction of training captions given to other people's images
+    name: str,  # a key of `DATASETS`, an entry point, or package.module:function
+    root: str
+    | Path
+    | None = None,  # the dataset's folder, its parent, or the annotation file itself
+    val: str = "hold-out",  # where a set has none: 'hold-out' training identities, or 'last-epoch'
+    val_share: float = 0.05,  # part of the training identities that is held out
+    seed: int = 0,  # draws what is held out
+    need: Sequence[str] = ("train", "test"),  # splits it must have
+    skip: Sequence[str]
+    | str
+    | Path = (),  # images to leave out: paths as in the annotation, or a file of them
+    drop_empty: bool = False,  # leave out empty captions instead of refusing them
+    check_files: bool = True,  # look whether every image is there
+    skip_missing: int = 0,  # so many images may be missing; they are left out
+    wrong_pairs: float = 0.0,  # fraction of training captions given to other people's images
 ) -> PersonDataset:
     "Load a dataset by name."
     load = find_dataset(name, root)
     if val not in ("hold-out", "last-epoch"):
         raise DatasetError(f"val={val!r}; choose 'hold-out' or 'last-epoch'")
-    if not 0 < val_share < 1: raise DatasetError(f"val_share={val_share}; give a part between 0 and 1")
+    if not 0 < val_share < 1:
+        raise DatasetError(f"val_share={val_share}; give a part between 0 and 1")
     if isinstance(skip_missing, bool) or not isinstance(skip_missing, int) or skip_missing < 0:
-        raise DatasetError(f"skip_missing={skip_missing!r}; give how many images may be missing, 0 or more")
+        raise DatasetError(
+            f"skip_missing={skip_missing!r}; give how many images may be missing, 0 or more"
+        )
     try:
-        data = load(root, val=val, val_share=val_share, seed=seed, need=need, skip=read_skip(skip),
-                    drop_empty=drop_empty, check_files=check_files, skip_missing=skip_missing)
-    except OSError as e: raise unreadable_error(e, root or name) from None
+        data = load(
+            root,
+            val=val,
+            val_share=val_share,
+            seed=seed,
+            need=need,
+            skip=read_skip(skip),
+            drop_empty=drop_empty,
+            check_files=check_files,
+            skip_missing=skip_missing,
+        )
+    except OSError as e:
+        raise unreadable_error(e, root or name) from None
     if wrong_pairs:
         data.train = data.train.with_wrong_pairs(wrong_pairs, seed)
-        data.notes.append(f"{100*wrong_pairs:g} % of training captions given to other people's images (seed {seed})")
+        data.notes.append(
+            f"{100 * wrong_pairs:g} % of training captions given to other people's images (seed {seed})"
+        )
     return data

@@ -109,13 +109,14 @@ def _as_size(value: Any) -> tuple[int, ...] | None:
     return tuple(value)
 
 # %% ../../nbs/04_generation/03_generator.ipynb #cell-018
+# that a folder says of itself
 _KEPT = (
     "image_size",
     "prompt",
     "negative_prompt",
     "steps",
     "guidance",
-)  # that a folder says of itself
+)
 
 
 def _kept_settings(file: Path) -> dict:
@@ -158,13 +159,14 @@ def weights_print(pipeline: Any) -> str:  # 16 hex digits
 
 # %% ../../nbs/04_generation/03_generator.ipynb #cell-024
 SHIPPED = "generator-synth-world"
+# that decide how a caption looks
 _SETTINGS = (
     "prompt",
     "negative_prompt",
     "steps",
     "guidance",
     "seed",
-)  # that decide how a caption looks
+)
 
 
 class PersonGenerator:

@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-003
-from ..core import (TiprError, atomic_path, cache_dir, exit_with_parent, fit_threads, known_name, locked,
-    os_errors, progress, read_json, write_json)
+from ..core import (TiprError, atomic_path, cache_dir, exit_with_parent, fit_threads,
+    known_name, locked, os_errors, progress, read_json, write_json)
 from ..data import Split, picture_header, read_image, stack_images
 from .generator import PersonGenerator, caption_seed, check_caption
 

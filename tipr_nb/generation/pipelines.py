@@ -32,10 +32,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tipr_nb.generation.codec import (
-    ModelMixin,
-    PatchCodec,
-)  # also for folders that call this module the codec's home
+from .codec import (ModelMixin, PatchCodec)  # also for folders that call this module the codec's home
 
 # %% ../../nbs/04_generation/02_pipelines.ipynb #cell-007
 @torch.no_grad()
@@ -60,10 +57,11 @@ def _copy_tower(hf: Any, t: Any):
     copy(hf.final_layer_norm, t.ln_final)
 
 # %% ../../nbs/04_generation/02_pipelines.ipynb #cell-009
+# open_clip's class -> transformers' name
 _ACTIVATIONS = {
     "QuickGELU": "quick_gelu",
     "GELU": "gelu",
-}  # open_clip's class -> transformers' name
+}
 
 
 def hf_text_tower(

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/04_generation/07_training.ipynb #cell-003
-from ..core import (TiprError, atomic_path, fill_card, markdown_table, need, os_errors, progress, read_json,
-    usable_precision, write_json, write_text)
+from ..core import (TiprError, atomic_path, fill_card, markdown_table, need, os_errors,
+    progress, read_json, usable_precision, write_json, write_text)
 from ..data import Split
 from .alignment import follows_text
 from .codec import fit_codec
 from .generator import PersonGenerator
-from tipr_nb.generation.pipelines import (UNet2DConditionModel, hf_text_tower, load_pipeline, make_pipeline,
-    quiet_libraries)
+from .pipelines import (UNet2DConditionModel, hf_text_tower, load_pipeline,
+    make_pipeline, quiet_libraries)
 from .portraits import Pairs, world_portraits
-from ..models import (Checkpoints, History, PersonCLIP, pack_optimizer, read_safetensors, unpack_optimizer,
-    write_safetensors)
+from ..models import (Checkpoints, History, PersonCLIP, pack_optimizer, read_safetensors,
+    unpack_optimizer, write_safetensors)
 
 # %% ../../nbs/04_generation/07_training.ipynb #cell-006
 _HEAD = 32  # channels of an attention head
@@ -475,9 +475,8 @@ def train_small(
         return run
     with atomic_path(out / "pipeline", folder=True) as tmp:
         PersonGenerator(run.pipeline, steps=steps, guidance=guidance).save_pretrained(tmp)
-        generator = PersonGenerator.from_pretrained(
-            tmp
-        )  # as it will be loaded: in half precision on disk
+        # as it will be loaded: in half precision on disk
+        generator = PersonGenerator.from_pretrained(tmp)
         held = world_portraits(max(60, photos // 160), seed=1, regions=True)
         others = world_portraits(max(60, photos // 50), seed=2)
         n = min(len(held), _ASKED)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core import TiprError, read_json, resolve_model
-from tipr_nb.interop.pickles import (ArrayNote, CountingFile, DataReader, Placeholder, StorageNote,
-    all_notes, walk_notes)
+from .pickles import (ArrayNote, CountingFile, DataReader, Placeholder,
+    StorageNote, all_notes, walk_notes)
 from ..models import read_safetensors
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-007
@@ -29,7 +29,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     container: str  # "safetensors", "pickle" or "TorchScript"
     config: dict = field(default_factory=dict)  # config.json or open_clip_config.json of a folder
-    beside: list[str] = field(default_factory=list)  # what a pickle holds besides the weights, such as its optimizer
+    # what a pickle holds besides the weights, such as its optimizer
+    beside: list[str] = field(default_factory=list)
 
     def __repr__(self):
         n = sum(v.numel() for v in self.tensors.values())
@@ -39,7 +40,14 @@ class Checkpoint:
         return f"Checkpoint({text})"
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-010
-_INNER = ("model", "state_dict", "model_state_dict", "module", "net")  # keys under which programs keep the weights
+# keys under which programs keep the weights
+_INNER = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+    "net",
+)
 _WRAPPERS = ("module.", "_orig_mod.")
 _DEPTH = 8  # wrappings that are taken off
 
@@ -79,7 +87,10 @@ class ZipStore:
     def __init__(self, path: Path):
         self.archive = zipfile.ZipFile(path)
         names = self.archive.namelist()
-        self.root = next((n.rpartition("/")[0] for n in names if n.count("/") == 1 and n.endswith("/data.pkl")), None)
+        self.root = next(
+            (n.rpartition("/")[0] for n in names if n.count("/") == 1 and n.endswith("/data.pkl")),
+            None,
+        )
         if self.root is None:
             raise pickle.UnpicklingError("no data.pkl")
         self.script = f"{self.root}/constants.pkl" in names
@@ -101,7 +112,9 @@ class ZipStore:
     def storage(self, note: StorageNote) -> Tensor:
         "The numbers of a storage, flat."
         data = bytearray(self.read(f"data/{note.key}"))
-        return torch.frombuffer(data, dtype=note.dtype) if data else torch.empty(0, dtype=note.dtype)
+        return (
+            torch.frombuffer(data, dtype=note.dtype) if data else torch.empty(0, dtype=note.dtype)
+        )
 
     def close(self):
         self.archive.close()
@@ -139,9 +152,13 @@ class LegacyStore:
         data = bytearray(self.file.getbuffer()[start : start + count * size])
         if len(data) != count * size:
             raise pickle.UnpicklingError("cut short")
-        return torch.frombuffer(data, dtype=note.dtype) if data else torch.empty(0, dtype=note.dtype)
+        return (
+            torch.frombuffer(data, dtype=note.dtype) if data else torch.empty(0, dtype=note.dtype)
+        )
 
-    def _places(self, note: StorageNote) -> dict[str, tuple[int, int]]:  # key -> first byte, numbers
+    def _places(
+        self, note: StorageNote
+    ) -> dict[str, tuple[int, int]]:  # key -> first byte, numbers
         "Where each storage begins; the widths come from the notes."
         if not hasattr(self, "places"):
             widths = {n.storage.key: n.storage.dtype.itemsize for n in all_notes(self.found)}
@@ -191,14 +208,18 @@ def refusal(path: Path, e: Exception) -> TiprError:
             "holds; get the weights as safetensors"
         )
     if text == "BIG":
-        return TiprError(f"{path}: written on a big-endian machine; save the weights as safetensors there")
+        return TiprError(
+            f"{path}: written on a big-endian machine; save the weights as safetensors there"
+        )
     if m := re.search(r"GLOBAL (.+)", text):
         return TiprError(
             f"{path}: refused: this pickle asks for {m[1][:80]}, which is no tensor and can run code; get "
             "the weights as safetensors, "
             "or, if you trust its maker, save the tensors alone with torch.save in the program that wrote it"
         )
-    return TiprError(f"{path}: not a complete checkpoint (cut short, or no PyTorch file?); copy or download it again")
+    return TiprError(
+        f"{path}: not a complete checkpoint (cut short, or no PyTorch file?); copy or download it again"
+    )
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-023
 def _read_store(path: Path, store: ZipStore | LegacyStore) -> tuple[dict[str, Tensor], list[str]]:
@@ -229,7 +250,10 @@ def script_root(path: str | Path) -> str | None:
             names = z.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return None
-    return next((n.rpartition("/")[0] for n in names if n.endswith("/constants.pkl") and n.count("/") == 1), None)
+    return next(
+        (n.rpartition("/")[0] for n in names if n.endswith("/constants.pkl") and n.count("/") == 1),
+        None,
+    )
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-035
 def read_script(path: str | Path) -> dict[str, Tensor]:
@@ -249,18 +273,21 @@ def read_file(path: str | Path) -> Checkpoint:
         found = Checkpoint(path, strip_wrappers(read_safetensors(path)), "safetensors")
     else:
         tensors, beside = read_pickle(path)
-        found = Checkpoint(path, tensors, "TorchScript" if script_root(path) else "pickle", {}, beside)
+        found = Checkpoint(
+            path, tensors, "TorchScript" if script_root(path) else "pickle", {}, beside
+        )
     if not found.tensors:
         raise TiprError(f"{path}: no tensors by name in it; it has to be the state dict of a model")
     return found
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-042
+# the first that is there
 _FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
-)  # the first that is there
+)
 _CONFIGS = ("open_clip_config.json", "config.json")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 
@@ -293,7 +320,8 @@ def weights_file(folder: Path) -> Path:
     "The one file of weights in a folder."
     names = [n for n in _FILES if (folder / n).exists()]
     if (folder / _CONFIGS[0]).exists():
-        names.sort(key=lambda n: not n.startswith("open_clip"))  # timm and LAION keep other layouts beside it
+        # timm and LAION keep other layouts beside it
+        names.sort(key=lambda n: not n.startswith("open_clip"))
     if names:
         return folder / names[0]
     others = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix in _SUFFIXES]
@@ -313,7 +341,9 @@ def read_folder(folder: Path) -> Checkpoint:
     index = next(iter(sorted(folder.glob("*.index.json"))), None)
     if index is not None:
         parts = [read_file(folder / n) for n in _shards(folder, index)]
-        return Checkpoint(folder, {k: v for p in parts for k, v in p.tensors.items()}, parts[0].container, config)
+        return Checkpoint(
+            folder, {k: v for p in parts for k, v in p.tensors.items()}, parts[0].container, config
+        )
     found = read_file(weights_file(folder))
     return Checkpoint(folder, found.tensors, found.container, config, found.beside)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..core import TiprError, atomic_path, write_json, write_text
 from .peers import to_hf
 from .weights import open_weights
-from ..models import (PersonCLIP, arch_config, load_strict, own_archs, resize_positions, vocab_and_merges,
-    write_safetensors)
+from ..models import (PersonCLIP, arch_config, load_strict, own_archs, resize_positions,
+    vocab_and_merges, write_safetensors)
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-004
 from open_clip.model import CLIP
@@ -52,9 +52,13 @@ def save_open_clip(model: PersonCLIP, folder: str | Path) -> Path:
     if model.arch in own_archs():
         plain_towers(model, "open_clip")
     folder = Path(folder)
-    pixels = dict(mean=list(model.mean), std=list(model.std), interpolation="bilinear", resize_mode="squash")
+    pixels = dict(
+        mean=list(model.mean), std=list(model.std), interpolation="bilinear", resize_mode="squash"
+    )
     write_safetensors(folder / "open_clip_model.safetensors", model.clip.state_dict())
-    write_json(folder / "open_clip_config.json", dict(model_cfg=full_config(model), preprocess_cfg=pixels))
+    write_json(
+        folder / "open_clip_config.json", dict(model_cfg=full_config(model), preprocess_cfg=pixels)
+    )
     return folder
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-016
@@ -62,7 +66,10 @@ def _hf_tower(part: dict, heads: int, act: str, dim: int) -> dict[str, Any]:
     "What both towers' configurations have in common."
     hidden = round(part["width"] * part.get("mlp_ratio", 4))
     sizes = dict(
-        hidden_size=part["width"], intermediate_size=hidden, num_hidden_layers=part["layers"], num_attention_heads=heads
+        hidden_size=part["width"],
+        intermediate_size=hidden,
+        num_hidden_layers=part["layers"],
+        num_attention_heads=heads,
     )
     return sizes | dict(hidden_act=act, projection_dim=dim)
 
@@ -75,10 +82,16 @@ def hf_config(model: PersonCLIP) -> dict:
     vision = _hf_tower(v, v["width"] // v.get("head_width", 64), act, dim) | dict(
         image_size=model.image_size[0], patch_size=v["patch_size"]
     )
-    words = dict(vocab_size=t.get("vocab_size", 49408), max_position_embeddings=t.get("context_length", 77))
-    marks = dict(bos_token_id=tokenizer.sot_token_id, eos_token_id=tokenizer.eot_token_id, pad_token_id=0)
+    words = dict(
+        vocab_size=t.get("vocab_size", 49408), max_position_embeddings=t.get("context_length", 77)
+    )
+    marks = dict(
+        bos_token_id=tokenizer.sot_token_id, eos_token_id=tokenizer.eot_token_id, pad_token_id=0
+    )
     return dict(
-        vision_config=vision, text_config=_hf_tower(t, t["heads"], act, dim) | words | marks, projection_dim=dim
+        vision_config=vision,
+        text_config=_hf_tower(t, t["heads"], act, dim) | words | marks,
+        projection_dim=dim,
     )
 
 # %% ../../nbs/09_interop/06_exports.ipynb #cell-020
@@ -117,7 +130,9 @@ def save_hf(
 
     clip = plain_towers(model, "Hugging Face's CLIPModel")
     if "visual.proj" not in clip.state_dict():
-        raise TiprError(f"{model.arch}: Hugging Face's CLIPModel has no ResNet; export to open_clip or onnx")
+        raise TiprError(
+            f"{model.arch}: Hugging Face's CLIPModel has no ResNet; export to open_clip or onnx"
+        )
     height, width = image_size or model.image_size
     if height != width:
         raise TiprError(
@@ -144,7 +159,9 @@ def save_onnx(model: PersonCLIP, folder: str | Path) -> Path:
     folder = Path(folder)
     fingerprint = model_fingerprint(model)
     if export_text_tower(model, folder, fingerprint) is None:
-        raise TiprError(f"{model.arch}: its tokenizer cannot be written for ONNX Runtime; only CLIP's own can")
+        raise TiprError(
+            f"{model.arch}: its tokenizer cannot be written for ONNX Runtime; only CLIP's own can"
+        )
     write_image_tower(model, folder, fingerprint)
     return folder
 
@@ -198,7 +215,9 @@ def convert_file(
         raise TiprError(f"{out}: there is something in it already; choose another folder")
     model = open_weights(source, image_size, quick_gelu, say)
     if say is not None and model.readout is not None and to in ("open_clip", "hf"):
-        say(f"left aside: token selection (TSE), which {to}'s layout has no place for; the global feature alone is written")
+        say(
+            f"left aside: token selection (TSE), which {to}'s layout has no place for; the global feature alone is written"
+        )
     with atomic_path(out, folder=True) as tmp:
         TARGETS[to](model, tmp)
     if say is not None:

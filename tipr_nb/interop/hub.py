@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..core import TiprError, atomic_path, fill_card, hub_answers, markdown_table, read_json, write_text
+from ..core import (TiprError, atomic_path, fill_card, hub_answers, markdown_table,
+    read_json, write_text)
 from ..evaluation import HEADLINE, TITLES, Metrics, load_metrics
 from ..training import Recipe, best_weights
 
@@ -47,7 +48,11 @@ def read_run(
 def shown_metric(m: Metrics, name: str) -> str:
     "A number with its 95 % interval, as text."
     value = f"{getattr(m, name):.2f}"
-    return f"{value} [{m.intervals[name][0]:.2f}, {m.intervals[name][1]:.2f}]" if name in m.intervals else value
+    return (
+        f"{value} [{m.intervals[name][0]:.2f}, {m.intervals[name][1]:.2f}]"
+        if name in m.intervals
+        else value
+    )
 
 # %% ../../nbs/09_interop/07_hub.ipynb #cell-014
 def metric_rows(metrics: dict[str, Metrics]) -> list[dict]:
@@ -75,12 +80,21 @@ def card_data(name: str, facts: dict, metrics: dict[str, Metrics]) -> dict[str, 
     task = dict(type="text-to-image-retrieval", name="Text-to-image person retrieval")
     results: list[dict] = []
     for key, m in metrics.items():
-        numbers = [dict(type=k.lower(), name=TITLES[k], value=round(float(getattr(m, k)), 2)) for k in HEADLINE]
+        numbers = [
+            dict(type=k.lower(), name=TITLES[k], value=round(float(getattr(m, k)), 2))
+            for k in HEADLINE
+        ]
         results.append(
-            dict(task=task, dataset=dict(name=m.name or key, type=facts.get("dataset", "unknown")), metrics=numbers)
+            dict(
+                task=task,
+                dataset=dict(name=m.name or key, type=facts.get("dataset", "unknown")),
+                metrics=numbers,
+            )
         )
     tags = ["text-to-image-person-retrieval", "person-search", "clip"]
-    data: dict[str, Any] = dict(license="apache-2.0", library_name="tipr_nb", tags=tags, language=["en"])
+    data: dict[str, Any] = dict(
+        license="apache-2.0", library_name="tipr_nb", tags=tags, language=["en"]
+    )
     if results:
         data["model-index"] = [dict(name=name, results=results)]
     return data
@@ -117,7 +131,8 @@ def model_card(
     folder: str | Path,  # a run of `train`
     name: str | None = None,  # of the model; the folder's when None
     repo: str | None = None,  # hub id, for the example
-    metrics: dict[str, Metrics] | None = None,  # name -> evaluation; those saved as JSON in the folder when None
+    metrics: dict[str, Metrics]
+    | None = None,  # name -> evaluation; those saved as JSON in the folder when None
     notes: Sequence[str] = (),  # more that a reader should know about the data
 ) -> str:  # Markdown
     "A model card filled from a run: recipe, data, metrics with intervals, limits."
@@ -181,7 +196,9 @@ def upload(
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise TiprError(f"{repo}: not a hub id; write owner/name")
     if not (folder / "README.md").is_file():
-        raise TiprError(f"{folder}: no card (README.md) in it; make the folder with pack_run or export_dataset")
+        raise TiprError(
+            f"{folder}: no card (README.md) in it; make the folder with pack_run or export_dataset"
+        )
     if not hub_answers():
         raise TiprError(
             f"{repo}: the hub cannot be reached; the folder {folder} is complete, upload "
@@ -191,7 +208,10 @@ def upload(
     try:
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
         sent = api.upload_folder(
-            repo_id=repo, repo_type=kind, folder_path=str(folder), commit_message=message or f"{folder.name} by tipr_nb"
+            repo_id=repo,
+            repo_type=kind,
+            folder_path=str(folder),
+            commit_message=message or f"{folder.name} by tipr_nb",
         )
     except Exception as e:
         reason = " ".join(str(e).split())[:120]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..core import TiprError, shipped_weights
 from .checkpoints import Checkpoint, read_checkpoint
-from .peers import (IMAGENET, Peer, from_hf_siglip, guess_grid, model_config, name_arch, name_heads,
-    recognise, siglip_config, token_selection)
+from .peers import (IMAGENET, Peer, from_hf_siglip, guess_grid, model_config,
+    name_arch, name_heads, recognise, siglip_config, token_selection)
 from ..methods import attach_selection
 from ..models import PersonCLIP, load_strict
 from ..training import best_weights, has_best_weights
@@ -65,7 +65,8 @@ def config_part(config: dict, name: str, where: str) -> dict:
 def _hf_activation(config: dict, where: str) -> bool:
     "Whether a Hugging Face configuration names QuickGELU."
     acts = {
-        str(config_part(config, k, where).get("hidden_act", "quick_gelu")) for k in ("vision_config", "text_config")
+        str(config_part(config, k, where).get("hidden_act", "quick_gelu"))
+        for k in ("vision_config", "text_config")
     }
     if len(acts) == 1 and acts <= {"quick_gelu", "gelu"}:
         return acts == {"quick_gelu"}
@@ -137,7 +138,9 @@ def find_grid(
     )
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-025
-def check_shapes(arch: str, size: tuple[int, int], cfg: dict | None, state: dict[str, Tensor], where: str):
+def check_shapes(
+    arch: str, size: tuple[int, int], cfg: dict | None, state: dict[str, Tensor], where: str
+):
     "A `TiprError` where the model that is to be built would not take these tensors; nothing is allocated."
     try:
         with torch.device("meta"):
@@ -153,7 +156,11 @@ def check_shapes(arch: str, size: tuple[int, int], cfg: dict | None, state: dict
         state = convert_to_custom_text_state_dict(state)
     theirs = {k: tuple(v.shape) for k, v in state.items()}
     for name, v in model.clip.state_dict().items():
-        if name in theirs and theirs[name] != tuple(v.shape) and v.numel() != math.prod(theirs[name]):
+        if (
+            name in theirs
+            and theirs[name] != tuple(v.shape)
+            and v.numel() != math.prod(theirs[name])
+        ):
             raise TiprError(
                 f"{where}: not the weights of {arch}: {name} is {theirs[name]} there and {tuple(v.shape)} "
                 "here; choose a checkpoint of that architecture"
@@ -185,24 +192,35 @@ class Blueprint:
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-030
 def _from_named(
-    found: Checkpoint, state: dict[str, Tensor], peer: Peer, quick: bool, image_size: Sequence[int] | None
+    found: Checkpoint,
+    state: dict[str, Tensor],
+    peer: Peer,
+    quick: bool,
+    image_size: Sequence[int] | None,
 ) -> Blueprint:
     "The blueprint of an open_clip folder, which names its whole configuration."
     where = found.path.name
     named = config_part(found.config, "model_cfg", where) | dict(quick_gelu=quick)
     if not isinstance(named.get("vision_cfg"), dict) or not isinstance(named.get("text_cfg"), dict):
-        raise TiprError(f"{where}/open_clip_config.json: no vision_cfg and text_cfg in it; download it again")
+        raise TiprError(
+            f"{where}/open_clip_config.json: no vision_cfg and text_cfg in it; download it again"
+        )
     try:
         arch = name_arch(named, quick)[0]
     except (KeyError, TypeError):
         arch = "open-clip-folder"
     size = _named_size(named) or (224, 224)
-    positions, patch = state.get("visual.positional_embedding"), named["vision_cfg"].get("patch_size")
+    positions, patch = (
+        state.get("visual.positional_embedding"),
+        named["vision_cfg"].get("patch_size"),
+    )
     if positions is not None and isinstance(patch, int):
         rows, columns = find_grid(len(positions) - 1, patch, [image_size, size], where)
         size = rows * patch, columns * patch
     pixels = config_part(found.config, "preprocess_cfg", where)
-    return Blueprint(arch, size, named, pixels.get("mean") or peer.mean, pixels.get("std") or peer.std)
+    return Blueprint(
+        arch, size, named, pixels.get("mean") or peer.mean, pixels.get("std") or peer.std
+    )
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-031
 def _from_siglip(
@@ -211,7 +229,9 @@ def _from_siglip(
     "The blueprint of Hugging Face's SigLIP."
     cfg = siglip_config(state, found.config)
     patch = state["visual.trunk.patch_embed.proj.weight"].shape[-1]
-    rows, columns = find_grid(state["visual.trunk.pos_embed"].shape[1], patch, [image_size], found.path.name)
+    rows, columns = find_grid(
+        state["visual.trunk.pos_embed"].shape[1], patch, [image_size], found.path.name
+    )
     if has_tokenizer(found.path):
         cfg["text_cfg"]["hf_tokenizer_name"] = str(found.path)
     return Blueprint(
@@ -225,7 +245,9 @@ def _from_siglip(
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-032
 def has_tokenizer(folder: Path) -> bool:
     "Whether a folder holds a tokenizer of Hugging Face's."
-    return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model"))
+    return any(
+        (folder / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")
+    )
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-034
 def plan_model(
@@ -243,8 +265,12 @@ def plan_model(
         return _from_named(found, state, peer, quick, image_size)
     cfg = _hf_heads(model_config(state), found.config, where)
     patch = cfg["vision_cfg"]["patch_size"] or 32
-    positions = state.get("visual.positional_embedding", state.get("visual.attnpool.positional_embedding"))
-    rows, columns = find_grid(len(positions) - 1 if positions is not None else 0, patch, [image_size], where)
+    positions = state.get(
+        "visual.positional_embedding", state.get("visual.attnpool.positional_embedding")
+    )
+    rows, columns = find_grid(
+        len(positions) - 1 if positions is not None else 0, patch, [image_size], where
+    )
     arch, model_cfg = name_arch(cfg, quick)
     return Blueprint(arch, (rows * patch, columns * patch), model_cfg, peer.mean, peer.std)
 
@@ -261,10 +287,14 @@ def _origin(
     "The note that a loaded model keeps."
     notes = [peer.note] if peer.note and model.readout is None else []
     if model.readout is not None:
-        notes.append("searches by global features and selected tokens (TSE), side by side; 30 % of the tokens, as RDE's script has it")
+        notes.append(
+            "searches by global features and selected tokens (TSE), side by side; 30 % of the tokens, as RDE's script has it"
+        )
     if trained != model.image_size:
         rows, columns = (trained[i] // model.patch_size[i] for i in (0, 1))
-        notes.append(f"positions resampled from a grid of {rows}x{columns} to {model.grid[0]}x{model.grid[1]}")
+        notes.append(
+            f"positions resampled from a grid of {rows}x{columns} to {model.grid[0]}x{model.grid[1]}"
+        )
     if not scaled:
         notes.append(
             f"no logit scale in the file; set to {f'1/{peer.temperature}' if peer.temperature else 'its default'}"
@@ -295,7 +325,8 @@ def own_weights(path: str | Path, image_size: Sequence[int] | None = None) -> Pe
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-040
 def load_peer(
     path: str | Path,  # checkpoint file, folder, or hub id
-    image_size: Sequence[int] | None = None,  # (h, w); the checkpoint's own when None, else positions are resampled
+    image_size: Sequence[int]
+    | None = None,  # (h, w); the checkpoint's own when None, else positions are resampled
     quick_gelu: bool | None = None,  # the activation, where the file does not say
     say: Callable[[str], object] | None = print,  # gets what was recognised and what was left aside
 ) -> PersonCLIP:
@@ -333,4 +364,6 @@ def load_peer(
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-041
 def _is_timm_folder(found: Checkpoint) -> bool:
     "Whether it is an open_clip folder with an image tower of timm's: its tensors have open_clip's names already."
-    return isinstance(found.config.get("model_cfg"), dict) and any(k.startswith("visual.trunk.") for k in found.tensors)
+    return isinstance(found.config.get("model_cfg"), dict) and any(
+        k.startswith("visual.trunk.") for k in found.tensors
+    )

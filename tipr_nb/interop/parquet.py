@@ -15,13 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from ..core import (TiprError, atomic_path, cache_dir, file_sha256, fill_card, hub_snapshot, markdown_table, need,
-    os_errors, progress, read_json, write_json, write_text)
+from ..core import (TiprError, atomic_path, cache_dir, file_sha256, fill_card, hub_snapshot,
+    markdown_table, need, os_errors, progress, read_json, write_json, write_text)
 from ..data import DatasetError, PersonDataset, Split
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-006
 _OWN = ("image", "identity", "captions")
-_TYPES = {"b": "bool", "i": "int64", "u": "int64", "f": "float64", "U": "string"}  # NumPy's kind -> Arrow's type
+# NumPy's kind -> Arrow's type
+_TYPES = {
+    "b": "bool",
+    "i": "int64",
+    "u": "int64",
+    "f": "float64",
+    "U": "string",
+}
 
 
 def column_type(column: np.ndarray) -> Any:  # datasets.Value or datasets.List
@@ -46,7 +53,9 @@ def split_features(
     images = [k for k in split.image_columns if k not in _OWN]
     captions = list(split.caption_columns)
     features |= {k: column_type(split.image_columns[k]) for k in images}
-    features |= {f"caption_{k}": datasets.List(column_type(split.caption_columns[k])) for k in captions}
+    features |= {
+        f"caption_{k}": datasets.List(column_type(split.caption_columns[k])) for k in captions
+    }
     return datasets.Features(features), images, captions
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-010
@@ -55,7 +64,10 @@ def _plain_values(column: np.ndarray) -> list:
     values = [v.tolist() if hasattr(v, "tolist") else v for v in column]
     if column.dtype != object:
         return values
-    return [json.dumps(v, ensure_ascii=False) if v is None or isinstance(v, (dict, list, tuple)) else v for v in values]
+    return [
+        json.dumps(v, ensure_ascii=False) if v is None or isinstance(v, (dict, list, tuple)) else v
+        for v in values
+    ]
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-012
 def _image_bytes(path: Path) -> bytes:
@@ -82,7 +94,11 @@ def image_rows(
     for i, path in enumerate(split.images):
         mine = order[starts[i] : starts[i + 1]].tolist()
         picture = {"bytes": _image_bytes(Path(path)), "path": Path(path).name}
-        row = {"image": picture, "identity": int(split.image_ids[i]), "captions": [split.captions[j] for j in mine]}
+        row = {
+            "image": picture,
+            "identity": int(split.image_ids[i]),
+            "captions": [split.captions[j] for j in mine],
+        }
         row |= {k: values[i] for k, values in columns.items()}
         yield row | {k: [values[j] for j in mine] for k, values in per_caption.items()}
 
@@ -104,9 +120,15 @@ def write_split(
     for shard in range(shards):
         path = Path(folder) / "data" / f"{split.name}-{shard:05d}-of-{shards:05d}.parquet"
         mine = islice(rows, shard_rows)
-        with atomic_path(path) as tmp, os_errors(path), pq.ParquetWriter(tmp, features.arrow_schema) as writer:
+        with (
+            atomic_path(path) as tmp,
+            os_errors(path),
+            pq.ParquetWriter(tmp, features.arrow_schema) as writer,
+        ):
             while part := list(islice(mine, chunk)):
-                writer.write_table(pa.Table.from_pylist(part, schema=features.arrow_schema), row_group_size=chunk)
+                writer.write_table(
+                    pa.Table.from_pylist(part, schema=features.arrow_schema), row_group_size=chunk
+                )
                 bar.update(len(part))
         files.append(path)
     bar.close()
@@ -125,7 +147,9 @@ def data_card(dataset: PersonDataset, splits: dict[str, Split], repo: str) -> st
     )
     notes = "".join(f"\n- {n}" for n in dataset.notes)
     table = markdown_table([s.summary() for s in splits.values()])
-    return fill_card("data_card", data, name=dataset.name, repo=repo, table=table, notes=f"{notes}\n")
+    return fill_card(
+        "data_card", data, name=dataset.name, repo=repo, table=table, notes=f"{notes}\n"
+    )
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-021
 def export_dataset(
@@ -139,7 +163,9 @@ def export_dataset(
     there = {k: v for k, v in dataset.splits.items() if v is not None and len(v.images)}
     missing = [s for s in splits or () if s not in there]
     if missing:
-        raise DatasetError(f"{dataset.name}: no split {missing[0]!r}; it has {', '.join(dataset.splits)}")
+        raise DatasetError(
+            f"{dataset.name}: no split {missing[0]!r}; it has {', '.join(dataset.splits)}"
+        )
     chosen = {k: v for k, v in there.items() if splits is None or k in splits}
     if not chosen:
         raise DatasetError(f"{dataset.name}: no split has images; load it with its files")
@@ -149,7 +175,10 @@ def export_dataset(
     with atomic_path(out, folder=True) as tmp:
         for split in chosen.values():
             write_split(split, tmp, **kwargs)
-        write_json(tmp / "tipr.json", dict(format=1, name=dataset.name, notes=dataset.notes, splits=list(chosen)))
+        write_json(
+            tmp / "tipr.json",
+            dict(format=1, name=dataset.name, notes=dataset.notes, splits=list(chosen)),
+        )
         write_text(tmp / "README.md", data_card(dataset, chosen, repo or out.name))
     return out
 
@@ -163,7 +192,9 @@ def lay_out(
     "Write a picture's bytes; its name keeps nothing of a path that came from elsewhere."
     data = (image or {}).get("bytes")
     if not data:
-        raise DatasetError(f"{file}: row {i} has no picture in it; export the dataset again with its pictures")
+        raise DatasetError(
+            f"{file}: row {i} has no picture in it; export the dataset again with its pictures"
+        )
     name = Path(image.get("path") or "image.jpg").name
     path = folder / f"{i:06d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[-80:]}"
     if not path.exists() or path.stat().st_size != len(data) or path.read_bytes() != data:
@@ -189,7 +220,9 @@ def parquet_rows(file: Path) -> Iterator[dict]:
     try:
         parquet = pq.ParquetFile(file)
     except Exception as e:
-        raise DatasetError(f"{file}: not a complete Parquet file ({type(e).__name__}); download it again") from None
+        raise DatasetError(
+            f"{file}: not a complete Parquet file ({type(e).__name__}); download it again"
+        ) from None
     names = parquet.schema_arrow.names
     lost = [c for c in _OWN if c not in names]
     if lost:
@@ -201,7 +234,9 @@ def parquet_rows(file: Path) -> Iterator[dict]:
         for batch in parquet.iter_batches(256):
             yield from batch.to_pylist()
     except Exception as e:
-        raise DatasetError(f"{file}: damaged inside ({type(e).__name__}); download it again") from None
+        raise DatasetError(
+            f"{file}: damaged inside ({type(e).__name__}); download it again"
+        ) from None
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-032
 def check_row(captions: Any, identity: Any, image: Any, where: str):
@@ -209,9 +244,13 @@ def check_row(captions: Any, identity: Any, image: Any, where: str):
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise DatasetError(f"{where}: its captions are no list of sentences; each row needs one")
     if not isinstance(identity, int) or not 0 <= identity < 2**63:
-        raise DatasetError(f"{where}: its identity is {str(identity)[:40]!r}; number the people from 0")
+        raise DatasetError(
+            f"{where}: its identity is {str(identity)[:40]!r}; number the people from 0"
+        )
     if image is not None and not isinstance(image, dict):
-        raise DatasetError(f"{where}: its image is no picture; export the dataset again with its pictures")
+        raise DatasetError(
+            f"{where}: its image is no picture; export the dataset again with its pictures"
+        )
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-034
 def read_split(
@@ -244,7 +283,14 @@ def read_split(
     image_columns = {k: _as_column(v) for k, v in columns.items()}
     caption_columns = {k: _as_column(v) for k, v in per_caption.items()}
     return Split(
-        name, paths, image_ids, captions, image_ids[caption_image], caption_image, image_columns, caption_columns
+        name,
+        paths,
+        image_ids,
+        captions,
+        image_ids[caption_image],
+        caption_image,
+        image_columns,
+        caption_columns,
     )
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-036
@@ -277,14 +323,20 @@ def import_dataset(
     folder = _source_folder(source)
     files = parquet_files(folder)
     if not files:
-        raise DatasetError(f"{source}: no .parquet files in it; give the folder that export_dataset wrote")
+        raise DatasetError(
+            f"{source}: no .parquet files in it; give the folder that export_dataset wrote"
+        )
     facts = {}
     if (folder / "tipr.json").is_file():
         facts = read_json(folder / "tipr.json", "export the dataset again", dict, DatasetError)
     title, notes = facts.get("name", folder.name), facts.get("notes", [])
     if not isinstance(title, str) or not isinstance(notes, list):
-        raise DatasetError(f"{folder}/tipr.json: not what export_dataset writes; export the dataset again")
-    key = hashlib.sha256("".join(file_sha256(f) for found in files.values() for f in found).encode()).hexdigest()[:16]
+        raise DatasetError(
+            f"{folder}/tipr.json: not what export_dataset writes; export the dataset again"
+        )
+    key = hashlib.sha256(
+        "".join(file_sha256(f) for found in files.values() for f in found).encode()
+    ).hexdigest()[:16]
     home = Path(images) if images else cache_dir() / "datasets" / key
     empty: np.ndarray = np.zeros(0, np.int64)
     splits = {name: Split(name, [], empty, [], empty, empty) for name in ("train", "val", "test")}

@@ -72,7 +72,10 @@ _HF = [
     ("mlp.fc1", "mlp.c_fc"),
     ("mlp.fc2", "mlp.c_proj"),
 ]
-_HF_MATRICES = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+_HF_MATRICES = {
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+}
 
 
 def stack_attention(
@@ -123,7 +126,9 @@ def to_hf(
             name = f"{name[: stacked.start()]}self_attn.%s_proj.{stacked[1]}"
         for theirs, ours in _HF:
             name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.|$)", rf"\g<1>{theirs}", name)
-        out |= {name % x: part.clone() for x, part in zip("qkv", v.chunk(3))} if stacked else {name: v}
+        out |= (
+            {name % x: part.clone() for x, part in zip("qkv", v.chunk(3))} if stacked else {name: v}
+        )
     return out
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-019
@@ -173,8 +178,8 @@ def from_hf_siglip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for kind in ("weight", "bias"):
         whole = out.pop(f"vision_model.head.attention.in_proj_{kind}", None)
         if whole is not None:
-            out[f"visual.trunk.attn_pool.q.{kind}"], out[f"visual.trunk.attn_pool.kv.{kind}"] = whole.split(
-                [len(whole) // 3, 2 * len(whole) // 3]
+            out[f"visual.trunk.attn_pool.q.{kind}"], out[f"visual.trunk.attn_pool.kv.{kind}"] = (
+                whole.split([len(whole) // 3, 2 * len(whole) // 3])
             )
     positions = out.get("visual.trunk.pos_embed")
     if positions is not None:
@@ -194,9 +199,13 @@ def join_positions(
         return state
     first = state.get("positional_embedding")
     if first is None or first.shape != second.shape:
-        raise TiprError("Long-CLIP's two tables of positions do not fit each other; get the checkpoint again")
+        raise TiprError(
+            "Long-CLIP's two tables of positions do not fit each other; get the checkpoint again"
+        )
     joined = torch.cat([first[:_KEPT_POSITIONS], second[_KEPT_POSITIONS:]])
-    return {k: v for k, v in state.items() if k != "positional_embedding_res"} | {"positional_embedding": joined}
+    return {k: v for k, v in state.items() if k != "positional_embedding_res"} | {
+        "positional_embedding": joined
+    }
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-025
 _family = functools.partial(drop_prefix, prefix="base_model.")
@@ -216,7 +225,13 @@ PEERS = [
     ),
     Peer("Hugging Face CLIPModel", (r"vision_model\.", r"text_model\."), from_hf, None),
     Peer("RDE", (r"base_model\.visual\.", r"visul_emb_layer\."), _family, True, 0.02, note=_RDE),
-    Peer("SEN", (r"base_model\.visual\.", r"(decoder_pred\.|mask_token$|decoder_embed\.)"), _family, True, 0.02),
+    Peer(
+        "SEN",
+        (r"base_model\.visual\.", r"(decoder_pred\.|mask_token$|decoder_embed\.)"),
+        _family,
+        True,
+        0.02,
+    ),
     Peer("IRRA", (r"base_model\.visual\.", r"base_model\."), _family, True, 0.02),
     Peer(
         "TBPS-CLIP",
@@ -232,8 +247,12 @@ PEERS = [
         functools.partial(drop_prefix, prefix="text."),
         None,
     ),
-    Peer("OpenAI CLIP", (r"(input_resolution|context_length|vocab_size)$", r"visual\."), dict, True),
-    Peer("Long-CLIP", (r"positional_embedding_res$", r"visual\.", r"token_embedding\."), dict, True),
+    Peer(
+        "OpenAI CLIP", (r"(input_resolution|context_length|vocab_size)$", r"visual\."), dict, True
+    ),
+    Peer(
+        "Long-CLIP", (r"positional_embedding_res$", r"visual\.", r"token_embedding\."), dict, True
+    ),
     Peer("CLIP", (r"visual\.", r"token_embedding\."), dict, None),
 ]
 
@@ -248,12 +267,18 @@ def find_peer(names: Iterable[str]) -> Peer | None:
     return next((p for p in PEERS if all(_marked(names, m) for m in p.marks)), None)
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-027
-_BEGINNINGS = ("visual.conv1.weight", "vision_model.embeddings.class_embedding", "vision_model.head.probe")
+_BEGINNINGS = (
+    "visual.conv1.weight",
+    "vision_model.embeddings.class_embedding",
+    "vision_model.head.probe",
+)
 
 
 def wrapper_prefix(names: Iterable[str]) -> str:
     "What stands before the towers' names where a project wraps CLIP in a class of its own: `clip.`, `encoder.model.`"
-    return next((k[: -len(mark)] for k in names for mark in _BEGINNINGS if k.endswith(f".{mark}")), "")
+    return next(
+        (k[: -len(mark)] for k in names for mark in _BEGINNINGS if k.endswith(f".{mark}")), ""
+    )
 
 
 def _some(missing: list[str]) -> str:
@@ -268,17 +293,15 @@ def nearest_peer(tensors: dict[str, Tensor], where: str) -> str:
         return [k for k in _NEEDED if k not in p.rename(tensors)]
 
     candidates = [p for p in PEERS if p.rename is not from_hf_siglip and p.name != "Long-CLIP"]
-    best = min(candidates, key=lambda p: (len(lacking(p)), -sum(_marked(tensors, m) for m in p.marks)))
+    best = min(
+        candidates, key=lambda p: (len(lacking(p)), -sum(_marked(tensors, m) for m in p.marks))
+    )
     missing = lacking(best)
     has = ", ".join(n[:60] for n in list(tensors)[:3])
     if len(missing) == len(_NEEDED):
-        return (
-            f"{where}: no CLIP in it (its tensors are named {has}, ...); known are {', '.join(p.name for p in PEERS)}"
-        )
+        return f"{where}: no CLIP in it (its tensors are named {has}, ...); known are {', '.join(p.name for p in PEERS)}"
     lacks = _some(missing) or "some of its marks"
-    return (
-        f"{where}: unknown layout; the nearest is {best.name}, but {lacks} missing (its tensors are named {has}, ...)"
-    )
+    return f"{where}: unknown layout; the nearest is {best.name}, but {lacks} missing (its tensors are named {has}, ...)"
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-029
 _NEEDED_SIGLIP = (
@@ -293,7 +316,9 @@ _SIGLIP_CORE = re.compile(r"(visual\.trunk\.|text\.|logit_scale$|logit_bias$)")
 
 def recognise(
     tensors: dict[str, Tensor], where: str = "checkpoint"
-) -> tuple[Peer, dict[str, Tensor], dict[str, Tensor]]:  # peer, its CLIP in open_clip's layout, what else it holds
+) -> tuple[
+    Peer, dict[str, Tensor], dict[str, Tensor]
+]:  # peer, its CLIP in open_clip's layout, what else it holds
     "Whose checkpoint this is; a `TiprError` names the nearest layout and what is missing."
     peer = find_peer(tensors)
     if peer is None:
@@ -378,7 +403,11 @@ def siglip_config(
     tower = f"tipr_siglip_p{patch}_w{width}_d{layers}_h{seen.get('num_attention_heads', 12)}_m{hidden}_{act}"
     side = math.isqrt(state["visual.trunk.pos_embed"].shape[1])
     vision = dict(
-        image_size=patch * side, timm_model_name=tower, timm_model_pretrained=False, timm_pool="map", timm_proj="none"
+        image_size=patch * side,
+        timm_model_name=tower,
+        timm_model_pretrained=False,
+        timm_pool="map",
+        timm_proj="none",
     )
     context, wide = state["text.positional_embedding"].shape
     text: dict[str, Any] = dict(
@@ -422,10 +451,17 @@ def visible_shape(cfg: dict) -> tuple:
     layers = v.get("layers", 12)
     resnet = isinstance(layers, (list, tuple))
     image = (
-        (tuple(layers), v.get("width", 64), None) if resnet else (layers, v.get("width", 768), v.get("patch_size", 16))
+        (tuple(layers), v.get("width", 64), None)
+        if resnet
+        else (layers, v.get("width", 768), v.get("patch_size", 16))
     )
     ratios = round(v.get("mlp_ratio", 4) * 1000), round(t.get("mlp_ratio", 4) * 1000)
-    text = t.get("context_length", 77), t.get("vocab_size", 49408), t.get("width", 512), t.get("layers", 12)
+    text = (
+        t.get("context_length", 77),
+        t.get("vocab_size", 49408),
+        t.get("width", 512),
+        t.get("layers", 12),
+    )
     return (cfg["embed_dim"], *image, *text, *ratios)
 
 
@@ -435,7 +471,9 @@ def _known_shapes() -> dict[tuple, str]:
     known: dict[tuple, str] = {}
     for name in sorted(open_clip.list_models(), key=lambda n: (len(n), n), reverse=True):
         cfg = open_clip.get_model_config(name)
-        odd = set(cfg) - {"embed_dim", *_PLAIN} or any(set(cfg[k]) - plain for k, plain in _PLAIN.items())
+        odd = set(cfg) - {"embed_dim", *_PLAIN} or any(
+            set(cfg[k]) - plain for k, plain in _PLAIN.items()
+        )
         if not odd and name not in own_archs():
             known[visible_shape(cfg)] = name
     return known
@@ -475,7 +513,10 @@ _HEADS = [
         r"(mlm_head|cross_attn(_mlm)?|cross_modal_transformer(_mlm)?|ln_pre_[ti]|ln_post)\.",
         "masked language modelling (MLM)",
     ),
-    (r"(decoder_|mask_token|cross_attn_(Text|Image)|cross_modal_transformer_mae|norm_\d)", "image restoration (MAE)"),
+    (
+        r"(decoder_|mask_token|cross_attn_(Text|Image)|cross_modal_transformer_mae|norm_\d)",
+        "image restoration (MAE)",
+    ),
     (r"(fuse_head|norm_image|norm_text)", "fusion head"),
     (r"(visul|texual)_emb_layer\.", "token selection (TSE)"),
     (r"simclr_mlp", "SimCLR projection"),
@@ -494,7 +535,11 @@ def name_heads(names: Iterable[str]) -> dict[str, int]:  # what -> how many tens
     return dict(Counter(what(n) for n in names))
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-055
-_BRANCHES = {"visul_emb_layer": ("image", "fc"), "texual_emb_layer": ("text", "linear")}  # theirs: ours, its linear map
+# theirs: ours, its linear map
+_BRANCHES = {
+    "visul_emb_layer": ("image", "fc"),
+    "texual_emb_layer": ("text", "linear"),
+}
 _PARTS = {"mlp.layers.0": "hidden", "mlp.bns.0": "norm", "mlp.layers.1": "out"}
 _RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -511,6 +556,7 @@ def token_selection(
                 value = rest.get(f"{theirs}.{part}.{kind}")
                 if value is None:
                     return {}
-                found[f"tse.{ours}.{name}.{kind}"] = value.float() if value.is_floating_point() else value
+                found[f"tse.{ours}.{name}.{kind}"] = (
+                    value.float() if value.is_floating_point() else value
+                )
     return found
-

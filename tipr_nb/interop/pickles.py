@@ -89,7 +89,9 @@ class TensorNote:
 def note_tensor(storage: StorageNote, offset: int, size: tuple, stride: tuple, *rest) -> TensorNote:
     "What stands for `torch._utils._rebuild_tensor_v2`."
     numbers = (offset, *size, *stride)
-    if not isinstance(storage, StorageNote) or not all(isinstance(n, int) and 0 <= n < 2**48 for n in numbers):
+    if not isinstance(storage, StorageNote) or not all(
+        isinstance(n, int) and 0 <= n < 2**48 for n in numbers
+    ):
         raise pickle.UnpicklingError("a tensor of odd shape")
     if len(size) != len(stride) or math.prod(size) > storage.count:
         raise pickle.UnpicklingError("a tensor larger than its storage")
@@ -114,7 +116,9 @@ class ArrayNote(Placeholder):
     def tensor(self) -> Tensor | None:
         "Its numbers; None for what is no plain array."
         match self.state:
-            case (_, tuple(shape), ArrayType() as kind, _, bytes(data)) if re.fullmatch(r"[fiub][1248]", kind.code):
+            case (_, tuple(shape), ArrayType() as kind, _, bytes(data)) if re.fullmatch(
+                r"[fiub][1248]", kind.code
+            ):
                 array = np.frombuffer(data, kind.code)
                 if math.prod(n for n in shape if isinstance(n, int)) != array.size:
                     return None
@@ -186,7 +190,13 @@ _DATA_MODULES = (
     "torch.nn",
     "torch.optim",
 )
-_DATA_NAMES = {"types.SimpleNamespace", "random.Random", "collections.deque", "numpy.bool", "numpy.bool_"}
+_DATA_NAMES = {
+    "types.SimpleNamespace",
+    "random.Random",
+    "collections.deque",
+    "numpy.bool",
+    "numpy.bool_",
+}
 _BUILTIN_TYPES = {
     "set",
     "frozenset",
@@ -269,7 +279,9 @@ class DataReader(pickle._Unpickler):  # type: ignore[name-defined]
 
     def __init__(self, data: bytes | CountingFile):
         super().__init__(
-            data if isinstance(data, CountingFile) else CountingFile(data), encoding="utf-8", errors="replace"
+            data if isinstance(data, CountingFile) else CountingFile(data),
+            encoding="utf-8",
+            errors="replace",
         )
 
     def find_class(self, module: str, name: str) -> Any:

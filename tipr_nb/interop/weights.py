@@ -47,7 +47,9 @@ def open_tag(
     model = PersonCLIP.from_open_clip(arch, path if path.is_file() else tag, _own_size(arch))
     if image_size is not None:
         model.resize(image_size)
-    note = Origin(f"{arch}:{tag}", "open_clip", model.arch, model.image_size, "quickgelu" in model.arch)
+    note = Origin(
+        f"{arch}:{tag}", "open_clip", model.arch, model.image_size, "quickgelu" in model.arch
+    )
     object.__setattr__(model, "origin", note)
     return model.eval()
 
@@ -58,8 +60,12 @@ def _unknown(name: str) -> TiprError:
     if arch in open_clip.list_models():
         tags = open_clip.list_pretrained_tags_by_model(arch)
         if tags:
-            return TiprError(f"{name}: which weights of it? Write {arch}:{tags[0]} (its tags: {', '.join(tags[:8])})")
-        return TiprError(f"{name}: an architecture without published weights; give a folder or file")
+            return TiprError(
+                f"{name}: which weights of it? Write {arch}:{tags[0]} (its tags: {', '.join(tags[:8])})"
+            )
+        return TiprError(
+            f"{name}: an architecture without published weights; give a folder or file"
+        )
     first = name.partition(":")[0]
     near = difflib.get_close_matches(first, open_clip.list_models(), 1, 0.6)
     if ":" in name and near:
@@ -75,7 +81,8 @@ def open_weights(
     name: str | Path,  # what people have, see the table above
     image_size: Sequence[int] | None = None,  # (h, w); the weights' own when None
     quick_gelu: bool | None = None,  # the activation, where a file does not say
-    report: Callable[[str], object] | None = None,  # gets what was recognised and what was left aside
+    report: Callable[[str], object]
+    | None = None,  # gets what was recognised and what was left aside
 ) -> PersonCLIP:
     "Weights of any origin by one name, as a `PersonCLIP` in evaluation mode."
     text = str(name).strip()

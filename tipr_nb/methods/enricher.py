@@ -19,64 +19,86 @@ from torch import Tensor
 from ..core import TiprError
 from ..data import EvalTransform
 from .tgte import PICTURE_WEIGHT, enhance, gate_of, picture_feature
-from ..models import PersonCLIP, fingerprint, read_metadata, read_safetensors, write_safetensors
+from ..models import (PersonCLIP, fingerprint, read_metadata, read_safetensors,
+    write_safetensors)
 
 # %% ../../nbs/05_methods/05_enricher.ipynb #cell-009
-def picture_features(model, # anything with encode_image; a `PersonCLIP` for the token form
-                     generator, # anything with generate(captions) -> pictures
-                     captions:Sequence[str],
-                     batch_size:int=64,
-                     cache:dict[str, Tensor]|None=None, # caption -> feature: for one model, one generator, one form
-                     text:Tensor|None=None, # (n, d) unit features of the captions, for the token form
-                     share:float=0. # above 0: the token form
-                    ) -> Tensor: # (n, d) unit
+def picture_features(
+    model,  # anything with encode_image; a `PersonCLIP` for the token form
+    generator,  # anything with generate(captions) -> pictures
+    captions: Sequence[str],
+    batch_size: int = 64,
+    cache: dict[str, Tensor]
+    | None = None,  # caption -> feature: for one model, one generator, one form
+    text: Tensor | None = None,  # (n, d) unit features of the captions, for the token form
+    share: float = 0.0,  # above 0: the token form
+) -> Tensor:  # (n, d) unit
     "Image features of pictures generated from captions, each distinct caption drawn once."
     draw = getattr(generator, "generate", None)
-    if not callable(draw): raise TiprError(f"{type(generator).__name__} has no generate(captions); pass a PersonGenerator or anything with that method")
-    if not callable(getattr(model, "encode_image", None)): raise TiprError(f"{type(model).__name__} has no encode_image; pass a PersonCLIP or anything with that method")
+    if not callable(draw):
+        raise TiprError(
+            f"{type(generator).__name__} has no generate(captions); pass a PersonGenerator or anything with that method"
+        )
+    if not callable(getattr(model, "encode_image", None)):
+        raise TiprError(
+            f"{type(model).__name__} has no encode_image; pass a PersonCLIP or anything with that method"
+        )
     known = {} if cache is None else cache
     new = {c: i for i, c in enumerate(captions) if c not in known}
     was_training = getattr(model, "training", False)
-    if was_training: model.eval()
+    if was_training:
+        model.eval()
     try:
         for a in range(0, len(new), batch_size):
-            part = list(new)[a:a + batch_size]
+            part = list(new)[a : a + batch_size]
             asking = None if text is None else text[[new[c] for c in part]]
             known.update(zip(part, _encode(model, draw(part), asking, share)))
     finally:
-        if was_training: model.train()
+        if was_training:
+            model.train()
     return torch.stack([known[c] for c in captions])
 
 # %% ../../nbs/05_methods/05_enricher.ipynb #cell-010
 @torch.no_grad()
-def _encode(model, pictures:Sequence, text:Tensor|None, share:float) -> Tensor: # (b, d) unit
-    if not share: return torch.as_tensor(model.encode_image(pictures))
+def _encode(model, pictures: Sequence, text: Tensor | None, share: float) -> Tensor:  # (b, d) unit
+    if not share:
+        return torch.as_tensor(model.encode_image(pictures))
     x, _ = EvalTransform(model.image_size)(pictures)
     return picture_feature(model, x.to(model.device), text, share)
 
 # %% ../../nbs/05_methods/05_enricher.ipynb #cell-014
-_KEPT = 256   # pictures kept to be shown
+_KEPT = 256  # pictures kept to be shown
+
 
 class QueryEnricher:
     "A model whose captions are enriched by pictures of them; stands wherever a `PersonCLIP` encodes."
-    def __init__(self, model:PersonCLIP,
-                 generator:Any, # a PersonGenerator, a Pictures folder, or anything with generate(captions) -> pictures
-                 weight:float|None=None, # of the pictures; None: the model's gate, or `PICTURE_WEIGHT` if it has none
-                 share:float=0., # above 0: the token form
-                 cache:str|Path|None=None # .safetensors file that keeps the pictures' features
-                ):
-        if weight is not None and not 0 <= weight <= 1: raise TiprError(f"weight={weight}: it must lie in [0, 1]")
-        if not callable(getattr(generator, "generate", None)): raise TiprError(f"{type(generator).__name__} has no generate(captions); pass a PersonGenerator or anything with that method")
+
+    def __init__(
+        self,
+        model: PersonCLIP,
+        generator: Any,  # a PersonGenerator, a Pictures folder, or anything with generate(captions) -> pictures
+        weight: float
+        | None = None,  # of the pictures; None: the model's gate, or `PICTURE_WEIGHT` if it has none
+        share: float = 0.0,  # above 0: the token form
+        cache: str | Path | None = None,  # .safetensors file that keeps the pictures' features
+    ):
+        if weight is not None and not 0 <= weight <= 1:
+            raise TiprError(f"weight={weight}: it must lie in [0, 1]")
+        if not callable(getattr(generator, "generate", None)):
+            raise TiprError(
+                f"{type(generator).__name__} has no generate(captions); pass a PersonGenerator or anything with that method"
+            )
         self.model = model
         self.generator = generator
         self.share = share
         self.path = Path(cache) if cache else None
         self.gate = gate_of(model) if weight is None and hasattr(model, "addons") else None
         self.weight = PICTURE_WEIGHT if weight is None else weight
-        self.known:dict[str, Tensor] = {}   # caption -> feature of its picture
-        self.asked:list[str] = []           # the captions encoded last
-        self._drawn:dict[str, Any] = {}     # pictures drawn lately, for `imagined`
-        if self.path and self.path.exists(): self._load()
+        self.known: dict[str, Tensor] = {}  # caption -> feature of its picture
+        self.asked: list[str] = []  # the captions encoded last
+        self._drawn: dict[str, Any] = {}  # pictures drawn lately, for `imagined`
+        if self.path and self.path.exists():
+            self._load()
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -98,7 +120,7 @@ class QueryEnricher:
         "Whether the model is in training mode."
         return getattr(self.model, "training", False)
 
-    def train(self, mode:bool=True) -> "QueryEnricher":
+    def train(self, mode: bool = True) -> "QueryEnricher":
         "Put the model into training mode, or out of it."
         self.model.train(mode)
         return self
@@ -107,38 +129,47 @@ class QueryEnricher:
         "Put the model out of training mode."
         return self.train(False)
 
-    def encode_image(self, images:Any) -> Tensor: # (b, d) unit
+    def encode_image(self, images: Any) -> Tensor:  # (b, d) unit
         "The gallery's features: the model's own."
         return self.model.encode_image(images)
 
     @torch.no_grad()
-    def encode_text(self, captions:str|Sequence[str]) -> Tensor: # (b, d) unit
+    def encode_text(self, captions: str | Sequence[str]) -> Tensor:  # (b, d) unit
         "Enriched features of captions; pictures are generated for those not seen before."
         captions = [captions] if isinstance(captions, str) else list(captions)
         text = torch.as_tensor(self.model.encode_text(captions))
-        if self.weight == 0 and self.gate is None: return text
+        if self.weight == 0 and self.gate is None:
+            return text
         self.asked = captions
         return self.mix(text, self.pictures(captions, text))
 
-    def mix(self, text:Tensor, pictures:Tensor) -> Tensor: # (b, d) unit, both -> (b, d) unit
+    def mix(self, text: Tensor, pictures: Tensor) -> Tensor:  # (b, d) unit, both -> (b, d) unit
         "The captions' features with their pictures', by gate or weight."
         weight = self.weight if self.gate is None else self.gate(text, pictures)
         return enhance(text, pictures, weight)
 
-    def pictures(self, captions:Sequence[str], text:Tensor) -> Tensor: # (b, d) unit
+    def pictures(self, captions: Sequence[str], text: Tensor) -> Tensor:  # (b, d) unit
         "Features of the captions' pictures, from memory where they are known."
-        return picture_features(self.model, self, captions, cache=self.known, text=text, share=self.share)
+        return picture_features(
+            self.model, self, captions, cache=self.known, text=text, share=self.share
+        )
 
-    def generate(self, captions:Sequence[str]) -> list:
+    def generate(self, captions: Sequence[str]) -> list:
         "The generator's pictures of captions; the last few hundred are kept."
         new = [c for c in dict.fromkeys(captions) if c not in self._drawn]
-        if len(self._drawn) + len(new) > _KEPT: self._drawn = {c: self._drawn[c] for c in captions if c in self._drawn}
-        if new: self._drawn.update(zip(new, self.generator.generate(new)))
+        if len(self._drawn) + len(new) > _KEPT:
+            self._drawn = {c: self._drawn[c] for c in captions if c in self._drawn}
+        if new:
+            self._drawn.update(zip(new, self.generator.generate(new)))
         return [self._drawn[c] for c in captions]
 
     def mark(self) -> str:
         "What the kept features depend on."
-        made = self.generator.settings() if hasattr(self.generator, "settings") else type(self.generator).__name__
+        made = (
+            self.generator.settings()
+            if hasattr(self.generator, "settings")
+            else type(self.generator).__name__
+        )
         parts = json.dumps([fingerprint(self.model), self.share, made], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
@@ -149,8 +180,10 @@ class QueryEnricher:
 
     def save(self):
         "Write the known features to the cache file."
-        if self.path is None: raise TiprError("no cache file; give cache='pictures.safetensors'")
-        if not self.known: return
+        if self.path is None:
+            raise TiprError("no cache file; give cache='pictures.safetensors'")
+        if not self.known:
+            return
         features = torch.stack(list(self.known.values()))
         metadata = dict(mark=self.mark(), captions=json.dumps(list(self.known)))
         write_safetensors(self.path, dict(features=features), metadata)
@@ -158,5 +191,8 @@ class QueryEnricher:
     def _load(self):
         tensors = read_safetensors(self.path)
         meta = read_metadata(self.path)
-        if meta.get("mark") != self.mark(): raise TiprError(f"{self.path}: holds picture features of another model, generator or form; choose another file, or delete it")
+        if meta.get("mark") != self.mark():
+            raise TiprError(
+                f"{self.path}: holds picture features of another model, generator or form; choose another file, or delete it"
+            )
         self.known = dict(zip(json.loads(meta["captions"]), tensors["features"].to(self.device)))

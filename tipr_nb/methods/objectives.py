@@ -155,9 +155,8 @@ def find_objective(
 ) -> type[Objective]:
     "The class of an objective."
     found = find_registered(name, OBJECTIVES, "objective")
-    bases = [
-        c.__name__ for c in getattr(found, "__mro__", ())
-    ]  # by name: the class of this notebook and that of the module are two
+    # by name: the class of this notebook and that of the module are two
+    bases = [c.__name__ for c in getattr(found, "__mro__", ())]
     if "Objective" not in bases:
         raise TiprError(
             f"objective {name!r}: {found!r} is no subclass of tipr_nb.methods.Objective; derive it from that class"

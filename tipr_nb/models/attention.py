@@ -82,11 +82,12 @@ class SelfAttention(nn.MultiheadAttention):
 class CrossAttention(nn.Module):
     "Queries read a context by multi-head attention, padding masked; what comes out is made of the context alone."
 
+    # names in GIF's first checkpoints
     _OLDER = {
         "q_proj.": "query.",
         "kv_proj.": "key_value.",
         "out_proj.": "out.",
-    }  # names in GIF's first checkpoints
+    }
 
     def __init__(
         self,

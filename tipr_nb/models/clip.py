@@ -17,15 +17,16 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from .. import __version__
-from tipr_nb.core import (TiprError, atomic_path, load_object, read_json, resolve_model, shipped_weights, write_json,
-    write_text)
+from ..core import (TiprError, atomic_path, load_object, read_json, resolve_model,
+    shipped_weights, write_json, write_text)
 from ..data import CLIP_MEAN, CLIP_STD, EvalTransform
 
 # %% ../../nbs/03_models/09_clip.ipynb #cell-003
 from .attention import SelfAttention
-from .backbones import (arch_config, build_clip, can_trim, check_image_size, full_length,
-    hf_text_features, native_text_features, own_archs, resize_positions, resize_resnet, resize_text,
-    resize_timm_positions, resnet_features, text_tower, token_mask, vit_features)
+from tipr_nb.models.backbones import (arch_config, build_clip, can_trim, check_image_size,
+    full_length, hf_text_features, native_text_features, own_archs, resize_positions,
+    resize_resnet, resize_text, resize_timm_positions, resnet_features, text_tower, token_mask,
+    vit_features)
 from .features import Features
 from .losses import unit
 from .storage import load_strict, read_safetensors, write_safetensors

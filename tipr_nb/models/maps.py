@@ -56,9 +56,8 @@ def interaction_maps(
     covered = _windows(encoder.grid, window)
     n = covered.shape[1]
     everything = torch.arange(n)[None]
-    others = everything.expand(len(covered), n)[~covered].view(
-        len(covered), -1
-    )  # row k: all patches but the window's
+    # row k: all patches but the window's
+    others = everything.expand(len(covered), n)[~covered].view(len(covered), -1)
     x = picture[None].to(encoder.device)
 
     def image_feature(keep):

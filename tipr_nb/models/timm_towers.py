@@ -14,7 +14,9 @@ from torch import nn
 from ..core import ensure_torchvision
 
 # %% ../../nbs/03_models/04_timm_towers.ipynb #cell-005
-_NAME = re.compile(r"tipr_siglip_p(\d{1,3})_w(\d{1,5})_d(\d{1,3})_h(\d{1,3})_m(\d{1,6})_(gelu|gelu_tanh)")
+_NAME = re.compile(
+    r"tipr_siglip_p(\d{1,3})_w(\d{1,5})_d(\d{1,3})_h(\d{1,3})_m(\d{1,6})_(gelu|gelu_tanh)"
+)
 
 
 def siglip_name(
@@ -41,9 +43,14 @@ def siglip_tower(
     if found is None:
         raise ValueError(f"{name}: not a name of siglip_name")
     patch, width, depth, heads, mlp = (int(n) for n in found.groups()[:5])
-    sizes: dict[str, Any] = dict(patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width)
+    sizes: dict[str, Any] = dict(
+        patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=mlp / width
+    )
     return VisionTransformer(
-        **{"img_size": 16 * patch} | sizes | options | dict(class_token=False, global_pool="map", act_layer=found[6])
+        **{"img_size": 16 * patch}
+        | sizes
+        | options
+        | dict(class_token=False, global_pool="map", act_layer=found[6])
     )
 
 # %% ../../nbs/03_models/04_timm_towers.ipynb #cell-009
@@ -59,7 +66,13 @@ def register_tower(
     if timm.is_model(name):
         return
 
-    def build(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
+    def build(
+        pretrained=False,
+        pretrained_cfg=None,
+        pretrained_cfg_overlay=None,
+        cache_dir=None,
+        **options,
+    ):
         return siglip_tower(name, **options)
 
     build.__name__ = name

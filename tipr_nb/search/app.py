@@ -763,9 +763,8 @@ def _wire(gr, blocks, page, parts, folder):
         key = keys[event.index]
         return [gr.Column(visible=True), *page.look(key, query), key]
 
-    quiet = dict(
-        api_visibility="private", show_progress_on=[parts["people"]]
-    )  # the busy sign only where people will appear
+    # the busy sign only where people will appear
+    quiet = dict(api_visibility="private", show_progress_on=[parts["people"]])
     silent = dict(api_visibility="private", show_progress="hidden")
     follow = dict(fn=None, inputs=[parts["note"]], js=_FOLLOW, api_visibility="private")
     starts = [

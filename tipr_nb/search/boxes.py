@@ -54,12 +54,13 @@ BOX_NAMES = {
     ),
 }
 NAMES_OF_BOXES = frozenset(n for names in BOX_NAMES.values() for four in names for n in four)
+# pictures have a width, too
 BOX_WORDS = NAMES_OF_BOXES - {"width", "height"} | {
     "box",
     "bbox",
     "boxes",
     "bboxes",
-}  # pictures have a width, too
+}
 BOX_FORMATS = tuple(BOX_NAMES)
 
 
@@ -399,9 +400,8 @@ def pixel_boxes(
                 f"{name}: row {i + 1}: box {shown} is empty; right must exceed left, and bottom top "
                 f"({', '.join(boxes.columns)})"
             )
-        known = (
-            sizes(file) if scale else None
-        )  # a picture that cannot be read is listed when it is opened
+        # a picture that cannot be read is listed when it is opened
+        known = sizes(file) if scale else None
         width, height = known or (1, 1)
         x0, y0, x1, y1 = corners
         pixels.append(
@@ -679,9 +679,8 @@ def attach_metadata(
     _note_missing(files, known, name, photos.notes)
     photos.metadata = tidy_table(table.drop_columns(column), name)
     for i, photo in enumerate(photos.items):
-        mine = rows.get(photo.path) or rows.get(
-            photo.file
-        )  # a film's row speaks of all its moments
+        # a film's row speaks of all its moments
+        mine = rows.get(photo.path) or rows.get(photo.file)
         if mine:
             photos.items[i] = photo._replace(meta=one_row(mine, photos.metadata, photo.name, name))
 

@@ -210,9 +210,8 @@ def _checked_number(what, value, most):
 class PersonCrop(NamedTuple):
     "One person cut out of a photo, at the model's size."
 
-    picture: (
-        Image.Image | None
-    )  # RGB at (width, height) of the model; None where the content is known already
+    # RGB at (width, height) of the model; None where the content is known already
+    picture: Image.Image | None
     box: Box | None  # where in the photo; None: the whole picture
     width: int  # pixels of the crop before resizing
     height: int

@@ -28,9 +28,10 @@ from .milvus import Milvus, build_milvus, milvus_errors, public_uri
 from .publishing import publish
 from .towers import as_numpy, export_text_tower, model_fingerprint
 from .storage import (FORMAT, HIDDEN, ITEM_TYPES, NO_PERSON, RESERVED, STATE,
-    Damaged, Items, Journal, Part, Snapshot, file_sums, film_folder, PART_MARK, _check_folder, finish_part, finished_parts,
-    indexing_lock, item_schema, journal_schema, load_features, next_generation, read_manifest,
-    remove, shown_name, sweep, sync_folder, tower_folder, write_manifest, write_skipped)
+    Damaged, Items, Journal, Part, Snapshot, file_sums, film_folder, PART_MARK, _check_folder,
+    finish_part, finished_parts, indexing_lock, item_schema, journal_schema, load_features,
+    next_generation, read_manifest, remove, shown_name, sweep, sync_folder, tower_folder,
+    write_manifest, write_skipped)
 
 if TYPE_CHECKING:
     import pyarrow as pa

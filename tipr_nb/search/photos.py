@@ -65,9 +65,8 @@ class Photos:
     problems: list[tuple[str, str]] = field(default_factory=list)  # (path, why)
     listing: "pa.Table|None" = None  # columns that came with a table of photos or of boxes
     metadata: "pa.Table|None" = None  # columns that came with `metadata`
-    notes: list[str] = field(
-        default_factory=list
-    )  # sentences about what was left out, and how tables were read
+    # sentences about what was left out, and how tables were read
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -77,12 +76,16 @@ class Photos:
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-016
 HEIF_SUFFIXES = frozenset((".heic", ".heif"))
-USUAL_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .avif .jp2 .j2k .mpo"
+USUAL_SUFFIXES = (
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .avif .jp2 .j2k .mpo"
+)
 SUFFIXES = HEIF_SUFFIXES | frozenset(USUAL_SUFFIXES.split())
 FILM_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv".split()
 )
-_UNREAD = ".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .pef .srw .psd .svg .jxl .eps .tga .xcf .exr .pcx"
+_UNREAD = (
+    ".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .pef .srw .psd .svg .jxl .eps .tga .xcf .exr .pcx"
+)
 UNREAD_SUFFIXES = frozenset(_UNREAD.split())
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-017

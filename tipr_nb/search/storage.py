@@ -578,7 +578,9 @@ def _check_folder(folder):
     other = [
         p.name
         for p in folder.iterdir()
-        if not re.fullmatch(r"g\d{6,}|text(-\w+)?|films|parts|pictures|calibration\.json|\..*", p.name)
+        if not re.fullmatch(
+            r"g\d{6,}|text(-\w+)?|films|parts|pictures|calibration\.json|\..*", p.name
+        )
     ]
     if other:
         raise TiprError(

@@ -193,9 +193,8 @@ NESTED = (
     "boxes",
     "bboxes",
 )
-BULKY = frozenset(
-    ("segmentation", "keypoints", "mask", "features")
-)  # nothing that a filter could use
+# nothing that a filter could use
+BULKY = frozenset(("segmentation", "keypoints", "mask", "features"))
 
 
 @dataclass

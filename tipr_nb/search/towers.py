@@ -15,22 +15,27 @@ from typing import Any, Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
-from ..core import TiprError, atomic_path, cache_dir, locked, need, read_json, write_json, write_text
+from tipr_nb.core import (TiprError, atomic_path, cache_dir, locked, need, read_json, write_json,
+    write_text)
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-008
-def model_fingerprint(encoder:Any # a `PersonCLIP`, or anything that encodes and has a `fingerprint`
-                     ) -> str:
+def model_fingerprint(
+    encoder: Any,  # a `PersonCLIP`, or anything that encodes and has a `fingerprint`
+) -> str:
     "A hash of everything that decides the encoder's features; add-ons that only training uses are left out."
     own = getattr(encoder, "fingerprint", None)
     if isinstance(own, str):
         return own
     kind = type(encoder).__name__
     if not hasattr(encoder, "state_dict"):
-        raise TiprError(f"{kind}: give it a `fingerprint` (a text that names this very model), "
-                        "so that galleries of different models are told apart")
+        raise TiprError(
+            f"{kind}: give it a `fingerprint` (a text that names this very model), "
+            "so that galleries of different models are told apart"
+        )
     import torch
+
     shape = (getattr(encoder, "arch", kind), tuple(encoder.image_size))
-    used = getattr(encoder, "readout", None)        # the add-on that search uses too
+    used = getattr(encoder, "readout", None)  # the add-on that search uses too
     addons = dict(getattr(encoder, "addons", {}))
     skipped = tuple(f"addons.{name}." for name, module in addons.items() if module is not used)
     digest = hashlib.sha256(repr(shape).encode())
@@ -43,8 +48,9 @@ def model_fingerprint(encoder:Any # a `PersonCLIP`, or anything that encodes and
     return digest.hexdigest()[:32]
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-010
-def as_numpy(features:Any # of any encoder
-            ) -> np.ndarray: # (b, d) float32
+def as_numpy(
+    features: Any,  # of any encoder
+) -> np.ndarray:  # (b, d) float32
     "Features as a NumPy array."
     if hasattr(features, "detach"):
         features = features.detach().cpu().float().numpy()
@@ -53,14 +59,18 @@ def as_numpy(features:Any # of any encoder
 # %% ../../nbs/08_search/09_towers.ipynb #cell-014
 PATTERN = r"""(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
-def tokenizer_json(tokenizer:Any # open_clip's SimpleTokenizer, or ours
-                  ) -> str|None: # None: not a CLIP tokenizer
+
+def tokenizer_json(
+    tokenizer: Any,  # open_clip's SimpleTokenizer, or ours
+) -> str | None:  # None: not a CLIP tokenizer
     "A CLIP tokenizer as the JSON of the `tokenizers` library."
     if not (hasattr(tokenizer, "bpe_ranks") and hasattr(tokenizer, "encoder")):
         return None
     lib = need("tokenizers", "search", "a gallery's text tower")
     merges = list(tokenizer.bpe_ranks)
-    model = lib.models.BPE(vocab=tokenizer.encoder, merges=merges, end_of_word_suffix="</w>", unk_token=None)
+    model = lib.models.BPE(
+        vocab=tokenizer.encoder, merges=merges, end_of_word_suffix="</w>", unk_token=None
+    )
     words = lib.pre_tokenizers.Split(lib.Regex(PATTERN), behavior="removed", invert=True)
     letters = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     out = lib.Tokenizer(model)
@@ -68,7 +78,7 @@ def tokenizer_json(tokenizer:Any # open_clip's SimpleTokenizer, or ours
     return out.to_str()
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-016
-def clean_text(text:str) -> str:
+def clean_text(text: str) -> str:
     "What CLIP's tokenizer does to a text before splitting it."
     if not (text.isascii() and text.isprintable()):
         text = need("ftfy", "search", "cleaning text that is not plain ASCII").fix_text(text)
@@ -78,39 +88,46 @@ def clean_text(text:str) -> str:
 # %% ../../nbs/08_search/09_towers.ipynb #cell-018
 class TextTokens:
     "Sentences to token ids, from a tokenizer's JSON."
-    def __init__(self,
-                 source:str, # JSON of the `tokenizers` library
-                 start:int, end:int, # ids of start and end of text
-                 context_length:int=77, # longest sequence
-                 full:bool=False # pad to `context_length`, not to the longest
-                ):
+
+    def __init__(
+        self,
+        source: str,  # JSON of the `tokenizers` library
+        start: int,
+        end: int,  # ids of start and end of text
+        context_length: int = 77,  # longest sequence
+        full: bool = False,  # pad to `context_length`, not to the longest
+    ):
         library = need("tokenizers", "search", "a gallery's text tower")
         try:
             self.lib = library.Tokenizer.from_str(source)
-        except Exception as e:   # the library raises plain exceptions
-            raise TiprError(f"tokenizer.json: not a tokenizer ({str(e)[:60]}); run `tipr index` again") from None
+        except Exception as e:  # the library raises plain exceptions
+            raise TiprError(
+                f"tokenizer.json: not a tokenizer ({str(e)[:60]}); run `tipr index` again"
+            ) from None
         self.start, self.end = start, end
         self.context_length, self.full = context_length, full
 
-    def ids(self, text:str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
         "One sentence, cut to the longest sequence."
         words = self.lib.encode(clean_text(text), add_special_tokens=False).ids
-        return [self.start, *words][:self.context_length - 1] + [self.end]
+        return [self.start, *words][: self.context_length - 1] + [self.end]
 
-    def __call__(self, texts:Sequence[str]) -> np.ndarray: # (b, L) int64
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:  # (b, L) int64
         "Token ids, padded with 0."
         ids = [self.ids(t) for t in texts]
         length = self.context_length if self.full else max(map(len, ids))
         out = np.zeros((len(ids), length), np.int64)
         for row, i in zip(out, ids):
-            row[:len(i)] = i
+            row[: len(i)] = i
         return out
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-024
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
     "The exporter logs and warns of its own deprecations; nobody here can act on them."
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    loggers = [
+        logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+    ]
     levels = [l.level for l in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -123,12 +140,14 @@ def quiet_exporter() -> Iterator[None]:
             logger.setLevel(level)
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-026
-def trace_onnx(encoder:Any, # a module
-               forward:Any, # (encoder, input) -> raw features
-               example:Any, # an input
-               path:str|Path, name:str, # of the input
-               dynamic:Mapping[int, Any] # axes whose length may differ
-              ) -> None:
+def trace_onnx(
+    encoder: Any,  # a module
+    forward: Any,  # (encoder, input) -> raw features
+    example: Any,  # an input
+    path: str | Path,
+    name: str,  # of the input
+    dynamic: Mapping[int, Any],  # axes whose length may differ
+) -> None:
     "One tower, its input to unit features (b, d), as one ONNX file."
     need("onnxscript", "onnx", "exporting a tower")
     import torch
@@ -143,40 +162,61 @@ def trace_onnx(encoder:Any, # a module
 
     was_training = encoder.training
     with torch.no_grad(), quiet_exporter():
-        torch.onnx.export(Tower().eval(), (example,), os.fspath(path), input_names=[name], output_names=["features"],
-                          dynamic_shapes={"x": dynamic}, dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(
+            Tower().eval(),
+            (example,),
+            os.fspath(path),
+            input_names=[name],
+            output_names=["features"],
+            dynamic_shapes={"x": dynamic},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     encoder.train(was_training)
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-027
-def reads_full(encoder:Any) -> bool:
+def reads_full(encoder: Any) -> bool:
     "Whether the exported text tower takes captions at full length, padded."
     return not getattr(encoder, "trims", True) or getattr(encoder, "readout", None) is not None
 
-def export_onnx(encoder:Any, path:str|Path) -> None:
+
+def export_onnx(encoder: Any, path: str | Path) -> None:
     "The text tower, token ids (b, L) to unit features (b, d), as one ONNX file."
     import torch
+
     any_length = torch.export.Dim.DYNAMIC
-    example = encoder.tokenize(["a man in a red coat", "a woman with a backpack"]).to(encoder.device)
+    example = encoder.tokenize(["a man in a red coat", "a woman with a backpack"]).to(
+        encoder.device
+    )
     axes = {0: any_length} if reads_full(encoder) else {0: any_length, 1: any_length}
     if getattr(encoder, "readout", None) is not None:
         example = torch.nn.functional.pad(example, (0, encoder.context_length - example.shape[1]))
-        encoder.encode_text(example)      # sizes are settled before tracing
-    trace_onnx(encoder, lambda model, tokens: model.encode_text(tokens), example, path, "tokens", axes)
+        encoder.encode_text(example)  # sizes are settled before tracing
+    trace_onnx(
+        encoder, lambda model, tokens: model.encode_text(tokens), example, path, "tokens", axes
+    )
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-029
 TOWER_FILES = ("text.onnx", "tokenizer.json", "text.json")
 
-def export_text_tower(encoder:Any, # a `PersonCLIP`
-                      folder:str|Path, # where `text.onnx`, `tokenizer.json` and `text.json` go
-                      fingerprint:str|None=None
-                     ) -> Path|None: # None: this tower cannot be exported
+
+def export_text_tower(
+    encoder: Any,  # a `PersonCLIP`
+    folder: str | Path,  # where `text.onnx`, `tokenizer.json` and `text.json` go
+    fingerprint: str | None = None,
+) -> Path | None:  # None: this tower cannot be exported
     "Write the text tower of a model for ONNX Runtime; from the cache when it was exported before."
-    data = tokenizer_json(getattr(encoder, "tokenizer", None)) if hasattr(encoder, "text_features") else None
+    data = (
+        tokenizer_json(getattr(encoder, "tokenizer", None))
+        if hasattr(encoder, "text_features")
+        else None
+    )
     if data is None:
         return None
     fingerprint = fingerprint or model_fingerprint(encoder)
     folder = Path(folder)
-    kept = cache_dir()/"text-towers"/fingerprint
+    kept = cache_dir() / "text-towers" / fingerprint
     with locked(kept):
         if not is_complete(kept, fingerprint, data, full=reads_full(encoder)):
             write_text_tower(encoder, kept, data, fingerprint)
@@ -187,35 +227,43 @@ def export_text_tower(encoder:Any, # a `PersonCLIP`
 # %% ../../nbs/08_search/09_towers.ipynb #cell-030
 def is_complete(folder, fingerprint, data, full):
     "Whether an exported tower is whole and of these weights, this tokenizer and this way of padding."
-    if not all((folder/f).is_file() for f in TOWER_FILES):
+    if not all((folder / f).is_file() for f in TOWER_FILES):
         return False
     try:
-        facts = read_json(folder/"text.json")
+        facts = read_json(folder / "text.json")
         same = facts["fingerprint"] == fingerprint and facts["full"] == full
-        return same and (folder/"tokenizer.json").read_text(encoding="utf-8") == data
+        return same and (folder / "tokenizer.json").read_text(encoding="utf-8") == data
     except (TiprError, KeyError, TypeError, UnicodeDecodeError):
         return False
+
 
 def copy_tower(source, folder):
     "Copy the tower's files, the one that is looked at first last."
     for name in TOWER_FILES:
-        with atomic_path(folder/name) as p:
-            shutil.copyfile(source/name, p)
+        with atomic_path(folder / name) as p:
+            shutil.copyfile(source / name, p)
+
 
 def write_text_tower(encoder, folder, data, fingerprint):
     "Tokenizer, network, and what belongs to them."
     tokenizer = encoder.tokenizer
-    write_text(folder/"tokenizer.json", data)
-    with atomic_path(folder/"text.onnx") as p:
+    write_text(folder / "tokenizer.json", data)
+    with atomic_path(folder / "text.onnx") as p:
         export_onnx(encoder, p)
-    facts = dict(format=1, fingerprint=fingerprint, dim=getattr(encoder, "feature_dim", encoder.dim), start=tokenizer.sot_token_id,
-                 end=tokenizer.eot_token_id, context_length=tokenizer.context_length,
-                 full=reads_full(encoder),
-                 n_bytes=(folder/"text.onnx").stat().st_size)
-    write_json(folder/"text.json", facts)
+    facts = dict(
+        format=1,
+        fingerprint=fingerprint,
+        dim=getattr(encoder, "feature_dim", encoder.dim),
+        start=tokenizer.sot_token_id,
+        end=tokenizer.eot_token_id,
+        context_length=tokenizer.context_length,
+        full=reads_full(encoder),
+        n_bytes=(folder / "text.onnx").stat().st_size,
+    )
+    write_json(folder / "text.json", facts)
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-033
-def onnx_session(path:str|Path) -> Any: # onnxruntime's session
+def onnx_session(path: str | Path) -> Any:  # onnxruntime's session
     "A network ready to run, or one line about what is wrong with the file."
     ort = need("onnxruntime", "search", "a gallery's tower")
     options = ort.SessionOptions()
@@ -225,13 +273,17 @@ def onnx_session(path:str|Path) -> Any: # onnxruntime's session
         options.intra_op_num_threads = int(threads)
     try:
         return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-    except Exception as e:   # the runtime raises plain exceptions
+    except Exception as e:  # the runtime raises plain exceptions
         reason = str(e).splitlines()[0][:120]
-        raise TiprError(f"{path}: ONNX Runtime cannot read it ({reason}); run `tipr index` again") from None
+        raise TiprError(
+            f"{path}: ONNX Runtime cannot read it ({reason}); run `tipr index` again"
+        ) from None
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-035
-def tower_facts(path:str|Path, # text.json or image.json
-                needed:set[str]) -> dict:
+def tower_facts(
+    path: str | Path,  # text.json or image.json
+    needed: set[str],
+) -> dict:
     "What a tower says about itself, with the size of its network checked."
     path = Path(path)
     facts = read_json(path, "run `tipr index` again to restore the tower")
@@ -240,110 +292,141 @@ def tower_facts(path:str|Path, # text.json or image.json
     network = path.with_suffix(".onnx")
     size = network.stat().st_size if network.is_file() else 0
     if size != facts["n_bytes"]:
-        raise TiprError(f"{network}: {size} bytes instead of {facts['n_bytes']} (cut short?); run `tipr index` again")
+        raise TiprError(
+            f"{network}: {size} bytes instead of {facts['n_bytes']} (cut short?); run `tipr index` again"
+        )
     return facts
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-037
 class TextTower:
     "A text tower run by ONNX Runtime; no PyTorch is imported."
+
     needed = {"fingerprint", "dim", "start", "end", "context_length", "full", "n_bytes"}
 
-    def __init__(self,
-                 folder:str|Path, # what `export_text_tower` wrote
-                 fingerprint:str|None=None # the model it must belong to
-                ):
+    def __init__(
+        self,
+        folder: str | Path,  # what `export_text_tower` wrote
+        fingerprint: str | None = None,  # the model it must belong to
+    ):
         folder = Path(folder)
-        facts = read_json(folder/"text.json", "run `tipr index` again to restore the text tower")
+        facts = read_json(folder / "text.json", "run `tipr index` again to restore the text tower")
         if fingerprint and isinstance(facts, dict) and facts.get("fingerprint") != fingerprint:
             raise TiprError(f"{folder}: the text tower is another model's; run `tipr index` again")
-        facts = tower_facts(folder/"text.json", self.needed)
+        facts = tower_facts(folder / "text.json", self.needed)
         try:
-            data = (folder/"tokenizer.json").read_text(encoding="utf-8")
+            data = (folder / "tokenizer.json").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             reason = getattr(e, "strerror", None) or e
-            raise TiprError(f"{folder/'tokenizer.json'}: cannot be read ({reason}); run `tipr index` again") from None
+            raise TiprError(
+                f"{folder / 'tokenizer.json'}: cannot be read ({reason}); run `tipr index` again"
+            ) from None
         self.fingerprint, self.dim = facts["fingerprint"], facts["dim"]
-        self.tokens = TextTokens(data, facts["start"], facts["end"], facts["context_length"], facts["full"])
-        self.session = onnx_session(folder/"text.onnx")
+        self.tokens = TextTokens(
+            data, facts["start"], facts["end"], facts["context_length"], facts["full"]
+        )
+        self.session = onnx_session(folder / "text.onnx")
 
-    def encode_text(self, texts:Sequence[str]|str # sentences
-                   ) -> np.ndarray: # (b, d) unit float32
+    def encode_text(
+        self,
+        texts: Sequence[str] | str,  # sentences
+    ) -> np.ndarray:  # (b, d) unit float32
         "Unit features of sentences."
         texts = [texts] if isinstance(texts, str) else texts
         return self.session.run(None, {"tokens": self.tokens(texts)})[0]
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-045
-def export_image_tower(encoder:Any, # a `PersonCLIP`
-                       fingerprint:str|None=None
-                      ) -> Path|None: # the folder in the cache; None: this tower cannot be exported
+def export_image_tower(
+    encoder: Any,  # a `PersonCLIP`
+    fingerprint: str | None = None,
+) -> Path | None:  # the folder in the cache; None: this tower cannot be exported
     "Write the image tower of a model into the cache, for ONNX Runtime."
     if not hasattr(encoder, "image_features") or not hasattr(encoder, "mean"):
         return None
     fingerprint = fingerprint or model_fingerprint(encoder)
     kept = image_tower_folder(fingerprint)
     with locked(kept):
-        if not (kept/"image.json").is_file():
+        if not (kept / "image.json").is_file():
             write_image_tower(encoder, kept, fingerprint)
     return kept
 
-def image_tower_folder(fingerprint:str) -> Path:
+
+def image_tower_folder(fingerprint: str) -> Path:
     "Where the cache keeps a model's image tower."
-    return cache_dir()/"image-towers"/fingerprint
+    return cache_dir() / "image-towers" / fingerprint
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-046
-def write_image_tower(encoder:Any, # a `PersonCLIP`
-                      folder:str|Path, # where `image.onnx` and `image.json` go
-                      fingerprint:str) -> None:
+def write_image_tower(
+    encoder: Any,  # a `PersonCLIP`
+    folder: str | Path,  # where `image.onnx` and `image.json` go
+    fingerprint: str,
+) -> None:
     "The image tower, normalised pixels (b, 3, h, w) to unit features (b, d), and what preparing them takes."
     import torch
+
     folder = Path(folder)
     example = torch.zeros(2, 3, *encoder.image_size, device=encoder.device)
     batch = {0: torch.export.Dim.DYNAMIC}
-    with atomic_path(folder/"image.onnx") as p:
-        trace_onnx(encoder, lambda model, images: model.encode_image(images), example, p, "images", batch)
-    facts = dict(format=1, fingerprint=fingerprint, dim=getattr(encoder, "feature_dim", encoder.dim), image_size=list(encoder.image_size),
-                 mean=[float(v) for v in encoder.mean], std=[float(v) for v in encoder.std],
-                 n_bytes=(folder/"image.onnx").stat().st_size)
-    write_json(folder/"image.json", facts)
+    with atomic_path(folder / "image.onnx") as p:
+        trace_onnx(
+            encoder, lambda model, images: model.encode_image(images), example, p, "images", batch
+        )
+    facts = dict(
+        format=1,
+        fingerprint=fingerprint,
+        dim=getattr(encoder, "feature_dim", encoder.dim),
+        image_size=list(encoder.image_size),
+        mean=[float(v) for v in encoder.mean],
+        std=[float(v) for v in encoder.std],
+        n_bytes=(folder / "image.onnx").stat().st_size,
+    )
+    write_json(folder / "image.json", facts)
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-047
 class ImageTower:
     "An image tower run by ONNX Runtime; no PyTorch is imported."
+
     needed = {"fingerprint", "dim", "image_size", "mean", "std", "n_bytes"}
 
-    def __init__(self, folder:str|Path # what `export_image_tower` wrote
-                ):
+    def __init__(
+        self,
+        folder: str | Path,  # what `export_image_tower` wrote
+    ):
         folder = Path(folder)
-        facts = tower_facts(folder/"image.json", self.needed)
+        facts = tower_facts(folder / "image.json", self.needed)
         self.fingerprint, self.dim = facts["fingerprint"], facts["dim"]
         self.image_size = tuple(facts["image_size"])
-        self.mean, self.std = (np.array(facts[n], np.float32)[:, None, None] for n in ("mean", "std"))
-        self.session = onnx_session(folder/"image.onnx")
+        self.mean, self.std = (
+            np.array(facts[n], np.float32)[:, None, None] for n in ("mean", "std")
+        )
+        self.session = onnx_session(folder / "image.onnx")
 
-    def pixels(self, picture:Image.Image) -> np.ndarray: # (3, h, w) float32
+    def pixels(self, picture: Image.Image) -> np.ndarray:  # (3, h, w) float32
         "Resized and normalised as the model does it."
         height, width = self.image_size
         picture = picture.convert("RGB")
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-        scaled = np.asarray(picture, np.float32).transpose(2, 0, 1)/255
-        return (scaled - self.mean)/self.std
+        scaled = np.asarray(picture, np.float32).transpose(2, 0, 1) / 255
+        return (scaled - self.mean) / self.std
 
-    def encode_image(self, pictures:Sequence[Image.Image] # any size
-                    ) -> np.ndarray: # (b, d) unit float32
+    def encode_image(
+        self,
+        pictures: Sequence[Image.Image],  # any size
+    ) -> np.ndarray:  # (b, d) unit float32
         "Unit features of pictures."
         images = np.stack([self.pixels(p) for p in pictures])
         return self.session.run(None, {"images": images})[0]
 
 # %% ../../nbs/08_search/09_towers.ipynb #cell-048
-def image_tower(fingerprint:str # of the gallery's model
-               ) -> ImageTower|None: # None: not exported yet, or damaged
+def image_tower(
+    fingerprint: str,  # of the gallery's model
+) -> ImageTower | None:  # None: not exported yet, or damaged
     "The image tower that the cache keeps for a model."
     folder = image_tower_folder(fingerprint)
-    if not (folder/"image.json").is_file():
+    if not (folder / "image.json").is_file():
         return None
     try:
         return ImageTower(folder)
     except TiprError:
-        shutil.rmtree(folder, ignore_errors=True)   # the next export makes it new
+        shutil.rmtree(folder, ignore_errors=True)  # the next export makes it new
         return None

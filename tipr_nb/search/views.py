@@ -39,6 +39,7 @@ def load_model(
         return found, getattr(found, "source", None) or str(model)
     if str(model).endswith("+predicted"):
         from tipr_nb.methods import PredictedQuery
+
         asks = PredictedQuery.from_pretrained(model)
         return asks, asks.source
     from tipr_nb.models import PersonCLIP
@@ -104,7 +105,7 @@ class QueryEncoder:
         return manifest["fingerprint"] == self.manifest["fingerprint"]
 
     def _checked(self, model):
-        wrapped = getattr(model, "model", None)   # its photos' features are the same
+        wrapped = getattr(model, "model", None)  # its photos' features are the same
         marks = [] if wrapped is None else [model_fingerprint(wrapped)]
         if wrapped is None or hasattr(model, "state_dict"):
             marks.append(model_fingerprint(model))

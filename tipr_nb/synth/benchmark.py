@@ -14,27 +14,13 @@ from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
-from tipr_nb.core import (
-    TiprError,
-    atomic_path,
-    cache_dir,
-    exit_with_parent,
-    locked,
-    progress,
-    read_json,
-    read_npy,
-)
+from ..core import (TiprError, atomic_path, cache_dir, exit_with_parent, locked, progress,
+    read_json, read_npy)
 from ..data import LAYOUTS, PersonDataset, load_layout
 from .people import World
 from .worlds import N_GALLERIES, SYNTH_PEDES, SYNTH_SEALED, SYNTH_WORLD, WORLDS, Record
-from tipr_nb.synth.worlds import (
-    annotate,
-    content_hash,
-    draw_record,
-    split_sizes,
-    synth_pedes_records,
-    world_records,
-)
+from .worlds import (annotate, content_hash, draw_record, split_sizes,
+    synth_pedes_records, world_records)
 
 # %% ../../nbs/02_synth/07_benchmark.ipynb #cell-007
 def _encode(world: World, record: Record, size: tuple[int, int]) -> bytes:
@@ -263,9 +249,8 @@ def make_synth_world(
     return Path(root)
 
 # %% ../../nbs/02_synth/07_benchmark.ipynb #cell-047
-WorldArrays = tuple[
-    np.ndarray, list[list[str]], np.ndarray
-]  # pixels, captions of each photo, identities
+# pixels, captions of each photo, identities
+WorldArrays = tuple[np.ndarray, list[list[str]], np.ndarray]
 
 
 def _world_chunk(

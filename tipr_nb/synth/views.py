@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-from .people import COLOURS, FIELDS, Person, World, keyed_rng, one, sample_person, to_lab
+from tipr_nb.synth.people import (COLOURS, FIELDS, Person, World, keyed_rng, one, sample_person,
+    to_lab)
 
 # %% ../../nbs/02_synth/02_views.ipynb #cell-007
 VIEWS = ("front", "back", "left", "right")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np, pandas as pd, torch
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-004
-from ..core import (TiprError, atomic_path, known_name, load_object, locked, one_line, os_errors,
-    read_json, read_text, read_toml, reading)
+from ..core import (TiprError, atomic_path, known_name, load_object, locked, one_line,
+    os_errors, read_json, read_text, read_toml, reading)
 from ..data import PersonDataset, load_dataset
 from ..evaluation import Metrics, evaluate, save_metrics
 from ..models import PersonCLIP

@@ -26,10 +26,10 @@ from ..evaluation import evaluate
 from ..models import Checkpoints, History, PersonCLIP
 from .memory import merge_lora, merged
 from .recipes import Recipe, get_recipe
-from .runs import (best_weights, check_same_run, data_hash, environment, git_commit,
-    has_best_weights, read_run_file, weights_hash)
-from .steps import (Retriever, TrainStep, build_encoder, check_data, check_encoder,
-    make_accelerator, make_train_loader)
+from .runs import (best_weights, check_same_run, data_hash, environment,
+    git_commit, has_best_weights, read_run_file, weights_hash)
+from .steps import (Retriever, TrainStep, build_encoder, check_data,
+    check_encoder, make_accelerator, make_train_loader)
 
 # %% ../../nbs/07_training/05_loop.ipynb #cell-008
 class Callback:

@@ -96,9 +96,7 @@ def check_cacheable(
                 "caching cannot split it; set grad_cache=0 and use grad_checkpoint=True or a smaller batch_size"
             )
         if chunked not in ("features", "pairs"):
-            raise TiprError(
-                f"{who}: {name}.chunked = {chunked!r}; use 'features', 'pairs' or None"
-            )
+            raise TiprError(f"{who}: {name}.chunked = {chunked!r}; use 'features', 'pairs' or None")
 
 # %% ../../nbs/07_training/03_memory.ipynb #cell-024
 @torch.no_grad()

@@ -231,14 +231,17 @@ class Recipe:
     arch: str = setting("ViT-B-16-quickgelu")  # an open_clip architecture
     pretrained: str | None = setting("openai")  # open_clip tag, folder, alias, hub id; None: random
     image_size: tuple[int, int] = setting((384, 128), "give (height, width) in pixels", at_least=1)
-    positions: str = setting("bicubic", choices=tuple(POSITION_FILTERS))  # how positions are resampled
+    # how positions are resampled
+    positions: str = setting("bicubic", choices=tuple(POSITION_FILTERS))
     lora: int = setting(0, at_least=0)  # above 0: towers learn only updates of this rank
     freeze: tuple[str, ...] = setting(())  # regular expressions: parameters that stay as they are
     patch_dropout: float = setting(0.0, at_least=0, below=1)  # patches left out in training
     # batches
     batch_size: int = setting(64, at_least=2)  # pairs in a forward pass, of all processes together
-    sampler: str = setting("random", choices=SAMPLERS)  # identity: several pairs of each; rounds: as SEN
-    per_id: int | tuple[int, int] = setting(2, at_least=1)  # unless random: pairs a visit; or (1, 2)
+    # identity: several pairs of each; rounds: as SEN
+    sampler: str = setting("random", choices=SAMPLERS)
+    # unless random: pairs a visit; or (1, 2)
+    per_id: int | tuple[int, int] = setting(2, at_least=1)
     same_photo: bool = setting(False)  # unless random: the pairs of a visit may show one photo
     drop_last: bool = setting(True)  # leave out the odd batch at the end of an epoch
     trim_captions: bool = setting(True)  # cut padding where a tower allows it
@@ -269,7 +272,8 @@ class Recipe:
     warmup_start: float = setting(0.1, at_least=0)  # factor on the learning rate at the first step
     final_lr: float = setting(0.0, at_least=0)  # factor on the learning rate at the last step
     # validation and history
-    select: str = setting("r1", choices=("r1", "r5", "r10", "mAP", "mINP"))  # on val; chooses weights
+    # on val; chooses weights
+    select: str = setting("r1", choices=("r1", "r5", "r10", "mAP", "mINP"))
     eval_every: int = setting(1, at_least=1)  # epochs between validation passes
     eval_ids: int | None = setting(None, at_least=2)  # so many val identities only; None for all
     log_every: int = setting(50, at_least=1, hashed=False)  # steps between rows of the history

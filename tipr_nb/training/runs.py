@@ -118,7 +118,9 @@ def check_same_run(
     if not (path / "recipe.json").exists():
         return
     remedy = "choose another folder, or resume='never' to start over"
-    settings = read_json(path / "recipe.json", "restore it, or use resume='never' to start over", dict)
+    settings = read_json(
+        path / "recipe.json", "restore it, or use resume='never' to start over", dict
+    )
     try:
         old = Recipe.from_dict(settings).to_dict()
     except TiprError as e:

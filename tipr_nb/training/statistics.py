@@ -104,18 +104,22 @@ def grid_differences(
     return others.apply(paired_interval, level=level, power=power).T.astype(dict(seeds=int))
 
 # %% ../../nbs/07_training/07_statistics.ipynb #cell-022
-def corrected_p(differences:pd.DataFrame, # difference, lo, hi, seeds: a line per test, as `grid_differences` gives them
-                level:float=.95 # of the intervals
-               ) -> pd.Series: # one per line; NaN for a single seed
+def corrected_p(
+    differences: pd.DataFrame,  # difference, lo, hi, seeds: a line per test, as `grid_differences` gives them
+    level: float = 0.95,  # of the intervals
+) -> pd.Series:  # one per line; NaN for a single seed
     "Student's p of every difference, corrected by Holm's method for the number of lines."
     from scipy.stats import t as student
+
     freedom = differences["seeds"].astype(float) - 1
-    half = (differences["hi"] - differences["lo"])/2
-    error = half/student.ppf(.5 + level/2, freedom)
-    p = pd.Series(2*student.sf(differences["difference"].abs()/error, freedom), index=differences.index)
+    half = (differences["hi"] - differences["lo"]) / 2
+    error = half / student.ppf(0.5 + level / 2, freedom)
+    p = pd.Series(
+        2 * student.sf(differences["difference"].abs() / error, freedom), index=differences.index
+    )
     rising = p.dropna().sort_values(kind="stable")
     factors = np.arange(len(rising), 0, -1)
-    corrected = (rising*factors).cummax().clip(upper=1)
+    corrected = (rising * factors).cummax().clip(upper=1)
     p.loc[:] = np.nan
     p.loc[corrected.index] = corrected
     return p

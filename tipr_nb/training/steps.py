@@ -22,10 +22,10 @@ from ..core import TiprError, shipped_weights, usable_precision
 from ..data import (Batch, PairLoader, PersonDataset, Split, build_caption_transform,
     caption_specs, make_loader)
 from ..methods import build_objective
-from ..models import (Features, PersonCLIP, gather_features, pack_optimizer, read_safetensors,
-    unpack_optimizer, write_safetensors)
-from tipr_nb.training.memory import (add_lora, average_gradients, cached_backward, check_cacheable,
-    merged)
+from ..models import (Features, PersonCLIP, gather_features, pack_optimizer,
+    read_safetensors, unpack_optimizer, write_safetensors)
+from .memory import (add_lora, average_gradients, cached_backward,
+    check_cacheable, merged)
 from .recipes import Recipe
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-008
