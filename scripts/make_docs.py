@@ -1,5 +1,5 @@
 """Build the site from the notebooks' stored outputs. Without Quarto on the PATH only nbdev's own processing runs, so that broken notebooks are still found."""
-import ast, inspect, re, shutil, subprocess, sys, warnings
+import ast, inspect, json, os, re, shutil, subprocess, sys, warnings
 from pathlib import Path
 
 import fastcore.docments
@@ -47,6 +47,60 @@ def tidy(text: str) -> str:
     return re.sub(r"\[source\]\(/blob/[^)]*\)\{[^}]*\}|__main__\.(?=[A-Z])", "", text)
 
 
+def quoted(text: str) -> str:
+    "Documentation whose example commands and options stand in back-ticks: Pandoc makes a long dash of `--`, which nobody can copy. Types that only a command reads are left out of signatures."
+    parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)
+    for i in range(0, len(parts), 2):
+        part = re.sub(r"(?m)^(Examples?: )(tipr .+)$", r"\1`\2`", parts[i])
+        spans = re.split(r"(`[^`\n]*`)", part)
+        spans[::2] = [re.sub(r"(?<![\w`-])(--[a-z][\w-]*)", r"`\1`", span) for span in spans[::2]]
+        parts[i] = "".join(spans)
+    parts[1::2] = [re.sub(r":Annotated(?=[=,)\n])", "", part) for part in parts[1::2]]
+    return "".join(parts)
+
+
+def light(path: Path):
+    "A processed notebook's pictures with a palette, so that its page stays light; its documentation fit to be copied."
+    from run_nbs import shrink
+    book = json.loads(tidy(path.read_text(encoding="utf-8")))
+    for cell in book["cells"]:
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            shrink(data)
+            text = "".join(data.get("text/markdown", ""))
+            if "```python\ndef " in text or "```python\nclass " in text: data["text/markdown"] = quoted(text)
+    path.write_text(json.dumps(book, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def mend_anchors(site: Path) -> int:
+    """Links to places that no page has, led to the class instead of its method, or else to the top of the page; returns how many.
+
+    nbdev links every name in back-ticks, methods and private names too, and gives anchors to public functions and classes only."""
+    from walk_site import Marks, all_pages
+    ids = {name: Marks((site / name).read_text(encoding="utf-8")).ids for name in all_pages(site)}
+    count = 0
+    for name in ids:
+        path = site / name
+        text = path.read_text(encoding="utf-8")
+        for link in set(re.findall(r'<a [^>]*?href="([^"]*#[^"]+)"', text)):
+            better = living(link, name, ids)
+            if better != link:
+                count += text.count(f'href="{link}"')
+                text = text.replace(f'href="{link}"', f'href="{better}"')
+        path.write_text(text, encoding="utf-8")
+    return count
+
+
+def living(link: str, page: str, ids: dict[str, set[str]]) -> str:
+    "A link of a page, without its anchor or with that of the class where its own is nowhere."
+    from walk_site import is_remote
+    target, _, anchor = link.partition("#")
+    there = os.path.normpath(os.path.join(os.path.dirname(page), target)) if target else page
+    if is_remote(link) or there not in ids or anchor in ids[there]: return link
+    owner = anchor.partition(".")[0]
+    return f"{target}#{owner}" if owner in ids[there] else target or os.path.basename(page)
+
+
 def process() -> int:
     "nbdev's processing of every notebook into _proc; returns how many came out."
     from nbdev.quarto import refresh_quarto_yml
@@ -56,7 +110,7 @@ def process() -> int:
     proc_nbs(force=True, n_workers=2)
     done = list((ROOT / "_proc").rglob("*.ipynb"))
     if len(done) != len(notebooks()): sys.exit(f"nbdev processed {len(done)} of {len(notebooks())} notebooks; is the checkout inside a folder whose name starts with a dot?")
-    for path in done: path.write_text(tidy(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in done: light(path)
     return len(done)
 
 
@@ -71,7 +125,8 @@ def main():
     if done: sys.exit(done)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     shutil.move(ROOT / "_proc" / "_docs", ROOT / "_docs")
-    print(f"{count} notebooks rendered; open _docs/index.html")
+    mended = mend_anchors(ROOT / "_docs")
+    print(f"{count} notebooks rendered, {mended} links to methods and private names led to their class or page; open _docs/index.html")
 
 
 if __name__ == "__main__": main()

@@ -3,7 +3,7 @@
 Honours nbdev's directives: cells with `#| eval: false`, or with a flag of `tst_flags` that was not asked for, are not run; what they printed before stays, and they are
 listed at the end. Front matter `skip_exec: true` skips a notebook. Any error stops with the cell's number and leaves the file as it was.
 """
-import argparse, os, re, sys, time
+import argparse, base64, io, os, re, sys, time
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -44,6 +44,26 @@ class Runner(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
 
 
+def with_palette(png: bytes) -> bytes:
+    "A PNG in 256 colours where that is smaller: a third of its size for pictures of people, and no visible loss at a figure's size."
+    from PIL import Image
+
+    full = Image.open(io.BytesIO(png))
+    if full.mode == "P" or len(png) < 20_000:
+        return png
+    buffer = io.BytesIO()
+    few = full.convert("RGB").quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG)
+    few.save(buffer, "PNG", optimize=True)
+    return min(png, buffer.getvalue(), key=len)
+
+
+def shrink(data: dict):
+    "An output's PNG with a palette, in place."
+    if "image/png" in data:
+        png = base64.b64decode("".join(data["image/png"]))
+        data["image/png"] = base64.b64encode(with_palette(png)).decode()
+
+
 def clean(nb):
     "Leave what a reader sees and nothing that changes from run to run."
     nb.metadata = nbformat.NotebookNode(kernelspec=dict(display_name="python3", language="python", name="python3"))
@@ -58,6 +78,7 @@ def clean(nb):
             if "execution_count" in out: out.execution_count = None
             if "metadata" in out: out.metadata = nbformat.NotebookNode()
             data = out.get("data", {})
+            shrink(data)
             for key in [k for k in data if "widget" in k]: del data[key]
             for key, value in data.items():
                 if isinstance(value, str): data[key] = re.sub(r" at 0x[0-9a-fA-F]+", "", value)

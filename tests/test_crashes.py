@@ -25,8 +25,8 @@ NANO = dict(arch="tipr-nano", pretrained=None, precision="no", batch_size=16, ep
 
 
 def some(step: int):
-    "Every `step`-th point in the quick tests, all of them in the full ones."
-    return pytest.mark.parametrize("every", [step, pytest.param(1, marks=pytest.mark.full)])
+    "Every `step`-th point in the quick tests, all of them in the full ones (with CRASH_EVERY=5 every fifth, where there is less time)."
+    return pytest.mark.parametrize("every", [step, pytest.param(int(os.environ.get("CRASH_EVERY", 1)), marks=pytest.mark.full)])
 
 
 @pytest.fixture
@@ -192,8 +192,8 @@ def export(model, folder, fingerprint=None):
 
 @pytest.fixture
 def towers(monkeypatch):
-    import tipr_nb.search.gallery, tipr_nb.search.indexing
-    monkeypatch.setattr(tipr_nb.search.gallery, "TextTower", Tower)
+    import tipr_nb.search.views, tipr_nb.search.indexing
+    monkeypatch.setattr(tipr_nb.search.views, "TextTower", Tower)
     monkeypatch.setattr(tipr_nb.search.indexing, "export_text_tower", export)
 
 

@@ -1,5 +1,5 @@
 """The site's sources: no dead link, nothing of one machine in an output, a map and a citation in step, the address filled in and taken out again."""
-import configparser, json, os, re, shutil, subprocess, sys
+import base64, configparser, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +125,45 @@ def c_prints(out: dict, address: str) -> bool:
     printed = json.dumps([out.get("text", ""), out.get("data", {}).get("text/plain", "")])
     markup = json.dumps([v for k, v in out.get("data", {}).items() if k not in ("text/plain",) and not k.startswith("image/")])
     return address in printed and address not in markup
+
+
+def stored_bytes(path: Path) -> int:
+    "What a notebook's outputs weigh on its page: pictures with a palette, as `make docs` gives them, and text."
+    from run_nbs import with_palette
+    total = 0
+    for out in (o for c in cells(path) for o in c.get("outputs", [])):
+        for kind, value in out.get("data", {}).items():
+            text = "".join(value) if not isinstance(value, dict) else json.dumps(value)
+            total += len(with_palette(base64.b64decode(text))) if kind == "image/png" else len(text)
+    return total
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_pages_stay_light(path, monkeypatch):
+    "A page weighs 1.5 MB at most; the frame of a page and the code of a long notebook take some 300 kB of it."
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    if path.stat().st_size > 1.2e6:
+        assert stored_bytes(path) < 1.2e6, "smaller figures, or fewer pictures in them"
+
+
+def test_links_to_methods_lead_to_their_class(monkeypatch):
+    "nbdev links every name in back-ticks; methods and private names have no anchor of their own."
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_docs import living
+    ids = {"a/x.html": {"gallery"}, "b/y.html": set()}
+    assert living("../a/x.html#gallery.search", "b/y.html", ids) == "../a/x.html#gallery"
+    assert living("../a/x.html#_count", "b/y.html", ids) == "../a/x.html"
+    assert living("#z", "a/x.html", ids) == "x.html"
+    for kept in ("../a/x.html#gallery", "#gallery", "https://a.org#b", "../c.html#d"):
+        assert living(kept, "a/x.html", ids) == kept
+
+
+def test_documentation_can_be_copied(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_docs import quoted
+    given = "```python\ndef demo(\n    quick:Annotated=False, root:Annotated\n):\n```\n\nWith --quick less; `--out` is kept, a-b--c too.\n\nExample: tipr demo --quick"
+    wanted = "```python\ndef demo(\n    quick=False, root\n):\n```\n\nWith `--quick` less; `--out` is kept, a-b--c too.\n\nExample: `tipr demo --quick`"
+    assert quoted(given) == wanted
 
 
 def dead_anchors(root: Path) -> list[str]:

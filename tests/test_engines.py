@@ -194,3 +194,24 @@ def test_milvus_bad_addresses(tmp_path):
     with pytest.raises(TiprError, match="no collection"): MilvusEngine(np.zeros((1, 4), np.float32), str(tmp_path/"m.db"), "nobody")
     Milvus.release(str(tmp_path/"m.db"))
     assert time.monotonic() - start < 40
+
+
+def test_product_quantisation_with_a_second_look(tmp_path):
+    "A row is a few bytes, scores are the true cosines, and the calibration counts what the second look finds."
+    rng = np.random.default_rng(0)
+    centres = unit(rng.standard_normal((100, 64)))
+    x = unit(centres[rng.integers(100, size=12_000)] + .11*rng.standard_normal((12_000, 64)))
+    queries = unit(x[:50] + .05*rng.standard_normal((50, 64)))
+    true_scores, truth = ExactEngine(x).search(queries, 10)
+    sizes = {}
+    for kind in ("ivf", "ivfpq"):
+        options = build_faiss(x, tmp_path/f"{kind}.faiss", kind)
+        sizes[kind] = options["n_bytes"]
+        engine = FaissEngine(tmp_path/f"{kind}.faiss", x, **options)
+        scores, rows = engine.search(queries, 10)
+        assert overlap(rows, truth) > .95 and options["recall"] >= .95
+        assert np.allclose(scores, np.einsum("qd,qkd->qk", queries, x[rows]), atol=1e-5)
+    assert sizes["ivfpq"] < sizes["ivf"]/3
+    assert faiss_recipe("ivfpq", 1_000_000, dim=512).endswith("PQ64x8") and faiss_recipe("ivfpq", 300, dim=6).endswith("PQ1x4")
+    few = build_faiss(x[:60], tmp_path/"few.faiss", "ivfpq")
+    assert FaissEngine(tmp_path/"few.faiss", x[:60], **few).search(queries, 3)[1].shape == (50, 3)

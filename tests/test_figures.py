@@ -67,7 +67,7 @@ def test_as_picture_refuses(bad):
 
 def test_unreadable_picture(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
-    with pytest.raises(TiprError, match="cut.jpg: not a readable picture"):
+    with pytest.raises(TiprError, match="cut.jpg: not a readable image"):
         F.as_picture(tmp_path / "cut.jpg")
     with pytest.raises(TiprError, match="none.jpg"):
         F.as_picture(tmp_path / "none.jpg")

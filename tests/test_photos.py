@@ -321,7 +321,7 @@ def test_a_photo_on_two_rows(shelf):
     (shelf/"facts.csv").write_text("path,place\nc1/0.png,gate\nc1/0.png,gate\n")
     assert find_photos(shelf, metadata=shelf/"facts.csv").metadata.num_rows == 2
     (shelf/"facts.csv").write_text("path,place\nc1/0.png,gate\nc1/1.png,\nc1/0.png,yard\n")
-    with pytest.raises(TiprError, match="rows 1 and 3 speak of the same photo c1/0.png and differ in place"): find_photos(shelf, metadata=shelf/"facts.csv")
+    with pytest.raises(TiprError, match="rows 1 and 3 speak twice of the photo c1/0.png and differ in place"): find_photos(shelf, metadata=shelf/"facts.csv")
     with pytest.raises(TiprError, match="differ in place"): find_photos(shelf/"facts.csv")
 
 

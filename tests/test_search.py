@@ -9,7 +9,8 @@ from PIL import Image
 from gallery_pictures import archive, figure
 from tipr_nb.core import TiprError, shipped_weights
 from tipr_nb.search import FIGURE_COLOURS, ColourModel
-from tipr_nb.search import (DEFAULT_MODEL, Gallery, Hit, Hits, expanded_query, hits_html, mix_query, model_for,
+from tipr_nb.search import Page, Question
+from tipr_nb.search import (DEFAULT_MODEL, Gallery, Hit, HitProbabilities, Hits, expanded_query, hits_html, mix_query, model_for,
     printable, query_words, reranked, search_box, smoothed_scores, unit_rows)
 
 PATTERN = r"(?P<camera>c\d)/"
@@ -442,3 +443,157 @@ def test_sentences_that_cannot_be_understood_are_noted(real, gallery):
     assert any("English" in n for n in gallery.search("une femme en manteau rouge", k=2).notes) and any("English" in n for n in gallery.search("戴帽子的男人", k=2).notes)
     long = Gallery(real.folder).search("a man in a red coat " * 30, k=2).notes
     assert any("tokens were left out" in n for n in long) and not Gallery(real.folder).search("a man in a red coat", k=2).notes
+
+
+def calibrated(gallery: Gallery) -> HitProbabilities:
+    "Scores of .9 and more are probable, those below are not."
+    known = HitProbabilities(gallery.manifest["fingerprint"], "coloured figures", .5, [8., 0.], 0., [.9, 0.], [.1, 1.])
+    known.save(gallery.folder/"calibration.json")
+    return known
+
+
+def test_probabilities_of_hits(own):
+    gallery, _ = own
+    assert gallery.search("a red coat")[0].probability is None
+    with pytest.raises(TiprError, match="not calibrated; gallery.calibrate"): gallery.search("a red coat", min_probability=.5)
+    known = calibrated(gallery)
+    gallery = Gallery(gallery.folder, ColourModel())
+    hits = gallery.search("a red coat and blue trousers", k=8)
+    assert np.allclose([h.probability for h in hits], known.of([h.score for h in hits])) and hits[0].probability > .99
+    assert "probability" in hits.table().splitlines()[0] and hits.to_pandas().probability[0] > .99
+    some = gallery.search("a red coat and blue trousers", k=8, min_probability=.9)
+    assert 0 < len(some) < 8 and min(h.probability for h in some) >= .9
+    assert any("coloured figures" in n for n in some.notes) and any("have a probability of 0.9 or more" in n for n in some.notes)
+
+
+def test_probabilities_where_they_mean_nothing(own):
+    gallery, _ = own
+    calibrated(gallery)
+    gallery = Gallery(gallery.folder, ColourModel())
+    for asked in (dict(text=["a red coat", "blue trousers"]), dict(image=3), dict(text="a red coat", without="blue trousers")):
+        assert all(h.probability is None for h in gallery.search(**asked))
+        with pytest.raises(TiprError, match="for one sentence alone"): gallery.search(**asked, min_probability=.5)
+    with pytest.raises(TiprError, match="min_probability=2: a weight between 0 and 1"): gallery.search("a man", min_probability=2)
+    other = HitProbabilities("another-model", "others", .5, [1., 0.], 0., [0., 0.], [1., 1.])
+    other.save(gallery.folder/"calibration.json")
+    assert Gallery(gallery.folder, ColourModel()).search("a red coat")[0].probability is None
+    (gallery.folder/"calibration.json").write_text('{"weights": 3}')
+    with pytest.raises(TiprError, match="calibration.json: not a calibration of hits"): Gallery(gallery.folder, ColourModel()).search("a red coat")
+
+
+def test_nobody_fits(own):
+    gallery, shelf = own
+    calibrated(gallery)
+    for path in shelf.rglob("red-*.png"): path.unlink()
+    gallery = Gallery.build(shelf, ColourModel(), gallery.folder)
+    assert any(n.startswith("probably nobody here is meant") for n in gallery.search("a red coat and yellow trousers").notes)
+    assert not any("nobody" in n for n in gallery.search("a green coat and yellow trousers").notes)
+
+
+def test_shipped_probabilities_are_those_of_the_shipped_weights():
+    from tipr_nb.models import PersonCLIP
+    from tipr_nb.search import model_fingerprint
+    known = HitProbabilities.load(shipped_weights()["clip-synth-pedes"]/"calibration.json")
+    assert known.fingerprint == model_fingerprint(PersonCLIP.from_pretrained("synth-pedes")), "run nbs/08_search/15_probabilities.ipynb with --flags slow"
+    assert "rendered people" in known.fitted_on
+
+
+class Tower:
+    "An image tower of the cache."
+    def __init__(self): self.model = ColourModel()
+
+    def encode_image(self, pictures): return self.model.encode_image(pictures)
+
+
+def test_a_picture_needs_no_model_where_its_tower_is_kept(gallery, shelf, monkeypatch):
+    import tipr_nb.search.views
+    def no_model(name): raise AssertionError("the model is loaded")
+    monkeypatch.setattr(tipr_nb.search.views, "image_tower", lambda fingerprint: Tower())
+    quick = Gallery(gallery.folder, "a-name", loader=no_model)
+    assert names(quick.search(image=shelf/"c1"/"red-red-0.png", k=1)) == ["red-red-0.png"]
+    monkeypatch.setattr(tipr_nb.search.views, "image_tower", lambda fingerprint: None)
+    kept = []
+    monkeypatch.setattr(tipr_nb.search.views, "export_image_tower", lambda model, fingerprint: kept.append(fingerprint))
+    slow = Gallery(gallery.folder, "a-name", loader=lambda name: ColourModel())
+    assert names(slow.search(image=shelf/"c1"/"red-red-0.png", k=1)) == ["red-red-0.png"]
+    slow.keep_picture_tower()
+    assert kept == ["colours-v1"]
+    slow = Gallery(gallery.folder, "a-name", loader=no_model)
+    slow.keep_picture_tower()      # nothing was loaded, so nothing is kept
+    assert kept == ["colours-v1"]
+
+
+def test_pictures_in_memory(tmp_path):
+    pictures = [figure(coat, "black") for coat in FIGURE_COLOURS]
+    model = ColourModel()
+    gallery = Gallery.build(pictures, model, tmp_path/"g")
+    assert len(gallery) == len(pictures) and names(gallery.search("a green coat and black trousers", 1)) == ["000002.png"]
+    model.seen = 0
+    again = Gallery.build(iter([*pictures, figure("green", "yellow")]), model, tmp_path/"g")
+    assert model.seen == 1 and len(again) == len(pictures) + 1
+    fewer = Gallery.build(tuple(pictures[:2]), model, tmp_path/"g")
+    assert len(fewer) == 2 and len(list((tmp_path/"g"/"pictures").iterdir())) == 2
+    more = Gallery.build(pictures[3], model, tmp_path/"g", add=True)
+    assert len(more) == 3 and model.seen == 1 + 1
+    with pytest.raises(TiprError, match="give folder="): Gallery.build(pictures, model)
+    with pytest.raises(TiprError, match="picture 1: str, no PIL picture"): Gallery.build([pictures[0], "a.png"], model, tmp_path/"h")
+    with pytest.raises(TiprError): Gallery.build([], model, tmp_path/"i")
+
+
+def test_paths_from_an_iterator(shelf, tmp_path):
+    assert len(Gallery.build((p for p in sorted(shelf.rglob("red-*.png"))), ColourModel(), tmp_path/"g")) == 6
+
+
+def test_boxes_and_metadata_as_data_frames(shelf, tmp_path):
+    import pandas as pd
+    boxes = pd.DataFrame(dict(path=["c1/red-red-0.png"]*2, x0=[0, 8], y0=[0, 8], x1=[40, 40], y1=[90, 80]))
+    facts = pd.DataFrame(dict(path=["c1/red-red-0.png"], shop=["north"]))
+    gallery = Gallery.build(shelf, ColourModel(), tmp_path/"g", boxes=boxes, metadata=facts)
+    hits = gallery.search("a red coat", k=2).to_pandas()
+    assert len(gallery) == 2 and list(hits.shop) == ["north"]*2 and hits.box.map(len).eq(4).all()
+
+
+def test_hits_for_fiftyone(gallery, monkeypatch):
+    import types
+    hits = gallery.search("a red coat and blue trousers", k=3)
+    monkeypatch.setitem(sys.modules, "fiftyone", None)
+    with pytest.raises(TiprError, match="need fiftyone, which is not installed; pip install fiftyone"): hits.to_fiftyone()
+
+    class Dataset(list):
+        def __init__(self, name): self.name = name
+        def add_sample(self, sample): self.append(sample)
+
+    record = lambda **fields: types.SimpleNamespace(**fields)   # noqa: E731
+    stand_in = types.SimpleNamespace(Dataset=Dataset, Sample=record, Detections=record, Detection=record)
+    monkeypatch.setitem(sys.modules, "fiftyone", stand_in)
+    dataset = hits.to_fiftyone("people")
+    assert dataset.name == "people" and len(dataset) == 3
+    first = dataset[0].people.detections[0]
+    assert dataset[0].filepath == str(hits[0].path) and first.bounding_box == [0, 0, 1, 1] and first.camera == hits[0].metadata["camera"]
+
+
+def test_clicks_and_permalinks_while_somebody_indexes(own):
+    "A key found before an update names the same person after it, or nobody: never somebody else, in 200 clicks."
+    gallery, shelf = own
+    rng = np.random.default_rng(0)
+    page = Page(gallery)
+    spare = shelf.parent/"spare"
+    spare.mkdir()
+    right = gone = 0
+    for turn in range(10):
+        hits = gallery.search("a red coat and blue trousers", k=20)
+        known = {h.key: h.picture().tobytes() for h in hits}
+        files = sorted(shelf.rglob("*.png"))
+        for path in rng.choice(files, 4, replace=False): path.rename(spare/f"{turn}-{path.name}")
+        for n in range(4): figure("white", "green", (50 + turn, 99 + n)).save(shelf/"c1"/f"aa-{turn}-{n}.png")
+        Gallery.build(shelf, ColourModel(), gallery.folder)     # another process would do the same
+        for key, before in known.items():
+            shown, _, words = page.look(key, hits.vector)
+            answer = page.ask(Question(like=key))
+            if shown is None:
+                gone += 1
+                assert "the gallery has changed; ask again" in words and "the gallery has changed" in answer.note
+                continue
+            right += 1
+            assert gallery.find(key).picture().tobytes() == before and not answer.wrong and key not in answer.keys
+    assert right + gone == 200 and right > 100 and gone > 0

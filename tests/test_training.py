@@ -195,6 +195,15 @@ class TestTrain:
         assert calm.history.drop(columns="seconds").equals(tripped.history.drop(columns="seconds"))
         same(last_weights(calm.path), last_weights(tripped.path))
 
+    def test_a_row_that_validation_closed_after_the_checkpoint_is_written_once(self, people, nano, tmp_path):
+        "A checkpoint at the end of an epoch, in the middle of a row; validation closes the row; a kill. The row is dropped and written again."
+        calm = go(nano.replace(log_every=5), people, tmp_path/"calm")
+        epoch = int(calm.history.step.max())//2
+        assert epoch % 5, epoch
+        with pytest.raises(InterruptedError): go(nano.replace(log_every=5), people, tmp_path/"tripped", save_steps=epoch, callbacks=[Trip(epoch + 1)])
+        tripped = go(nano.replace(log_every=5), people, tmp_path/"tripped")
+        assert calm.history.drop(columns="seconds").equals(tripped.history.drop(columns="seconds"))
+
     def test_the_newest_checkpoints(self, people, nano, tmp_path):
         with pytest.raises(InterruptedError): go(nano, people, tmp_path/"a", save_steps=2, callbacks=[Trip(9)])
         assert [p.name for p in Checkpoints(tmp_path/"a").saved()] == ["last-00000008", "last-00000006"]

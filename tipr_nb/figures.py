@@ -6,7 +6,7 @@
 __all__ = ['INK', 'MUTED', 'LINE', 'AXIS', 'PAPER', 'COLORS', 'HIT', 'MISS', 'Spot', 'style', 'Plot', 'canvas', 'sheet',
            'as_picture', 'data_uri', 'text_width', 'wrap', 'place', 'contact_sheet', 'retrieval_grid', 'learning_curve',
            'nice', 'caption_lengths', 'interval_bars', 'score_curve', 'weight_sweep', 'seed_dots', 'difference_plot',
-           'joint_tsne', 'tsne_map', 'word_patch_maps', 'heatmap_grid', 'word_weights', 'diagram']
+           'joint_tsne', 'tsne_map', 'word_patch_maps', 'heatmap_grid', 'word_weights', 'left_out', 'diagram']
 
 # %% ../nbs/10_figures.ipynb #cell-002
 import base64, contextlib, html, io, math, re
@@ -166,18 +166,15 @@ def sheet(
     ax.axis("off")
     return fig, ax
 
-# %% ../nbs/10_figures.ipynb #cell-016
+
 def as_picture(
     x,  # path, PIL image, (h, w, 3) uint8 array, or (3, h, w) tensor or array in [0, 1] or uint8
 ) -> np.ndarray:  # (h, w, 3) uint8
     "Any of the usual forms of a picture as an RGB array."
     if isinstance(x, (str, Path)):
-        try:
-            with Image.open(x) as im:
-                x = ImageOps.exif_transpose(im).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as e:
-            reason = f"not a readable picture ({type(e).__name__})"
-            raise TiprError(f"{x}: {reason}; remove it or save it again") from None
+        from tipr_nb.data import read_image
+
+        x = read_image(x)
     if isinstance(x, Image.Image):
         return np.asarray(x.convert("RGB"))
     if hasattr(x, "detach"):
@@ -997,6 +994,28 @@ def word_weights(
     return fig
 
 # %% ../nbs/10_figures.ipynb #cell-067
+_WORN = ("upper", "lower", "shoes", "hat", "hair", "scarf", "bag", "held", "inner", "sleeves")
+_COLOUR = {"shoes": "shoe_colour", "sleeves": "sleeve_colour"}
+_MISSING = (214, 39, 40)  # red
+
+
+def left_out(
+    photo,  # anything `as_picture` takes
+    regions: Mapping[str, np.ndarray],  # region -> (h, w) bool, of `draw_person(..., return_regions=True)`
+    visible: Sequence[str],  # the attributes that can be seen
+    mentioned: Mapping[str, str],  # attribute -> what a caption says
+) -> tuple[np.ndarray, list[str]]:  # (h, w, 3) uint8, the regions that were painted
+    "A photo with what a caption leaves out in red: garments of which kind or colour can be seen and is not said."
+    shown = as_picture(photo).copy()
+    missing = []
+    for name in _WORN:
+        fields = {name, _COLOUR.get(name, f"{name}_colour")}
+        if fields & set(visible) - set(mentioned) and regions[name].any():
+            missing.append(name)
+            shown[regions[name]] = 0.25 * shown[regions[name]] + 0.75 * np.array(_MISSING)
+    return shown, missing
+
+# %% ../nbs/10_figures.ipynb #cell-070
 def diagram(
     boxes: Mapping[
         str, tuple

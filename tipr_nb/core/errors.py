@@ -46,7 +46,8 @@ def known_name(
     known = list(names)
     if name in known: return name
     near = nearest_name(str(name), known)
-    parts = [f"unknown {what} {name!r};"]
+    shown = repr(name) if len(str(name)) <= 80 else f"{str(name)[:77]!r}..."
+    parts = [f"unknown {what} {shown};"]
     if near: parts.append(f"did you mean {near!r}?")
     if len(known) <= _LISTED or not near:
         parts.append(f"{'Known' if near else 'known'}: {', '.join(map(str, known))}")
@@ -89,11 +90,12 @@ def entry_point_group(what:str) -> str:
     "The group of entry points for a kind of thing: 'caption transform' -> `tipr_nb.caption_transforms`."
     return f"tipr_nb.{what.replace(' ', '_')}s"
 
+# %% ../../nbs/00_core/01_errors.ipynb #cell-025
 def offered_names(what:str) -> dict[str, metadata.EntryPoint]:
     "What installed packages offer of a kind of thing, by name."
     return {e.name: e for e in metadata.entry_points(group=entry_point_group(what))}
 
-# %% ../../nbs/00_core/01_errors.ipynb #cell-025
+# %% ../../nbs/00_core/01_errors.ipynb #cell-027
 def find_registered(
     name:str,                   # registered name, entry point, or `package.module:Name`
     known:Mapping[str, Any],    # name -> object, or the path of one that is imported when asked for
@@ -112,7 +114,7 @@ def find_registered(
     package = point.dist.name if point.dist else "a package"
     return load_object(point.value, f"{what} {name!r} of {package},")
 
-# %% ../../nbs/00_core/01_errors.ipynb #cell-031
+# %% ../../nbs/00_core/01_errors.ipynb #cell-033
 def need(
     module:str, # what to import, `pyarrow.parquet`
     extra:str,  # the extra of this package that brings it

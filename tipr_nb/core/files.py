@@ -16,7 +16,7 @@ from typing import Any
 # %% ../../nbs/00_core/02_files.ipynb #cell-003
 from .errors import TiprError, need, one_line
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-006
+# %% ../../nbs/00_core/02_files.ipynb #cell-005
 _WRITE_REMEDIES = {
     errno.ENOSPC: "no space left on the disk; free some or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
@@ -48,7 +48,7 @@ def os_errors(
         if "null byte" not in str(e) and "null character" not in str(e): raise
         raise TiprError(f"{str(path)!r}: no file can have that name; choose another path") from None
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-010
+# %% ../../nbs/00_core/02_files.ipynb #cell-008
 def sync(path:str|Path):
     "Force a file's content, or a folder's list of names, to the disk (a no-op where the system cannot)."
     if os.name == "nt" and os.path.isdir(path): return
@@ -58,6 +58,7 @@ def sync(path:str|Path):
         if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF): raise
     finally: os.close(handle)
 
+# %% ../../nbs/00_core/02_files.ipynb #cell-010
 def sync_tree(path:str|Path):
     "Force a file, or a folder with all that is in it, to the disk."
     for folder, _, names in os.walk(path):
@@ -73,6 +74,7 @@ def _hidden_name(name:str) -> str:
     "The beginning of a temporary folder's name; shorter than what it stands for where that is very long."
     return "." + os.fsencode(name)[:200].decode(errors="ignore")
 
+# %% ../../nbs/00_core/02_files.ipynb #cell-015
 def _lock_folder(folder:Path) -> int|None:
     "Lock a temporary folder for this process; None if a living process has it or nobody can tell."
     try: import fcntl
@@ -85,6 +87,7 @@ def _lock_folder(folder:Path) -> int|None:
     os.close(handle)
     return None
 
+# %% ../../nbs/00_core/02_files.ipynb #cell-017
 def _own_folder(path:Path) -> tuple[Path, int|None]:
     "A temporary folder beside `path`, and the handle of its lock where there are locks."
     prefix = _hidden_name(path.name)
@@ -101,7 +104,7 @@ def _own_folder(path:Path) -> tuple[Path, int|None]:
         return folder, handle
     raise TiprError(f"{path}: a thousand unfinished writes lie beside it; remove the folders {prefix}.*")
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-015
+# %% ../../nbs/00_core/02_files.ipynb #cell-020
 def _recover(left:Path, path:Path):
     "Put a version that had stepped aside back in its place, then empty the folder of a killed write."
     aside = left/"old"
@@ -139,7 +142,7 @@ def _remove(path:str|Path):
     else:
         with contextlib.suppress(OSError): os.unlink(path)
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-016
+# %% ../../nbs/00_core/02_files.ipynb #cell-021
 def _exchange(a:Path, b:Path) -> bool: # whether it was done
     "Exchange the names of two files or folders in one step, where the system can (Linux)."
     import ctypes
@@ -149,6 +152,7 @@ def _exchange(a:Path, b:Path) -> bool: # whether it was done
     sys.audit("os.rename", str(a), str(b), -1, -1)   # as a rename by Python itself tells its watchers
     return renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
+# %% ../../nbs/00_core/02_files.ipynb #9dd008ac
 def _activate(new:Path, path:Path):
     "Rename `new` over `path`; a folder cannot replace a full one, so the two are exchanged, or that one steps aside."
     aside = new.parent/"old"
@@ -157,7 +161,7 @@ def _activate(new:Path, path:Path):
         os.replace(path, aside)
     os.replace(new, path)
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-019
+# %% ../../nbs/00_core/02_files.ipynb #cell-024
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -169,7 +173,7 @@ def _set_rights(path:Path, private:bool):
     if path.is_dir(): os.chmod(path, 0o777 & ~mask)
     elif path.is_file(): os.chmod(path, 0o666 & ~mask)
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-020
+# %% ../../nbs/00_core/02_files.ipynb #cell-026
 @contextlib.contextmanager
 def atomic_path(
     path:str|Path,      # the file (or, with `folder=True`, the folder) to appear whole or not at all
@@ -194,7 +198,7 @@ def atomic_path(
             _remove(own)
             if handle is not None: os.close(handle)
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-025
+# %% ../../nbs/00_core/02_files.ipynb #cell-031
 def write_text(path:str|Path, text:str, private:bool=False):
     "Write `text` to `path` as UTF-8, atomically."
     with atomic_path(path, private=private) as p:
@@ -202,6 +206,7 @@ def write_text(path:str|Path, text:str, private:bool=False):
         except UnicodeEncodeError as e:
             raise TiprError(f"{path}: half a character at {e.start} of the text; take it out of the source") from None
 
+# %% ../../nbs/00_core/02_files.ipynb #cell-033
 def write_json(path:str|Path, obj:Any, private:bool=False):
     "Write `obj` to `path` as indented JSON, atomically; NumPy scalars and arrays and paths are converted."
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False, default=_plain) + "\n", private)
@@ -211,7 +216,7 @@ def _plain(o):
     if isinstance(o, Path): return str(o)
     raise TypeError(f"{type(o).__name__} cannot be written as JSON")
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-029
+# %% ../../nbs/00_core/02_files.ipynb #cell-036
 REMEDY = "restore it from a good copy"
 
 @contextlib.contextmanager
@@ -237,7 +242,7 @@ def reading(
     except Exception as e:   # parsers raise all kinds
         raise error(f"{path}: not {kind} that can be read ({one_line(e)}); {remedy}") from None
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-033
+# %% ../../nbs/00_core/02_files.ipynb #cell-039
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 def read_text(path:str|Path, remedy:str=REMEDY, error:type[TiprError]=TiprError) -> str:
@@ -255,7 +260,7 @@ def decode_text(data:bytes, path:str|Path, error:type[TiprError]=TiprError) -> s
     if "\0" in text: raise error(f"{path}: not text, it holds zero bytes (UTF-16, or damaged?); save it as UTF-8")
     return text
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-036
+# %% ../../nbs/00_core/02_files.ipynb #cell-042
 _JSON_KINDS:dict[type, str] = {dict: "an object", list: "a list"}
 
 def _parse_json(text:str, where:str, remedy:str, error:type[TiprError]) -> Any:
@@ -267,7 +272,7 @@ def _parse_json(text:str, where:str, remedy:str, error:type[TiprError]) -> Any:
     except RecursionError: raise error(f"{where}: JSON nested too deeply; {remedy}") from None
     except ValueError as e: raise error(f"{where}: not JSON that can be read ({one_line(e)}); {remedy}") from None
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-037
+# %% ../../nbs/00_core/02_files.ipynb #cell-043
 def read_json(
     path:str|Path,
     remedy:str=REMEDY,
@@ -281,24 +286,27 @@ def read_json(
         raise error(f"{path}: expected {wanted}, found {type(found).__name__}; {remedy}")
     return found
 
+# %% ../../nbs/00_core/02_files.ipynb #cell-044
 def read_jsonl(path:str|Path, remedy:str="fix or delete that line", error:type[TiprError]=TiprError
               ) -> Iterator[tuple[int, Any]]: # number of the line, what stands in it
     "The values of a file of JSON lines; empty lines are left out."
     for number, line in enumerate(io.StringIO(read_text(path, remedy, error)), 1):
         if line.strip(): yield number, _parse_json(line, f"{path} line {number}", remedy, error)
 
+# %% ../../nbs/00_core/02_files.ipynb #cell-046
 def read_toml(path:str|Path, remedy:str="fix that line", error:type[TiprError]=TiprError) -> dict[str, Any]:
     "Read a TOML file."
     text = read_text(path, remedy, error)
     with reading(path, "a TOML file", remedy, error): return tomllib.loads(text)
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-041
+# %% ../../nbs/00_core/02_files.ipynb #cell-049
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 def csv_separator(header:str) -> str:
     "What separates the fields of a table's first line: a comma, a semicolon or a tab."
     return max((",", ";", "\t"), key=header.count)
 
+# %% ../../nbs/00_core/02_files.ipynb #cell-051
 def read_csv(
     path:str|Path,
     separator:str|None=None,            # None: a comma, a semicolon or a tab, whichever the first line has most of
@@ -318,7 +326,7 @@ def read_csv(
         if row is None: return
         yield rows.line_num, row
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-043
+# %% ../../nbs/00_core/02_files.ipynb #cell-053
 def read_parquet(
     path:str|Path,
     columns:list[str]|None=None,        # None: all
@@ -329,6 +337,7 @@ def read_parquet(
     parquet = need("pyarrow.parquet", "search", "reading Parquet files")
     with reading(path, "a Parquet file", remedy, error): return parquet.read_table(path, columns=columns)
 
+# %% ../../nbs/00_core/02_files.ipynb #2f6e4133
 def read_npy(
     path:str|Path,
     mmap:bool=False,                    # map it into memory instead of reading it
@@ -340,7 +349,7 @@ def read_npy(
     with reading(path, "a NumPy array", remedy, error):
         return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-045
+# %% ../../nbs/00_core/02_files.ipynb #cell-055
 def read_rows(path:str|Path, remedy:str="save the table again in UTF-8", error:type[TiprError]=TiprError
              ) -> Iterator[tuple[str, Any]]: # file and row, for messages; the row's fields
     "The rows of a table in any of `TABLES`, by its ending; any other ending is read as CSV."
@@ -358,11 +367,12 @@ def read_rows(path:str|Path, remedy:str="save the table again in UTF-8", error:t
         separator = "\t" if kind == ".tsv" else None
         for line, row in read_csv(path, separator, error=error): yield f"{path.name} line {line}", row
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-049
+# %% ../../nbs/00_core/02_files.ipynb #cell-058
 def user_path(path:str|Path) -> Path:
     "A path as the user wrote it, with `~` for the home folder."
     return Path(os.path.expanduser(path))
 
+# %% ../../nbs/00_core/02_files.ipynb #cell-060
 def cache_dir() -> Path:
     "Where things that can be rebuilt are kept: `$TIPR_CACHE`, or the system's cache folder for `tipr_nb`."
     from platformdirs import user_cache_path
@@ -370,7 +380,7 @@ def cache_dir() -> Path:
     with os_errors(path): path.mkdir(parents=True, exist_ok=True)
     return path
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-050
+# %% ../../nbs/00_core/02_files.ipynb #cell-062
 @contextlib.contextmanager
 def locked(
     path:str|Path,  # the file or folder being built; the lock lies beside it
@@ -383,7 +393,7 @@ def locked(
         lock = path.with_name(f"{_hidden_name(path.name)}.lock")
         with FileLock(str(lock)): yield
 
-# %% ../../nbs/00_core/02_files.ipynb #cell-052
+# %% ../../nbs/00_core/02_files.ipynb #cell-064
 def file_sha256(path:str|Path) -> str:
     "SHA-256 of a file's bytes, as hex."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()

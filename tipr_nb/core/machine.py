@@ -141,11 +141,12 @@ def free_threads(
         _following.clear()
         torch.set_num_threads(before)
 
+# %% ../../nbs/00_core/03_machine.ipynb #cell-024
 def fit_threads():
     "Between two steps or batches: follow what is free, inside a `free_threads` block and in the main thread."
     if _following and threading.current_thread() is threading.main_thread(): _following[0].follow()
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-027
+# %% ../../nbs/00_core/03_machine.ipynb #cell-028
 _LOOK_SECONDS = .5   # between two looks for the parent
 
 def exit_with_parent():
@@ -159,7 +160,7 @@ def exit_with_parent():
 
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-031
+# %% ../../nbs/00_core/03_machine.ipynb #cell-032
 _SCHEMAS = {"nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
             "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"}
 _libraries = []   # a declaration lives as long as its object
@@ -168,6 +169,7 @@ def _declared(name:str) -> bool:
     import torch
     return any(s.name == f"torchvision::{name}" for s in torch._C._jit_get_all_schemas())
 
+# %% ../../nbs/00_core/03_machine.ipynb #cell-034
 def _compiled_ops_load() -> bool:
     "Whether torchvision's own library loads into this torch."
     import torch
@@ -180,7 +182,7 @@ def _compiled_ops_load() -> bool:
     except (OSError, RuntimeError): return False
     return True
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-032
+# %% ../../nbs/00_core/03_machine.ipynb #cell-035
 def ensure_torchvision():
     "Make `import torchvision` work beside a torch that its operators were not built for; call it before that import."
     if "torchvision" in sys.modules: return

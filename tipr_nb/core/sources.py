@@ -107,6 +107,7 @@ def fill_card(
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items()]
     return text.format(data="\n".join(lines), **kwargs)
 
+# %% ../../nbs/00_core/04_sources.ipynb #cell-023
 def markdown_table(rows:Sequence[dict]) -> str:
     "Rows as a Markdown table."
     if not rows: return ""

@@ -42,6 +42,7 @@ _EXAMPLES = 3    # shown of each finding
 def _cell(text:str, style:str="") -> str:
     return f"<td style='text-align:left;vertical-align:top;{style}'>{text}</td>"
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-010
 def _html_row(c:Check) -> str:
     "A finding as a row of an HTML table."
     examples = "".join(f"<br><small>{escape(e)}</small>" for e in c.examples)
@@ -55,7 +56,7 @@ def _text_lines(c:Check) -> list[str]:
     if c.remedy: lines.append(f"{'':29} -> {c.remedy}")
     return lines
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-010
+# %% ../../nbs/01_data/05_checks.ipynb #cell-012
 @dataclass(repr=False)
 class Report:
     "What `check_dataset` found."
@@ -114,7 +115,7 @@ class Report:
         "Caption lengths in CLIP tokens, and the length at which CLIP cuts."
         return plot_lengths(self.lengths, ax, limit)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-011
+# %% ../../nbs/01_data/05_checks.ipynb #cell-013
 def plot_lengths(lengths:dict[str, np.ndarray], ax=None, limit:int=77) -> Any: # Axes
     "A histogram of caption lengths for each split, with a line where CLIP cuts."
     import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
@@ -136,12 +137,13 @@ def plot_lengths(lengths:dict[str, np.ndarray], ax=None, limit:int=77) -> Any: #
     sns.despine(ax=ax)
     return ax
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-014
+# %% ../../nbs/01_data/05_checks.ipynb #cell-016
 def _parts(e:DatasetError|str) -> tuple[str, str]:
     "A message as what was found and the remedy."
     found, _, remedy = str(e).partition("; ")
     return found, remedy
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-018
 @dataclass
 class Gathered:
     "What could be parsed of a dataset, and what could not."
@@ -159,7 +161,7 @@ class Gathered:
             except DatasetError: self.bad.append(str(e))
             else: self.empty.append(where)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-016
+# %% ../../nbs/01_data/05_checks.ipynb #cell-020
 def gather(report:Report, name:str, root:str|Path) -> tuple[Path, list[Row]]|None: # the dataset's folder, its rows
     "Find and parse what can be parsed, noting the rest; None when there is nothing to look at."
     layout = LAYOUTS.get(name)
@@ -185,6 +187,7 @@ def gather(report:Report, name:str, root:str|Path) -> tuple[Path, list[Row]]|Non
                    "write them, or load with drop_empty=True", found.empty)
     return home, found.rows
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-021
 def _gather_layout(layout:Layout, root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
     "Records of a public layout; its folder and the names of its files."
     annotation = find_annotation(layout, root)
@@ -192,6 +195,7 @@ def _gather_layout(layout:Layout, root:str|Path, found:Gathered) -> tuple[Path, 
         found.take(partial(parse_record, record, where, layout, split=split), where)
     return annotation.home, [p.name for p in annotation.files.values()]
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-022
 def _gather_table(root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
     "Records of somebody's table; its folder and name."
     tables = find_tables(root)
@@ -201,7 +205,7 @@ def _gather_table(root:str|Path, found:Gathered) -> tuple[Path, list[str]]:
     if not found.total: raise DatasetError(f"{path}: no rows in it; the table needs image, caption and id")
     return path.parent, [path.name]
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-018
+# %% ../../nbs/01_data/05_checks.ipynb #cell-024
 def check_own(report:Report, rows:list[Row]) -> list[Row]:
     "What only people's own tables can have wrong: an image under two people, splits for some rows only."
     try:
@@ -210,7 +214,7 @@ def check_own(report:Report, rows:list[Row]) -> list[Row]:
     except DatasetError as e: report.add("error", "table", *_parts(e))
     return rows
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-021
+# %% ../../nbs/01_data/05_checks.ipynb #cell-027
 Count = tuple[int, int, int]   # identities, images, captions
 
 def count_rows(rows:Iterable[Row]) -> Count:
@@ -218,6 +222,7 @@ def count_rows(rows:Iterable[Row]) -> Count:
     part = list(rows)
     return len({r.id for r in part}), len(part), sum(len(r.captions) for r in part)
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-029
 def check_counts(report:Report, name:str, rows:list[Row], counts:dict[str, Count]):
     "Counts against the official ones."
     official = LAYOUTS[name].official if name in LAYOUTS else {}
@@ -235,6 +240,7 @@ def check_counts(report:Report, name:str, rows:list[Row], counts:dict[str, Count
             published = "{:,} ids, {:,} images, {:,} captions".format(*wanted)
             report.add("warning", title, f"{said}; published: {published}", why)
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-030
 def check_splits(report:Report, name:str, rows:list[Row]):
     "Splits, identities in two of them, and counts."
     splits = dict.fromkeys(r.split for r in rows)
@@ -257,7 +263,7 @@ def check_splits(report:Report, name:str, rows:list[Row]):
     single = int((per_person == 1).sum())
     if single: report.add("note", "single photos", f"{single:,} training identities have one photo only")
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-025
+# %% ../../nbs/01_data/05_checks.ipynb #cell-033
 @dataclass
 class ImageFacts:
     "What reading an image file gave."
@@ -265,6 +271,7 @@ class ImageFacts:
     size:tuple[int, int] = (0, 0)       # (w, h)
     error:str = ""
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-035
 def image_facts(path:Path, verify:bool=True) -> ImageFacts:
     "Read (and decode) a file."
     if os.path.exists(path) and not os.path.isfile(path): return ImageFacts(error="not a file")
@@ -278,7 +285,7 @@ def image_facts(path:Path, verify:bool=True) -> ImageFacts:
             return ImageFacts(digest, im.size)
     except Exception as e: return ImageFacts(digest, error=one_line(e))   # Pillow's plugins raise all kinds
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-027
+# %% ../../nbs/01_data/05_checks.ipynb #cell-037
 def check_missing(report:Report, images:Path, rows:list[Row], allowed:int=0) -> list[str]: # images that are there
     "Images that are not there; as many as are `allowed` to be missing are a warning."
     paths = list(dict.fromkeys(r.path for r in rows))
@@ -294,6 +301,7 @@ def check_missing(report:Report, images:Path, rows:list[Row], allowed:int=0) -> 
     report.add(level, "missing images", f"{len(report.missing):,} of {len(paths):,}", hint, report.missing)
     return [p for p in paths if p in there]
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-039
 def check_unreadable(report:Report, facts:dict[str, ImageFacts], verify:bool):
     "Images that cannot be decoded."
     report.unreadable = [p for p, f in facts.items() if f.error]
@@ -303,6 +311,7 @@ def check_unreadable(report:Report, facts:dict[str, ImageFacts], verify:bool):
                    "replace them, or load with skip=report.unreadable", examples)
     else: report.add("ok", "unreadable images", "none" if verify else "none, by their headers")
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-041
 def check_sizes(report:Report, rows:list[Row], facts:dict[str, ImageFacts]):
     "Whether the images look like crops of people."
     whole = [facts.get(r.path) for r in rows if not r.box]
@@ -315,7 +324,7 @@ def check_sizes(report:Report, rows:list[Row], facts:dict[str, ImageFacts]):
         report.add("warning", "image sizes", f"{size}, {100*wide:.0f} % wider than tall",
                    "these look like scenes: give boxes x, y, w, h to cut people out")
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-029
+# %% ../../nbs/01_data/05_checks.ipynb #cell-043
 def check_duplicates(report:Report, rows:list[Row], facts:dict[str, ImageFacts]):
     "The same picture twice, by the hash of its bytes, or listed twice."
     same:dict[str, list[Row]] = {}
@@ -334,6 +343,7 @@ def check_duplicates(report:Report, rows:list[Row], facts:dict[str, ImageFacts])
         examples = [" = ".join(r.path for r in g) for g in found]
         if found: report.add(level, "duplicate images", f"{len(found):,} {where}", remedy, examples)
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-045
 def check_images(report:Report, images:Path, rows:list[Row], verify:bool=True, workers:int|None=None, allowed:int=0):
     "Missing, unreadable and duplicate images, and images that are no crops of people."
     present = check_missing(report, images, rows, allowed)
@@ -344,7 +354,7 @@ def check_images(report:Report, images:Path, rows:list[Row], verify:bool=True, w
     check_duplicates(report, rows, facts)
     check_sizes(report, rows, facts)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-032
+# %% ../../nbs/01_data/05_checks.ipynb #cell-048
 _FOREIGN = re.compile(r"[^\x00-\u024f\u02b0-\u02ff\u1e00-\u1eff\u2000-\u2bff\ufb00-\ufb06\ufe0f\ufeff]")
 _CODE = re.compile(r"[{}<>\\|=]|https?://|&[a-z]+;")
 
@@ -357,7 +367,7 @@ def token_lengths(captions:Sequence[str]) -> np.ndarray: # (n,)
     known = {c: len(encode(c)) + 2 for c in progress(different, "counting tokens")}
     return np.array([known[c] for c in captions], dtype=np.int64)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-034
+# %% ../../nbs/01_data/05_checks.ipynb #cell-050
 def check_wording(report:Report, rows:list[Row]):
     "Odd numbers of captions; duplicate, foreign, odd and short ones."
     captions = [c for r in rows for c in r.captions]
@@ -377,6 +387,7 @@ def check_wording(report:Report, rows:list[Row]):
         examples = [text if len(text) < 60 else text[:57] + "..." for text in found]
         if found: report.add("note", check, f"{len(found):,} {what}", "", examples)
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-052
 def check_captions(report:Report, rows:list[Row], lengths:Callable[[Sequence[str]], np.ndarray]|None=token_lengths,
                    limit:int=77):
     "Wording and length of captions."
@@ -396,7 +407,7 @@ def check_captions(report:Report, rows:list[Row], lengths:Callable[[Sequence[str
                    f"{said}; {cut:,} ({100*fraction:.1f} %) are longer than {limit}",
                    "CLIP cuts them: take an encoder with a longer context, or live with it")
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-038
+# %% ../../nbs/01_data/05_checks.ipynb #cell-055
 def rows_of(data:PersonDataset) -> list[Row]:
     "A loaded dataset as rows, with the dataset's own identity numbers."
     rows = []
@@ -408,7 +419,7 @@ def rows_of(data:PersonDataset) -> list[Row]:
             rows.append(Row(f"{split} image {i}", split, int(source[i]), os.path.normpath(path), captions))
     return rows
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-040
+# %% ../../nbs/01_data/05_checks.ipynb #cell-057
 _TABLE_NAMES = ("folder", "csv", "jsonl")
 _OWN_IMAGE_DIRS = (".", "imgs", "images")
 
@@ -437,6 +448,7 @@ def check_dataset(
     check_captions(report, rows, lengths)
     return report
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-058
 def _check_loaded(report:Report, load:Callable[..., PersonDataset], root:str|Path|None) -> list[Row]:
     "What somebody's own function loads."
     try: rows = rows_of(load(root))
@@ -447,6 +459,7 @@ def _check_loaded(report:Report, load:Callable[..., PersonDataset], root:str|Pat
     check_splits(report, report.name, rows)
     return rows
 
+# %% ../../nbs/01_data/05_checks.ipynb #cell-059
 def _check_files(report:Report, kind:str, root:str|Path, skip:list[str]) -> tuple[list[Row], Path|None]:
     "Annotation and splits; the rows, and the folder of the images where it was found."
     found = gather(report, kind, root)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core import atomic_path, cache_dir, locked, one_line, progress
 from .corpora import DatasetError, Split
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-007
+# %% ../../nbs/01_data/03_crops.ipynb #cell-006
 PICTURE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000", "HEIF")
 
 def picture_formats() -> list[str]:
@@ -32,7 +32,7 @@ def picture_formats() -> list[str]:
     Image.init()
     return [f for f in PICTURE_FORMATS if f in Image.OPEN]
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-009
+# %% ../../nbs/01_data/03_crops.ipynb #cell-008
 def picture_header(
     source:str|Path|bytes,  # a file, or the bytes of one
 ) -> Image.Image: # not yet decoded
@@ -42,18 +42,20 @@ def picture_header(
     if special: raise OSError("not a file")   # a folder, or a pipe that would be waited on for ever
     return Image.open(stream, formats=picture_formats())
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-011
+# %% ../../nbs/01_data/03_crops.ipynb #cell-010
 def _upright(picture:Image.Image) -> Image.Image:
     "Turned as its EXIF note says; a damaged note is none."
     try: return ImageOps.exif_transpose(picture)
     except Exception: return picture   # Pillow's plugins raise all kinds
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-012
 def _on_white(picture:Image.Image) -> Image.Image:
     "With white behind what is transparent."
     over = picture.convert("RGBA")
     white = Image.new("RGBA", over.size, "white")
     return Image.alpha_composite(white, over)
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-014
 def _eight_bits(picture:Image.Image) -> Image.Image:
     "Grey of 16 or 32 bits, or floats in [0, 1] or [0, 255], as 8 bits."
     values = np.asarray(picture, dtype=np.float32)
@@ -61,7 +63,7 @@ def _eight_bits(picture:Image.Image) -> Image.Image:
     else: scale = 1/256
     return Image.fromarray((values*scale).clip(0, 255).astype(np.uint8))
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-012
+# %% ../../nbs/01_data/03_crops.ipynb #cell-016
 def to_rgb(picture:Image.Image) -> Image.Image: # RGB, upright
     "Any picture as training, evaluation, galleries and queries see it."
     if picture.mode == "RGB" and "transparency" not in picture.info and not picture.getexif(): return picture
@@ -71,7 +73,7 @@ def to_rgb(picture:Image.Image) -> Image.Image: # RGB, upright
     if picture.mode == "F" or picture.mode.startswith("I"): picture = _eight_bits(picture)
     return picture.convert("RGB")
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-014
+# %% ../../nbs/01_data/03_crops.ipynb #cell-018
 def _crop_box(im:Image.Image, box:Sequence[float], path:str|Path) -> Image.Image:
     "The part of a picture inside x, y, w, h."
     x, y, w, h = box
@@ -84,7 +86,7 @@ def _crop_box(im:Image.Image, box:Sequence[float], path:str|Path) -> Image.Image
                            "fix its x, y, w, h")
     return im.crop((left, top, right, bottom))
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-015
+# %% ../../nbs/01_data/03_crops.ipynb #cell-019
 def read_image(
     path:str|Path,                      # file
     box:Sequence[float]|None=None,      # x, y, w, h in pixels to cut out
@@ -102,7 +104,7 @@ def read_image(
     if box is None or not np.isfinite(box).all(): return im
     return _crop_box(im, box, path)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-019
+# %% ../../nbs/01_data/03_crops.ipynb #cell-022
 def resize_image(
     im:Image.Image,                 # any size and mode
     image_size:tuple[int, int],     # (h, w)
@@ -113,6 +115,7 @@ def resize_image(
     if im.size != (w, h): im = im.resize((w, h), Image.Resampling.BILINEAR)
     return np.asarray(im).transpose(2, 0, 1)
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-024
 def stack_images(
     images:Sequence[Image.Image|str|Path],  # pictures or files
     image_size:tuple[int, int],             # (h, w)
@@ -124,7 +127,7 @@ def stack_images(
         row[...] = resize_image(picture, image_size)
     return out
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-023
+# %% ../../nbs/01_data/03_crops.ipynb #cell-027
 def rectangles(erase:Tensor, h:int, w:int) -> Tensor: # (b, 1, h, w) bool
     "Rectangles (b, 4) of top, left, bottom, right as a mask."
     def inside(n, low, high):
@@ -133,13 +136,14 @@ def rectangles(erase:Tensor, h:int, w:int) -> Tensor: # (b, 1, h, w) bool
     top, left, bottom, right = erase.unbind(1)
     return (inside(h, top, bottom)[:, :, None] & inside(w, left, right)[:, None, :])[:, None]
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-029
 def blank(images:Tensor, erase:Tensor) -> Tensor:
     "Set each image's rectangle to 0, in place; on a GPU without asking it where the rectangles are."
     if images.is_cuda: return images.masked_fill_(rectangles(erase, *images.shape[-2:]), 0.)
     for image, (top, left, bottom, right) in zip(images, erase.tolist()): image[:, top:bottom, left:right] = 0.
     return images
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-025
+# %% ../../nbs/01_data/03_crops.ipynb #cell-031
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _CACHE_PIXELS = 2**18   # numbers that fit into a processor's cache
@@ -162,7 +166,7 @@ def normalise(
         out[part].copy_(raw[part]).mul_(scale).sub_(shift)
     return out if erase is None else blank(out, erase)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-029
+# %% ../../nbs/01_data/03_crops.ipynb #cell-034
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)   # the increment of SplitMix64
 
 def _mix(z:np.ndarray) -> np.ndarray:
@@ -186,7 +190,7 @@ def uniforms(seed:int, epoch:int, positions:np.ndarray, n:int, stream:int=0) -> 
         bits = _mix(key + counter*_GAMMA) >> np.uint64(11)
     return bits.astype(np.float64)*2**-53
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-032
+# %% ../../nbs/01_data/03_crops.ipynb #cell-037
 @dataclass
 class Draw:
     "What was drawn for a batch of images."
@@ -195,6 +199,7 @@ class Draw:
     left:np.ndarray     # (b,) column of the crop in the padded image
     erase:np.ndarray    # (b, 4) top, left, bottom, right; zeros where nothing is erased
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-039
 class TrainTransform:
     "Flip, pad and random crop, random erasing, CLIP normalisation; for a whole batch at once."
     n_draws = 26   # random numbers an image takes
@@ -264,7 +269,7 @@ class TrainTransform:
         pixels = raw.float()/255
         return (out, pixels) if images.ndim == 4 else (out[0], pixels[0])
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-036
+# %% ../../nbs/01_data/03_crops.ipynb #cell-043
 class EvalTransform:
     "Resize and CLIP normalisation, nothing random."
     def __init__(self,
@@ -278,7 +283,7 @@ class EvalTransform:
         if isinstance(images, (Image.Image, str, Path)): return self(stack_images([images], self.image_size)[0])
         return self(stack_images(images, self.image_size))
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-040
+# %% ../../nbs/01_data/03_crops.ipynb #cell-046
 _SIDES = {"left": "right", "right": "left"}
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?)?\b)", re.IGNORECASE)
 
@@ -296,7 +301,7 @@ def swap_sides(caption:str) -> str:
     "Say 'right' for 'left' and 'left' for 'right', as a mirrored image needs."
     return _SIDE.sub(_other_side, caption)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-044
+# %% ../../nbs/01_data/03_crops.ipynb #cell-049
 _CACHE_VERSION = 2   # of how pictures are decoded
 
 def cache_file(paths:list[Path], boxes:np.ndarray|None, image_size:tuple[int, int], folder:str|Path|None=None) -> Path:
@@ -307,6 +312,7 @@ def cache_file(paths:list[Path], boxes:np.ndarray|None, image_size:tuple[int, in
     home = Path(folder) if folder else cache_dir()/"images"
     return home/f"{key.hexdigest()[:24]}.u8"
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-051
 def file_stamps(paths:list[Path]) -> np.ndarray: # (n, 2) int64
     "Size in bytes and modification time of each file."
     out = np.empty((len(paths), 2), np.int64)
@@ -317,6 +323,7 @@ def file_stamps(paths:list[Path]) -> np.ndarray: # (n, 2) int64
         out[i] = s.st_size, s.st_mtime_ns
     return out
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-053
 def read_cache(file:Path, shape:tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]|None:
     "Pixels (memory-mapped) and stamps of a cache file; None if it is missing or has the wrong length."
     n_bytes = int(np.prod(shape))
@@ -332,7 +339,7 @@ def open_cache(file:Path, shape:tuple[int, ...], stamps:np.ndarray) -> np.ndarra
     found = read_cache(file, shape)
     return found[0] if found and np.array_equal(found[1], stamps) else None
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-045
+# %% ../../nbs/01_data/03_crops.ipynb #cell-054
 _BLOCK = 64   # images that a thread decodes before it hands them over
 
 def check_room(folder:Path, n_bytes:int):
@@ -341,6 +348,7 @@ def check_room(folder:Path, n_bytes:int):
     raise DatasetError(f"{folder}: the image cache needs {n_bytes/2**30:.2f} GiB and the disk has less; free some, set "
                        "TIPR_CACHE to another disk, or do without (cache=False)")
 
+# %% ../../nbs/01_data/03_crops.ipynb #cell-056
 def write_cache(file:Path, paths:list[Path], boxes:np.ndarray|None, shape:tuple[int, ...], stamps:np.ndarray,
                 workers:int|None=None) -> np.ndarray:
     "Decode what is new or changed, keep the rest, and put the file in place in one step."
@@ -367,12 +375,12 @@ def write_cache(file:Path, paths:list[Path], boxes:np.ndarray|None, shape:tuple[
         finally: pool.shutdown(cancel_futures=True)
     return np.memmap(file, np.uint8, "r", shape=shape)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-047
+# %% ../../nbs/01_data/03_crops.ipynb #cell-058
 def _files(source) -> list: return source.images if isinstance(source, Split) else list(source)
 
 def _boxes(source, boxes): return source.image_columns.get("box") if isinstance(source, Split) else boxes
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-048
+# %% ../../nbs/01_data/03_crops.ipynb #cell-059
 class ImageCache:
     "Decoded, resized images in one memory-mapped file, built once."
     def __init__(self,
@@ -421,7 +429,7 @@ class ImageCache:
             if pixels is None: pixels = write_cache(file, paths, boxes, shape, stamps, workers)
         return cls(pixels)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-050
+# %% ../../nbs/01_data/03_crops.ipynb #cell-061
 class ImageFiles:
     "The same access as `ImageCache`, but decoding every time."
     def __init__(self,
@@ -443,7 +451,7 @@ class ImageFiles:
         "These images."
         return stack_images([self.read(i) for i in index], self.image_size)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-052
+# %% ../../nbs/01_data/03_crops.ipynb #cell-063
 def image_batches(
     source:Split|Sequence[str|Path],            # a split, or image files
     image_size:tuple[int, int]=(384, 128),      # (h, w)

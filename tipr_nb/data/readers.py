@@ -20,7 +20,7 @@ from tipr_nb.core import (TABLES, TiprError, find_registered, one_line, read_jso
     write_json)
 from .corpora import DatasetError, PersonDataset, Split
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-006
+# %% ../../nbs/01_data/02_readers.ipynb #cell-005
 @dataclass(frozen=True)
 class Layout:
     "How a dataset lies on disk and what its authors counted."
@@ -33,7 +33,7 @@ class Layout:
     unsplit:tuple[str, ...] = ()    # deliveries without splits, and so of no use
     access:str = ""                 # where it comes from
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-007
+# %% ../../nbs/01_data/02_readers.ipynb #cell-006
 _KNOWN = [
     Layout("cuhk-pedes", "CUHK-PEDES", ("reid_raw.json",), unsplit=("caption_all.json",),
            access="by mail from its authors (CVPR 2017)",
@@ -52,7 +52,7 @@ _KNOWN = [
 ]
 LAYOUTS = {layout.name: layout for layout in _KNOWN}
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-011
+# %% ../../nbs/01_data/02_readers.ipynb #cell-009
 @dataclass
 class Row:
     "One annotated image: what a reader takes from a record."
@@ -65,6 +65,7 @@ class Row:
     columns:dict = field(default_factory=dict)                      # name -> value of the image
     caption_columns:dict[str, list] = field(default_factory=dict)   # name -> value of each caption
 
+# %% ../../nbs/01_data/02_readers.ipynb #cell-011
 def _shown(value:Any) -> str:
     "A value for a message: on one line, and not longer than that."
     text = repr(value)
@@ -87,7 +88,7 @@ def parse_id(value:Any, where:str) -> int:
     raise DatasetError(f"{where}: id {_shown(value)} is not a whole number from 0 up; "
                        "number the identities 0, 1, 2, ...")
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-012
+# %% ../../nbs/01_data/02_readers.ipynb #cell-013
 _SPLITS = {"train": "train", "training": "train", "trn": "train",
            "val": "val", "valid": "val", "validation": "val", "dev": "val",
            "test": "test", "testing": "test"}
@@ -98,6 +99,7 @@ def parse_split(value:Any, where:str) -> str:
     if text in _SPLITS: return _SPLITS[text]
     raise DatasetError(f"{where}: split {_shown(value)} is not one of train, val, test; fix that field")
 
+# %% ../../nbs/01_data/02_readers.ipynb #cell-015
 _LONGEST_NAME = 255   # of a file or folder, on all usual file systems
 
 def _is_text(value:Any) -> bool:
@@ -118,7 +120,7 @@ def parse_path(value:Any, where:str) -> str:
                            "give paths relative to it, without '..'")
     return os.path.normpath(path)
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-013
+# %% ../../nbs/01_data/02_readers.ipynb #cell-017
 def parse_captions(value:Any, where:str, drop_empty:bool=False) -> list[str]:
     "Captions as a list of non-empty strings."
     if isinstance(value, str):
@@ -131,7 +133,7 @@ def parse_captions(value:Any, where:str, drop_empty:bool=False) -> list[str]:
     if found and all(found): return found
     raise DatasetError(f"{where}: empty caption; write one, or pass drop_empty=True to leave it out")
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-014
+# %% ../../nbs/01_data/02_readers.ipynb #cell-019
 def parse_record(record:Any, where:str, layout:Layout, drop_empty:bool=False, split:str="") -> Row:
     "One record of a CUHK-PEDES-like annotation file; `split` is the file's, where each split has a file."
     if not isinstance(record, dict):
@@ -159,7 +161,7 @@ _ALIASES = {
     "id": ("id", "identity", "person_id", "pid"),
 }
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-018
+# %% ../../nbs/01_data/02_readers.ipynb #cell-022
 _TOY = {"red": (200, 40, 40), "blue": (50, 70, 190), "green": (40, 140, 70), "black": (30, 30, 30),
         "white": (235, 235, 235), "yellow": (225, 195, 50)}
 _SKIN = (222, 180, 150)
@@ -186,7 +188,7 @@ def toy_person(
     d.rectangle((hand - 5, .52*h, hand + 5, .62*h), _BAG)
     return im
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-020
+# %% ../../nbs/01_data/02_readers.ipynb #cell-024
 def toy_records(n_train:int=8, n_test:int=4, photos:int=2) -> list[dict]:
     "Annotation of toy people in CUHK-PEDES' form, two captions a photo."
     names = list(_TOY)
@@ -222,7 +224,7 @@ def toy_people(
     write_json(root/"reid_raw.json", records)
     return root
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-024
+# %% ../../nbs/01_data/02_readers.ipynb #cell-027
 def _letters(name:str) -> str: return re.sub("[^a-z0-9]", "", name.lower())
 
 def entry_named(folder:Path, names:Iterable[str], want_dir:bool=False) -> Path|None:
@@ -236,7 +238,7 @@ def entry_named(folder:Path, names:Iterable[str], want_dir:bool=False) -> Path|N
         if _letters(name) in alike: return alike[_letters(name)]
     return None
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-026
+# %% ../../nbs/01_data/02_readers.ipynb #cell-029
 @dataclass
 class Annotation:
     "What holds a dataset's records: one file, or one for each split."
@@ -299,7 +301,7 @@ def find_annotation(layout:Layout, root:str|Path) -> Annotation:
     raise DatasetError(f"{root}: no {layout.annotation[0]} in it or in {layout.folder}/; "
                        f"the dataset comes {layout.access}")
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-028
+# %% ../../nbs/01_data/02_readers.ipynb #cell-031
 def json_records(path:Path, what:str="an annotation file") -> Iterator[tuple[str, Any]]:
     "Where each record of a JSON list stands, and the record."
     records = read_json(path, "download it again", error=DatasetError)
@@ -314,7 +316,7 @@ def annotation_records(layout:Layout, annotation:Annotation) -> Iterator[tuple[s
         for where, record in json_records(path, f"{layout.folder}'s {layout.annotation[0]}"):
             yield where, record, split
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-031
+# %% ../../nbs/01_data/02_readers.ipynb #cell-034
 _SAMPLE = 50   # rows, whose images are looked for
 
 def files_there(images:Path, paths:Iterable[str]) -> set[str]:
@@ -352,7 +354,7 @@ def near_name(path:Path) -> Path|None:
     wanted = _letters(path.stem)
     return next((p for p in sorted(path.parent.iterdir()) if _letters(p.stem) == wanted), None)
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-035
+# %% ../../nbs/01_data/02_readers.ipynb #cell-037
 def missing_error(missing:list[Row], images:Path) -> DatasetError:
     "What to say about images that are not there."
     first = missing[0]
@@ -364,7 +366,7 @@ def missing_error(missing:list[Row], images:Path) -> DatasetError:
     return DatasetError(f"{first.where}: image {first.path}{more} is missing under {images}; {hint}; "
                         "`tipr data check` lists all")
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-036
+# %% ../../nbs/01_data/02_readers.ipynb #cell-038
 def read_skip(skip:str|Path|Iterable[str]) -> list[str]:
     "Images to leave out: a list of paths, a text file with one a line, or the JSON report of `tipr data check`."
     if not isinstance(skip, (str, Path)): return [str(s) for s in skip]
@@ -373,12 +375,14 @@ def read_skip(skip:str|Path|Iterable[str]) -> list[str]:
         lines = read_text(path, "give a file with one image path a line", DatasetError).splitlines()
         return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     found = read_json(path, "give a list of image paths", error=DatasetError)
-    if isinstance(found, dict): found = [*(found.get("missing") or []), *(found.get("unreadable") or [])]
+    if isinstance(found, dict):
+        lists = [found.get(name) or [] for name in ("missing", "unreadable")]
+        found = sum(lists, []) if all(isinstance(part, list) for part in lists) else None
     if not isinstance(found, list) or not all(isinstance(s, str) for s in found):
         raise DatasetError(f"{path}: no list of image paths; give one, or a file with one path a line")
     return found
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-038
+# %% ../../nbs/01_data/02_readers.ipynb #cell-040
 def leave_out(rows:list[Row], images:Path, skip:Sequence[str], notes:list[str]) -> list[Row]:
     "The rows whose images are not in `skip`; says in the notes how many were, and what of `skip` is no image here."
     if not skip: return rows
@@ -400,7 +404,7 @@ def leave_out_missing(rows:list[Row], images:Path, allowed:int, notes:list[str])
                              f"among them {missing[0].path}")
     return [r for r in rows if r.path in there]
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-042
+# %% ../../nbs/01_data/02_readers.ipynb #cell-043
 def _restarted(rows:list[Row]) -> bool:
     "Whether every split numbers its own people from 0 or 1 on, in folders of their own."
     ids:dict[str, set[int]] = {}
@@ -436,7 +440,7 @@ def hold_out(rows:list[Row], fraction:float, seed:int) -> list[int]:
     drawn = np.random.default_rng([seed, 5]).permutation(ids)[:n]
     return sorted(drawn.tolist())
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-044
+# %% ../../nbs/01_data/02_readers.ipynb #cell-045
 _INTEGER = re.compile(r"[+-]?\d{1,15}")
 _ZEROS_FIRST = re.compile(r"[+-]?0\d")   # a badge 007 is no number
 
@@ -458,7 +462,7 @@ def as_column(values:list) -> np.ndarray:
     for i, v in enumerate(values): out[i] = v
     return out
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-046
+# %% ../../nbs/01_data/02_readers.ipynb #cell-047
 def build_split(name:str, rows:list[Row], images:Path, relabel:bool=False) -> Split:
     "Columns from rows; with `relabel` identities become 0..n_ids-1. What an image has, its captions have too."
     source = np.array([r.id for r in rows], dtype=np.int64)
@@ -491,7 +495,7 @@ def _caption_columns(rows:list[Row]) -> dict[str, np.ndarray]:
         out[name] = as_column(values)
     return out
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-048
+# %% ../../nbs/01_data/02_readers.ipynb #cell-049
 def assemble(
     name:str,
     root:Path,
@@ -537,7 +541,7 @@ def make_val(rows:list[Row], val:str, fraction:float, seed:int) -> str: # the no
         if r.split == "train" and r.id in held: r.split = "val"
     return f"val: {100*fraction:g} % of training identities held out ({len(held)} ids, seed {seed})"
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-050
+# %% ../../nbs/01_data/02_readers.ipynb #cell-051
 _ALREADY_READ = ("id", "split", "captions")
 
 def add_attributes(rows:list[Row], path:Path):
@@ -555,7 +559,7 @@ def add_attributes(rows:list[Row], path:Path):
         names = dict.fromkeys(k for one in about for k in one if k != "caption")
         r.caption_columns |= {k: [one.get(k) for one in about] for k in names}
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-051
+# %% ../../nbs/01_data/02_readers.ipynb #cell-052
 def load_layout(layout:Layout, root:str|Path, drop_empty:bool=False, **kwargs) -> PersonDataset:
     "Read one of `LAYOUTS` from disk; `kwargs` go on to `assemble`."
     annotation = find_annotation(layout, root)
@@ -695,7 +699,7 @@ def load_folder(root:str|Path, drop_empty:bool=False, seed:int=0, **kwargs) -> P
     images = find_images(home, rows, _OWN_IMAGE_DIRS)
     return assemble("folder", home, rows, images, seed=seed, notes=notes, **kwargs)
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-064
+# %% ../../nbs/01_data/02_readers.ipynb #cell-063
 _NEED_NO_ROOT = ("synth-pedes",)
 
 DATASETS:dict[str, Callable[..., PersonDataset]|str] = { # name -> function, or the path of one

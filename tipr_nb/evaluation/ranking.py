@@ -6,20 +6,19 @@
 __all__ = ['TIES', 'read_features', 'Rows', 'item_ids', 'RankingPlan', 'make_plan', 'query_scores', 'cosine_blocks',
            'toy_features', 'given_blocks', 'rank_within']
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-003
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-002
 import itertools, math, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-004
 import numpy as np, torch
 from numba import njit
 from torch import Tensor
 from ..core import TiprError, progress, read_npy, reading
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-014
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-009
 def _jit(f: Callable) -> Callable:
     "Compile for the CPU, free of the interpreter lock; machine code is kept on disk where the disk allows it."
     try:
@@ -27,7 +26,7 @@ def _jit(f: Callable) -> Callable:
     except RuntimeError:
         return njit(nogil=True)(f)
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-016
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-011
 @_jit
 def _above_few(row, t, more, same):
     "For each threshold: how many of `row` lie above and how many equal it. One pass per threshold, vectorised."
@@ -40,7 +39,7 @@ def _above_few(row, t, more, same):
         more[i] = higher
         same[i] = level
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-019
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-014
 @_jit
 def _above_many(row, t, more, same):
     "The same counts for many thresholds `t`, ascending: bisection into bins, then sums from the top."
@@ -62,7 +61,7 @@ def _above_many(row, t, more, same):
         if t[i] == t[i - 1]:
             same[i] = same[i - 1]
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-022
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-017
 @_jit
 def _count(sim, order, lo, hi, ptr, above, equal, few):
     "Per hit, best first: other people's images above it and level with it. Query `r`'s hits fill `ptr[r]:ptr[r+1]`."
@@ -88,7 +87,7 @@ def _count(sim, order, lo, hi, ptr, above, equal, few):
             above[ptr[r] + n - 1 - i] = more[i] - (n - last)
             equal[ptr[r] + n - 1 - i] = same[i] - (last - first)
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-025
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-020
 def _count_torch(
     sim: Tensor, order: Tensor, lo: np.ndarray, hi: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +108,7 @@ def _count_torch(
     above, equal = torch.stack(counts, -1)[:, real].cpu().numpy()
     return above, equal
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-029
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-023
 @_jit
 def _group_ap(M, A, m, t):
     "Expected sum of the precisions at the `m` hits among `t` tied images that follow `A` images with `M` hits."
@@ -121,7 +120,7 @@ def _group_ap(M, A, m, t):
         total += (M + 1 + (p - 1) * step) / (A + p)
     return total * m / t
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-032
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-026
 @_jit
 def _group_last(A, m, t):
     "Expected 1/rank of the last of `m` hits among `t` tied images that follow `A` images."
@@ -133,7 +132,7 @@ def _group_last(A, m, t):
             chance *= (p - m) / (p - 1)
     return total
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-034
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-028
 @_jit
 def _group_recall(k, A, m, t):
     "Probability that one of `m` hits among `t` tied images after `A` others is within the first `k`."
@@ -142,10 +141,10 @@ def _group_recall(k, A, m, t):
         none *= (t - m - x) / (t - x)
     return 1 - none
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-037
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-031
 TIES = {"expected": 0, "pessimistic": 1, "optimistic": 2}
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-038
+
 @_jit
 def _score(above, equal, ptr, ks, ties, out):
     "Rows of `out`: rank of the first hit, AP, INP, then R@k for each of `ks`; NaN for a query without hits."
@@ -177,7 +176,7 @@ def _score(above, equal, ptr, ks, ties, out):
         if n:
             out[q, 1] = ap / n
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-042
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-034
 _AGAIN = "save the features again as .npy, .npz or .safetensors"
 
 
@@ -198,7 +197,7 @@ def _read_arrays(path: Path) -> dict[str, Any]:
         f"{path}: features are read from .npy, .npz or .safetensors, not {kind}; convert it"
     )
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-044
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-036
 def read_features(
     path: str | Path,  # .npy, .npz or .safetensors
     key: str | None = None,  # which array; default 'features', or the only one
@@ -216,7 +215,7 @@ def read_features(
         raise TiprError(f"{path}: {found} ({names}); name the one to use")
     return arrays[key], arrays.get("ids")
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-046
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-038
 _IN_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -300,7 +299,7 @@ class Rows:
             x = x * self.scale[self._at(rows)][:, None].to(dtype)
         return x.to(device)
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-049
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-040
 def item_ids(
     ids: Any,  # array, tensor or list of identities: numbers or words
     n: int,  # how many there must be
@@ -325,7 +324,7 @@ def item_ids(
         return ids.astype(str)
     return ids
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-053
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-043
 @dataclass
 class RankingPlan:
     "How to go through the queries: settings shared by all galleries of one evaluation."
@@ -344,7 +343,7 @@ class RankingPlan:
         "Whether similarities on this device are counted by tensor operations."
         return self.backend == "torch" or (self.backend == "auto" and device.type != "cpu")
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-055
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-045
 def make_plan(
     ks: Sequence[int] = (1, 5, 10),  # 1, 5 and 10 are always among them
     ties: str = "expected",  # or 'pessimistic', 'optimistic'
@@ -363,7 +362,7 @@ def make_plan(
         raise TiprError(f"ks: R@{ks[0]} does not exist; k starts at 1")
     return RankingPlan(np.array(ks), TIES[ties], memory_mb, backend)
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-057
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-047
 def _count_threads(
     pool: ThreadPoolExecutor,
     threads: int,
@@ -385,7 +384,7 @@ def _count_threads(
     list(pool.map(work, cuts[:-1], cuts[1:]))
     return above, equal
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-059
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-049
 def query_scores(
     block: Callable,  # block(a, b) -> (b-a, n_g) similarities of queries a to b, a tensor
     query_ids: np.ndarray,  # (n_q,)
@@ -421,7 +420,7 @@ def query_scores(
             _score(above, equal, p, plan.ks, plan.ties, out[a:b])
     return out, hi - lo
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-062
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-051
 def _product(x: Tensor, y: Tensor, out: Tensor):
     "out = x y^T; on the CPU by NumPy, 1.5 times as fast as PyTorch's matrix product on an AMD processor."
     if out.device.type == "cpu":
@@ -429,12 +428,12 @@ def _product(x: Tensor, y: Tensor, out: Tensor):
     else:
         torch.mm(x, y.T, out=out)
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-064
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-053
 def _part(at: slice | np.ndarray, a: int, b: int) -> slice | np.ndarray:
     "Items `a` to `b` of a selection: row numbers, or all rows."
     return slice(a, b) if isinstance(at, slice) else at[a:b]
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-066
+
 def cosine_blocks(
     q: Rows,  # features of queries
     g: Rows,  # features of the gallery
@@ -467,7 +466,7 @@ def cosine_blocks(
 
     return block
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-068
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-055
 def toy_features(
     n_ids: int = 60,
     images: int = 4,
@@ -488,7 +487,7 @@ def toy_features(
 
     return stray(caption_ids), stray(image_ids), caption_ids, image_ids
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-073
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-060
 def _as_tensor(x: Any) -> Tensor:
     "Similarities as a contiguous tensor of single or double precision."
     if isinstance(x, Tensor):
@@ -499,7 +498,7 @@ def _as_tensor(x: Any) -> Tensor:
         return x
     return x.float() if x.is_floating_point() else x.double()
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-075
+
 def given_blocks(
     sim: Any,  # (n_q, n_g), or f(row numbers, column numbers) -> (rows, columns)
     rows: np.ndarray | slice,  # which queries
@@ -535,7 +534,7 @@ def given_blocks(
 
     return block
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-078
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-063
 def _galleries(
     query_groups: np.ndarray | None, gallery_groups: np.ndarray | None
 ) -> list[tuple[Any, Any, Any]]:  # name of a gallery, its queries, its items
@@ -547,7 +546,7 @@ def _galleries(
         for g in np.unique(query_groups)
     ]
 
-# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-080
+# %% ../../nbs/06_evaluation/01_ranking.ipynb #cell-065
 def rank_within(
     make_block: Callable,  # make_block(rows, cols) -> block function of a part
     query_ids: np.ndarray,

@@ -23,7 +23,7 @@ from PIL import Image
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-003
 from ..core import (TiprError, atomic_path, cache_dir, exit_with_parent, fit_threads, known_name, locked,
     os_errors, progress, read_json, write_json)
-from ..data import Split, stack_images
+from ..data import Split, picture_header, read_image, stack_images
 from .generator import PersonGenerator, caption_seed, check_caption
 
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-006
@@ -67,22 +67,22 @@ class Pictures:
                     return False
             if size > _BLACK_BYTES:
                 return True
-            with Image.open(path) as im:
+            with picture_header(path) as im:
                 return not is_black(im)
-        except (OSError, SyntaxError):
+        except Exception:  # Pillow's plugins raise all kinds
             return False
 
     def open(self, caption: str, k: int = 0) -> Image.Image:
         "One image, decoded; a missing or damaged file is a `TiprError` with the remedy."
         path = self.path(caption, k)
         try:
-            with Image.open(path) as im:
+            with picture_header(path) as im:
                 return im.convert("RGB")
         except FileNotFoundError:
             raise TiprError(
                 f"{self.folder}: no picture of {caption[:60]!r}; make it with `tipr generate`"
             ) from None
-        except (OSError, SyntaxError):
+        except Exception:  # Pillow's plugins raise all kinds
             raise TiprError(
                 f"{path}: a damaged picture; run `tipr generate` again, it is made anew"
             ) from None
@@ -277,6 +277,7 @@ def _save_picture(im: Image.Image, path: Path):
         tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
         try:
             im.save(tmp, format="PNG")
+            os.chmod(tmp, 0o600)  # pictures of people are for their owner alone
             os.replace(tmp, path)
         finally:
             tmp.unlink(missing_ok=True)
@@ -389,11 +390,7 @@ def _column(name: str, values: np.ndarray, photos: np.ndarray, further: list[Pat
     if name != "pixels":
         return values[photos]
     size: Any = values.shape[1:3]
-    images = []
-    for path in further:
-        with Image.open(path) as im:
-            images.append(im.convert("RGB"))
-    return stack_images(images, size).permute(0, 2, 3, 1).numpy()
+    return stack_images([read_image(path) for path in further], size).permute(0, 2, 3, 1).numpy()
 
 # %% ../../nbs/04_generation/04_pictures.ipynb #cell-043
 def _contiguous(known: np.ndarray, new: np.ndarray) -> np.ndarray:

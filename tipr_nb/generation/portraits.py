@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/04_generation/05_portraits.ipynb #cell-003
-from ..core import TiprError, atomic_path, locked, progress, read_json, write_json
+from tipr_nb.core import (TiprError, atomic_path, locked, progress, read_json, read_npy, reading,
+    write_json)
 from ..data import ImageCache, Split
 from ..synth import Camera, Person, draw_person, world_records
 
@@ -124,16 +125,17 @@ def _read_pairs(folder: Path, settings: dict) -> Pairs:
         raise TiprError(
             f"{folder}: holds portraits made with other settings ({found}); choose another folder"
         )
-    try:
-        pictures = np.load(folder / "pictures.npy", mmap_mode="r")
-        regions = np.load(folder / "regions.npy", mmap_mode="r") if settings["regions"] else None
-    except (OSError, ValueError, EOFError) as e:
-        raise TiprError(
-            f"{folder}: its portraits are damaged ({e}); delete the folder, it is made again"
-        ) from None
-    return Pairs(
-        pictures, kept["captions"], np.array(kept["caption_picture"]), kept["said"], regions
-    )
+    remedy = "delete the folder, it is made again"
+    pictures = read_npy(folder / "pictures.npy", True, remedy)
+    regions = read_npy(folder / "regions.npy", True, remedy) if settings["regions"] else None
+    with reading(folder / "pairs.json", "a table of portraits", remedy):
+        captions, said = list(kept["captions"]), list(kept["said"])
+        where = np.array(kept["caption_picture"], dtype=np.int64)
+        if not len(captions) == len(said) == len(where):
+            raise ValueError("captions and pictures differ in number")
+        if len(where) and not 0 <= where.min() <= where.max() < len(pictures):
+            raise ValueError("a caption of a picture that is not there")
+    return Pairs(pictures, captions, where, said, regions)
 
 # %% ../../nbs/04_generation/05_portraits.ipynb #cell-015
 def world_portraits(

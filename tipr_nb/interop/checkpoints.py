@@ -7,7 +7,7 @@ __all__ = ['Checkpoint', 'strip_wrappers', 'find_weights', 'ZipStore', 'LegacySt
            'read_script', 'read_file', 'read_config', 'weights_file', 'read_folder', 'read_checkpoint']
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-003
-import pickle, re, struct, zipfile
+import os, pickle, re, struct, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ def _read_store(path: Path, store: ZipStore | LegacyStore) -> tuple[dict[str, Te
     named = {str(name): note for name, note in walk_notes(found)}
     return _read_notes(strip_wrappers(named), store), beside
 
-
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #45b06bde
 def read_pickle(
     path: str | Path,
 ) -> tuple[dict[str, Tensor], list[str]]:  # tensors by name, names of what lay beside them
@@ -231,7 +231,7 @@ def script_root(path: str | Path) -> str | None:
         return None
     return next((n.rpartition("/")[0] for n in names if n.endswith("/constants.pkl") and n.count("/") == 1), None)
 
-
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-035
 def read_script(path: str | Path) -> dict[str, Tensor]:
     "Parameters and buffers of a TorchScript archive, by name; its program is not loaded."
     path = Path(path)
@@ -239,12 +239,12 @@ def read_script(path: str | Path) -> dict[str, Tensor]:
         raise TiprError(f"{path}: not a TorchScript archive; read it with read_checkpoint")
     return read_pickle(path)[0]
 
-# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-037
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-039
 def read_file(path: str | Path) -> Checkpoint:
     "One checkpoint file of any container."
     path = Path(path)
-    if not path.is_file():
-        raise TiprError(f"{path}: no such file; check the path")
+    if not os.path.isfile(path):
+        raise TiprError(f"{str(path)[:300]}: no such file; check the path")
     if path.suffix == ".safetensors":
         found = Checkpoint(path, strip_wrappers(read_safetensors(path)), "safetensors")
     else:
@@ -254,7 +254,7 @@ def read_file(path: str | Path) -> Checkpoint:
         raise TiprError(f"{path}: no tensors by name in it; it has to be the state dict of a model")
     return found
 
-# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-040
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-042
 _FILES = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -275,7 +275,7 @@ def read_config(folder: Path) -> dict:
         raise TiprError(f"{path}: not a model's configuration (a JSON object); download it again")
     return config
 
-# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-041
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-044
 def _shards(folder: Path, index: Path) -> list[str]:
     "The files that an index of weights names."
     listed = read_json(index)
@@ -288,7 +288,7 @@ def _shards(folder: Path, index: Path) -> list[str]:
         raise TiprError(f"{index}: not an index of weights; download it again")
     return names
 
-
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-046
 def weights_file(folder: Path) -> Path:
     "The one file of weights in a folder."
     names = [n for n in _FILES if (folder / n).exists()]
@@ -306,7 +306,7 @@ def weights_file(folder: Path) -> Path:
         )
     raise TiprError(f"{folder}: none of {', '.join(_FILES)} in it; download the whole repository")
 
-
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-048
 def read_folder(folder: Path) -> Checkpoint:
     "A folder in the layout of the hub: its configuration and its weights, in one file or in several with an index."
     config = read_config(folder)
@@ -317,7 +317,7 @@ def read_folder(folder: Path) -> Checkpoint:
     found = read_file(weights_file(folder))
     return Checkpoint(folder, found.tensors, found.container, config, found.beside)
 
-# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-043
+# %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-050
 def read_checkpoint(
     source: str | Path,  # a file, a folder, or a hub id
 ) -> Checkpoint:

@@ -46,7 +46,7 @@ def plain_towers(
         raise TiprError(f"{model.arch}: {target} has no such towers; export to open_clip or onnx")
     return model.clip
 
-
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-013
 def save_open_clip(model: PersonCLIP, folder: str | Path) -> Path:
     "Write the folder that `open_clip.create_model('local-dir:...')` loads; add-ons stay behind."
     if model.arch in own_archs():
@@ -57,7 +57,7 @@ def save_open_clip(model: PersonCLIP, folder: str | Path) -> Path:
     write_json(folder / "open_clip_config.json", dict(model_cfg=full_config(model), preprocess_cfg=pixels))
     return folder
 
-# %% ../../nbs/09_interop/06_exports.ipynb #cell-014
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-016
 def _hf_tower(part: dict, heads: int, act: str, dim: int) -> dict[str, Any]:
     "What both towers' configurations have in common."
     hidden = round(part["width"] * part.get("mlp_ratio", 4))
@@ -66,7 +66,7 @@ def _hf_tower(part: dict, heads: int, act: str, dim: int) -> dict[str, Any]:
     )
     return sizes | dict(hidden_act=act, projection_dim=dim)
 
-
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-018
 def hf_config(model: PersonCLIP) -> dict:
     "The configuration of Hugging Face's `CLIPModel` for a model."
     cfg, tokenizer = full_config(model), model.tokenizer
@@ -81,7 +81,7 @@ def hf_config(model: PersonCLIP) -> dict:
         vision_config=vision, text_config=_hf_tower(t, t["heads"], act, dim) | words | marks, projection_dim=dim
     )
 
-# %% ../../nbs/09_interop/06_exports.ipynb #cell-016
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-020
 def _square_state(model: PersonCLIP, clip: CLIP, side: int) -> dict[str, Tensor]:
     "The weights with the positions of a square grid."
     state = {k: v.detach().clone() for k, v in clip.state_dict().items()}
@@ -91,7 +91,7 @@ def _square_state(model: PersonCLIP, clip: CLIP, side: int) -> dict[str, Tensor]
     )
     return state
 
-
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-022
 def _save_processor(model: PersonCLIP, folder: Path, side: int):
     "Tokenizer and image processor beside the weights, so that `CLIPProcessor` loads."
     from transformers import CLIPImageProcessor, CLIPTokenizer
@@ -106,7 +106,7 @@ def _save_processor(model: PersonCLIP, folder: Path, side: int):
         size=size, do_center_crop=False, image_mean=list(model.mean), image_std=list(model.std)
     ).save_pretrained(folder)
 
-
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-023
 def save_hf(
     model: PersonCLIP,
     folder: str | Path,
@@ -136,7 +136,7 @@ def save_hf(
         _save_processor(model, tmp, height)
     return Path(folder)
 
-# %% ../../nbs/09_interop/06_exports.ipynb #cell-019
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-026
 def save_onnx(model: PersonCLIP, folder: str | Path) -> Path:
     "Write both towers, `tokenizer.json` and what preparing their input takes, for ONNX Runtime."
     from tipr_nb.search import export_text_tower, model_fingerprint, write_image_tower
@@ -148,7 +148,7 @@ def save_onnx(model: PersonCLIP, folder: str | Path) -> Path:
     write_image_tower(model, folder, fingerprint)
     return folder
 
-# %% ../../nbs/09_interop/06_exports.ipynb #cell-024
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-031
 _CARD = """---
 library_name: tipr_nb
 tags: [text-to-image-person-retrieval, clip]
@@ -181,7 +181,7 @@ TARGETS: dict[str, Callable[[PersonCLIP, Path], Path]] = {
     "onnx": save_onnx,
 }
 
-# %% ../../nbs/09_interop/06_exports.ipynb #cell-026
+# %% ../../nbs/09_interop/06_exports.ipynb #cell-033
 def convert_file(
     source: str | Path,  # whatever `open_weights` reads
     out: str | Path,  # folder to write

@@ -29,7 +29,7 @@ def saved_metrics(folder: Path) -> dict[str, Metrics]:
             found[path.stem] = load_metrics(path)
     return found
 
-
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-010
 def read_run(
     folder: str | Path,  # a run of `train`
 ) -> tuple[Recipe, dict, dict[str, Metrics]]:  # recipe, run.json, metrics by file name
@@ -43,13 +43,13 @@ def read_run(
         raise TiprError(f"{folder}/run.json: not what `tipr train` writes; train again")
     return Recipe.load(folder / "recipe.json"), facts, saved_metrics(folder)
 
-# %% ../../nbs/09_interop/07_hub.ipynb #cell-010
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-012
 def shown_metric(m: Metrics, name: str) -> str:
     "A number with its 95 % interval, as text."
     value = f"{getattr(m, name):.2f}"
     return f"{value} [{m.intervals[name][0]:.2f}, {m.intervals[name][1]:.2f}]" if name in m.intervals else value
 
-
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-014
 def metric_rows(metrics: dict[str, Metrics]) -> list[dict]:
     "One row per evaluation: what it was on, each number with its 95 % interval."
     rows: list[dict] = []
@@ -58,7 +58,7 @@ def metric_rows(metrics: dict[str, Metrics]) -> list[dict]:
         rows.append({"on": m.name or name} | numbers | {"R@1 by chance": f"{m.chance_r1:.2f}"})
     return rows
 
-# %% ../../nbs/09_interop/07_hub.ipynb #cell-012
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-016
 _ALWAYS_SHOWN = ("objectives", "lr", "batch_size", "epochs", "optimizer")
 
 
@@ -69,7 +69,7 @@ def recipe_rows(recipe: Recipe) -> list[dict]:
     shown = [(k, v) for k, v in settings if k in _ALWAYS_SHOWN or (v != plain[k] and k != "name")]
     return [{"setting": k, "value": f"`{json.dumps(v)}`"} for k, v in shown]
 
-# %% ../../nbs/09_interop/07_hub.ipynb #cell-014
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-018
 def card_data(name: str, facts: dict, metrics: dict[str, Metrics]) -> dict[str, Any]:
     "What the hub reads of a model: licence, tags, and the results as a model index."
     task = dict(type="text-to-image-retrieval", name="Text-to-image person retrieval")
@@ -85,14 +85,14 @@ def card_data(name: str, facts: dict, metrics: dict[str, Metrics]) -> dict[str, 
         data["model-index"] = [dict(name=name, results=results)]
     return data
 
-# %% ../../nbs/09_interop/07_hub.ipynb #cell-017
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-021
 def _duration(seconds: float) -> str:
     if not seconds:
         return "duration unknown"
     shown = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
     return f"{shown} in training steps"
 
-
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-023
 def _training_words(recipe: Recipe, facts: dict) -> dict[str, Any]:
     "How a run was trained, for the card."
     best = facts.get("best", {})
@@ -112,7 +112,7 @@ def _training_words(recipe: Recipe, facts: dict) -> dict[str, Any]:
     )
     return words | made | dict(start=start, settings=markdown_table(recipe_rows(recipe)))
 
-
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-025
 def model_card(
     folder: str | Path,  # a run of `train`
     name: str | None = None,  # of the model; the folder's when None
@@ -148,7 +148,7 @@ def model_card(
         version=version,
     )
 
-# %% ../../nbs/09_interop/07_hub.ipynb #cell-022
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-030
 def pack_run(
     folder: str | Path,  # a run of `train`
     out: str | Path,  # folder to write
@@ -164,7 +164,7 @@ def pack_run(
         write_text(tmp / "README.md", card)
     return out
 
-# %% ../../nbs/09_interop/07_hub.ipynb #cell-025
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-033
 def upload(
     folder: str | Path,  # what `pack_run` or `export_dataset` wrote
     repo: str,  # hub id `owner/name`
@@ -200,7 +200,7 @@ def upload(
         ) from None
     return str(sent)
 
-
+# %% ../../nbs/09_interop/07_hub.ipynb #11ad7e59
 def push_to_hub(
     folder: str | Path,  # a run of `train`
     repo: str,  # hub id `owner/name`
@@ -214,7 +214,7 @@ def push_to_hub(
         packed = pack_run(folder, Path(tmp) / repo.split("/")[-1], repo=repo, **kwargs)
         return upload(packed, repo, "model", private)
 
-# %% ../../nbs/09_interop/07_hub.ipynb #cell-026
+# %% ../../nbs/09_interop/07_hub.ipynb #cell-034
 def publish(
     folder: str | Path,  # a run of `train`, or what `pack_run` or `export_dataset` wrote
     repo: str,  # hub id `owner/name`

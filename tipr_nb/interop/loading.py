@@ -74,7 +74,7 @@ def _hf_activation(config: dict, where: str) -> bool:
         "both towers, can be loaded"
     )
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-015
 def find_activation(found: Checkpoint, peer: Peer, asked: bool | None = None) -> bool:
     "Whether the towers use QuickGELU: by the caller, the configuration, or the project's habit."
     where = found.path.name
@@ -94,7 +94,7 @@ def find_activation(found: Checkpoint, peer: Peer, asked: bool | None = None) ->
         "and all that was fine-tuned from them) or quick_gelu=False (LAION's, DataComp's)"
     )
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-015
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-017
 def _hf_heads(cfg: dict, config: dict, where: str) -> dict:
     "Heads as Hugging Face's configuration gives them, since shapes do not."
     vision = config_part(config, "vision_config", where).get("num_attention_heads")
@@ -105,7 +105,7 @@ def _hf_heads(cfg: dict, config: dict, where: str) -> dict:
         cfg["text_cfg"]["heads"] = text
     return cfg
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-019
 def _named_size(cfg: dict) -> tuple[int, int] | None:
     "The image size of an open_clip configuration."
     size = cfg.get("vision_cfg", {}).get("image_size")
@@ -115,7 +115,7 @@ def _named_size(cfg: dict) -> tuple[int, int] | None:
         return size, size
     return int(size[0]), int(size[1])
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-017
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-022
 def find_grid(
     n: int,  # patches that the positions are for
     patch: int,  # side in pixels
@@ -136,7 +136,7 @@ def find_grid(
         f"image_size=(height, width) as it was trained (overlapping patches, stride below {patch}, are not supported)"
     )
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-020
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-025
 def check_shapes(arch: str, size: tuple[int, int], cfg: dict | None, state: dict[str, Tensor], where: str):
     "A `TiprError` where the model that is to be built would not take these tensors; nothing is allocated."
     try:
@@ -159,7 +159,7 @@ def check_shapes(arch: str, size: tuple[int, int], cfg: dict | None, state: dict
                 "here; choose a checkpoint of that architecture"
             )
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #e52fd3e3
 def fill(model: PersonCLIP, state: dict[str, Tensor], where: str) -> PersonCLIP:
     "Load tensors of open_clip's layout as float32."
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
@@ -172,7 +172,7 @@ def fill(model: PersonCLIP, state: dict[str, Tensor], where: str) -> PersonCLIP:
     load_strict(model.clip, state, where, model.arch)
     return model.eval()
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-023
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-028
 @dataclass
 class Blueprint:
     "What is built before the tensors go in."
@@ -183,7 +183,7 @@ class Blueprint:
     mean: Sequence[float]
     std: Sequence[float]
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-030
 def _from_named(
     found: Checkpoint, state: dict[str, Tensor], peer: Peer, quick: bool, image_size: Sequence[int] | None
 ) -> Blueprint:
@@ -204,7 +204,7 @@ def _from_named(
     pixels = config_part(found.config, "preprocess_cfg", where)
     return Blueprint(arch, size, named, pixels.get("mean") or peer.mean, pixels.get("std") or peer.std)
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-031
 def _from_siglip(
     found: Checkpoint, state: dict[str, Tensor], peer: Peer, image_size: Sequence[int] | None
 ) -> Blueprint:
@@ -222,12 +222,12 @@ def _from_siglip(
         peer.std,
     )
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-032
 def has_tokenizer(folder: Path) -> bool:
     "Whether a folder holds a tokenizer of Hugging Face's."
     return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model"))
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-024
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-034
 def plan_model(
     found: Checkpoint,
     state: dict[str, Tensor],  # open_clip's layout
@@ -248,7 +248,7 @@ def plan_model(
     arch, model_cfg = name_arch(cfg, quick)
     return Blueprint(arch, (rows * patch, columns * patch), model_cfg, peer.mean, peer.std)
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-027
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-037
 def _origin(
     model: PersonCLIP,
     found: Checkpoint,
@@ -281,7 +281,7 @@ def _origin(
         notes,
     )
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-038
 def own_weights(path: str | Path, image_size: Sequence[int] | None = None) -> PersonCLIP | None:
     "The model, if these are weights of this package: shipped, a run's, or a folder of `save_pretrained`."
     name = str(path)
@@ -292,7 +292,7 @@ def own_weights(path: str | Path, image_size: Sequence[int] | None = None) -> Pe
         return PersonCLIP.from_pretrained(best_weights(run), image_size=image_size)
     return None
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-029
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-040
 def load_peer(
     path: str | Path,  # checkpoint file, folder, or hub id
     image_size: Sequence[int] | None = None,  # (h, w); the checkpoint's own when None, else positions are resampled
@@ -330,7 +330,7 @@ def load_peer(
         say(repr(vars(model)["origin"]))
     return model
 
-
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-041
 def _is_timm_folder(found: Checkpoint) -> bool:
     "Whether it is an open_clip folder with an image tower of timm's: its tensors have open_clip's names already."
     return isinstance(found.config.get("model_cfg"), dict) and any(k.startswith("visual.trunk.") for k in found.tensors)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['column_type', 'split_features', 'image_rows', 'write_split', 'data_card', 'export_dataset', 'lay_out', 'parquet_rows',
-           'read_split', 'parquet_files', 'import_dataset']
+           'check_row', 'read_split', 'parquet_files', 'import_dataset']
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-002
 import hashlib, json, re
@@ -57,7 +57,7 @@ def _plain_values(column: np.ndarray) -> list:
         return values
     return [json.dumps(v, ensure_ascii=False) if v is None or isinstance(v, (dict, list, tuple)) else v for v in values]
 
-
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-012
 def _image_bytes(path: Path) -> bytes:
     "A picture's file."
     try:
@@ -67,7 +67,7 @@ def _image_bytes(path: Path) -> bytes:
             f"{path}: {e.strerror or 'cannot be read'}; restore the image, or leave it out with skip=[...]"
         ) from None
 
-
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-014
 def image_rows(
     split: Split,
     images: Sequence[str],
@@ -86,7 +86,7 @@ def image_rows(
         row |= {k: values[i] for k, values in columns.items()}
         yield row | {k: [values[j] for j in mine] for k, values in per_caption.items()}
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-012
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-016
 def write_split(
     split: Split,
     folder: str | Path,  # `data/NAME-00000-of-00001.parquet` goes into it
@@ -112,7 +112,7 @@ def write_split(
     bar.close()
     return files
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-015
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-019
 def data_card(dataset: PersonDataset, splits: dict[str, Split], repo: str) -> str:
     "The card of a dataset: what the hub reads, counts, notes."
     names = {"val": "validation"}
@@ -127,7 +127,7 @@ def data_card(dataset: PersonDataset, splits: dict[str, Split], repo: str) -> st
     table = markdown_table([s.summary() for s in splits.values()])
     return fill_card("data_card", data, name=dataset.name, repo=repo, table=table, notes=f"{notes}\n")
 
-
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-021
 def export_dataset(
     dataset: PersonDataset,
     out: str | Path,  # folder to write
@@ -153,7 +153,7 @@ def export_dataset(
         write_text(tmp / "README.md", data_card(dataset, chosen, repo or out.name))
     return out
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-020
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-026
 def lay_out(
     image: dict,  # `bytes` and `path`, as Parquet has them
     folder: Path,
@@ -167,11 +167,11 @@ def lay_out(
     name = Path(image.get("path") or "image.jpg").name
     path = folder / f"{i:06d}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[-80:]}"
     if not path.exists() or path.stat().st_size != len(data) or path.read_bytes() != data:
-        with atomic_path(path) as tmp:
+        with atomic_path(path, private=True) as tmp:
             tmp.write_bytes(data)
     return path
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-022
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-028
 def _as_column(values: list) -> np.ndarray:
     "Values of one column as an array; what is missing becomes NaN among numbers and '' among words."
     if values and isinstance(values[0], list):
@@ -182,7 +182,7 @@ def _as_column(values: list) -> np.ndarray:
     blank = np.nan if numbers else ""
     return np.array([blank if v is None else v for v in values])
 
-
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-030
 def parquet_rows(file: Path) -> Iterator[dict]:
     "The rows of a Parquet file that has pictures, identities and captions."
     pq = need("pyarrow.parquet", "hub", "importing a dataset")
@@ -203,7 +203,17 @@ def parquet_rows(file: Path) -> Iterator[dict]:
     except Exception as e:
         raise DatasetError(f"{file}: damaged inside ({type(e).__name__}); download it again") from None
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-024
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-032
+def check_row(captions: Any, identity: Any, image: Any, where: str):
+    "A `DatasetError` for a row whose fields are of other types than ours."
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise DatasetError(f"{where}: its captions are no list of sentences; each row needs one")
+    if not isinstance(identity, int) or not 0 <= identity < 2**63:
+        raise DatasetError(f"{where}: its identity is {str(identity)[:40]!r}; number the people from 0")
+    if image is not None and not isinstance(image, dict):
+        raise DatasetError(f"{where}: its image is no picture; export the dataset again with its pictures")
+
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-034
 def read_split(
     name: str,
     files: Sequence[Path],
@@ -219,6 +229,7 @@ def read_split(
     for file in files:
         for row in parquet_rows(file):
             mine = row.pop("captions") or []
+            check_row(mine, row["identity"], row["image"], f"{file}: row {len(paths)}")
             captions += mine
             where += [len(paths)] * len(mine)
             paths.append(lay_out(row.pop("image"), images, len(paths), file))
@@ -236,7 +247,7 @@ def read_split(
         name, paths, image_ids, captions, image_ids[caption_image], caption_image, image_columns, caption_columns
     )
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-026
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-036
 def _source_folder(source: str | Path) -> Path:
     "The folder on this machine, of a path or a hub id."
     path = Path(source).expanduser()
@@ -247,7 +258,7 @@ def _source_folder(source: str | Path) -> Path:
         raise DatasetError(f"{repo}: no such folder, and not a hub id; give a folder or owner/name")
     return hub_snapshot(repo, "dataset", DatasetError)
 
-
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-038
 def parquet_files(folder: Path) -> dict[str, list[Path]]:  # split -> its files
     "Parquet files by split, `validation` being val."
     names = {"validation": "val", "valid": "val"}
@@ -257,7 +268,7 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:  # split -> its files
         files.setdefault(names.get(key, key), []).append(p)
     return files
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-028
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-040
 def import_dataset(
     source: str | Path,  # folder in the hub's layout, or a hub id
     images: str | Path | None = None,  # where the pictures go; the cache when None
@@ -267,8 +278,11 @@ def import_dataset(
     files = parquet_files(folder)
     if not files:
         raise DatasetError(f"{source}: no .parquet files in it; give the folder that export_dataset wrote")
-    facts = read_json(folder / "tipr.json") if (folder / "tipr.json").is_file() else {}
-    if not isinstance(facts, dict):
+    facts = {}
+    if (folder / "tipr.json").is_file():
+        facts = read_json(folder / "tipr.json", "export the dataset again", dict, DatasetError)
+    title, notes = facts.get("name", folder.name), facts.get("notes", [])
+    if not isinstance(title, str) or not isinstance(notes, list):
         raise DatasetError(f"{folder}/tipr.json: not what export_dataset writes; export the dataset again")
     key = hashlib.sha256("".join(file_sha256(f) for found in files.values() for f in found).encode()).hexdigest()[:16]
     home = Path(images) if images else cache_dir() / "datasets" / key
@@ -276,4 +290,4 @@ def import_dataset(
     splits = {name: Split(name, [], empty, [], empty, empty) for name in ("train", "val", "test")}
     splits |= {name: read_split(name, found, home / name) for name, found in files.items()}
     main = {name: splits[name] for name in ("train", "val", "test")}
-    return PersonDataset(facts.get("name", folder.name), folder, notes=facts.get("notes", []), **main)
+    return PersonDataset(title, folder, notes=[str(n) for n in notes], **main)

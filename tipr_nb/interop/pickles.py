@@ -68,7 +68,7 @@ class StorageNote:
     dtype: torch.dtype
     count: int  # numbers in it
 
-
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-015
 @dataclass(frozen=True)
 class TensorNote:
     "A tensor of a file, not read yet."
@@ -85,7 +85,7 @@ class TensorNote:
         "The tensor, as a view of its storage."
         return data.as_strided(self.size, self.stride, self.offset)
 
-# %% ../../nbs/09_interop/01_pickles.ipynb #cell-015
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-017
 def note_tensor(storage: StorageNote, offset: int, size: tuple, stride: tuple, *rest) -> TensorNote:
     "What stands for `torch._utils._rebuild_tensor_v2`."
     numbers = (offset, *size, *stride)
@@ -95,7 +95,7 @@ def note_tensor(storage: StorageNote, offset: int, size: tuple, stride: tuple, *
         raise pickle.UnpicklingError("a tensor larger than its storage")
     return TensorNote(storage, offset, tuple(size), tuple(stride))
 
-# %% ../../nbs/09_interop/01_pickles.ipynb #cell-018
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-020
 class ArrayType(Placeholder):
     "A NumPy dtype of a file, by its code such as `f4`."
 
@@ -105,7 +105,7 @@ class ArrayType(Placeholder):
         super().__init__()
         self.code = code if isinstance(code, str) else ""
 
-
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-022
 class ArrayNote(Placeholder):
     "A NumPy array of a file."
 
@@ -125,7 +125,7 @@ class ArrayNote(Placeholder):
                 )
         return None
 
-# %% ../../nbs/09_interop/01_pickles.ipynb #cell-021
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-025
 _DTYPES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -174,7 +174,7 @@ _FUNCTIONS: dict[tuple[str, str], Any] = {
     ("copy_reg", "_reconstructor"): Placeholder,
 }
 
-# %% ../../nbs/09_interop/01_pickles.ipynb #cell-022
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-026
 _DATA_MODULES = (
     "pathlib",
     "datetime",
@@ -242,11 +242,11 @@ def stand_in(module: str, name: str) -> Any:
         return Placeholder
     raise pickle.UnpicklingError(f"GLOBAL {full}")
 
-
+# %% ../../nbs/09_interop/01_pickles.ipynb #788f18b1
 def _empty_array(*args) -> ArrayNote:
     return ArrayNote()
 
-# %% ../../nbs/09_interop/01_pickles.ipynb #cell-025
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-029
 MOST_COMMANDS = 3_000_000  # of a pickle: some seconds and a few hundred MB at most
 
 
@@ -261,7 +261,7 @@ class CountingFile(io.BytesIO):
             raise pickle.UnpicklingError("LIMIT")
         return super().read(size)
 
-# %% ../../nbs/09_interop/01_pickles.ipynb #cell-027
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-031
 class DataReader(pickle._Unpickler):  # type: ignore[name-defined]
     "Reads a pickle as data."
 
@@ -306,7 +306,7 @@ class DataReader(pickle._Unpickler):  # type: ignore[name-defined]
     for _code in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
         dispatch[_code[0]] = refuse
 
-# %% ../../nbs/09_interop/01_pickles.ipynb #cell-033
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-037
 _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 _WALK_STEPS = 200_000
 _WALK_DEPTH = 60
@@ -336,7 +336,7 @@ def walk_notes(
         todo += reversed(inner)
     raise pickle.UnpicklingError("LIMIT")
 
-# %% ../../nbs/09_interop/01_pickles.ipynb #cell-035
+# %% ../../nbs/09_interop/01_pickles.ipynb #cell-039
 def all_notes(found: Any) -> Iterator[TensorNote]:
     "Every tensor note inside lists, tuples, dicts and placeholders, once."
     todo, seen = [found], set()

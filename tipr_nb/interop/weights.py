@@ -34,7 +34,7 @@ def _own_size(arch: str) -> tuple[int, int]:
     size = arch_config(arch)["vision_cfg"].get("image_size", 224)
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
-
+# %% ../../nbs/09_interop/05_weights.ipynb #cell-012
 def open_tag(
     arch: str,
     tag: str,  # of open_clip's list, or a file in its layout
@@ -51,7 +51,7 @@ def open_tag(
     object.__setattr__(model, "origin", note)
     return model.eval()
 
-# %% ../../nbs/09_interop/05_weights.ipynb #cell-014
+# %% ../../nbs/09_interop/05_weights.ipynb #cell-016
 def _unknown(name: str) -> TiprError:
     "What an architecture without a tag, or a slip of the pen, is answered with."
     arch = name.replace("/", "-")
@@ -70,7 +70,7 @@ def _unknown(name: str) -> TiprError:
         "owner/model; `tipr models` lists known weights"
     )
 
-
+# %% ../../nbs/09_interop/05_weights.ipynb #cell-018
 def open_weights(
     name: str | Path,  # what people have, see the table above
     image_size: Sequence[int] | None = None,  # (h, w); the weights' own when None
@@ -103,7 +103,7 @@ def open_weights(
         report(repr(note))
     return model
 
-# %% ../../nbs/09_interop/05_weights.ipynb #cell-021
+# %% ../../nbs/09_interop/05_weights.ipynb #cell-025
 @dataclass
 class KnownWeights:
     "Published weights for photographs."
@@ -118,7 +118,7 @@ class KnownWeights:
     people: bool  # whether it was trained for this task
     downloaded: bool  # whether it was downloaded and tried where this package was made
 
-
+# %% ../../nbs/09_interop/05_weights.ipynb #cell-027
 def known_weights() -> list[KnownWeights]:
     "Published weights that `open_weights` reads, the ones trained on people first."
     path = Path(str(files("tipr_nb") / "templates" / "known_weights.json"))

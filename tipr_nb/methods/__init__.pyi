@@ -27,6 +27,14 @@ from .objectives import Objective as Objective
 from .objectives import build_objective as build_objective
 from .objectives import find_objective as find_objective
 from .objectives import register_objective as register_objective
+from .predicted import PREDICTED_SUFFIX as PREDICTED_SUFFIX
+from .predicted import PREDICTED_WEIGHT as PREDICTED_WEIGHT
+from .predicted import PicturePredictor as PicturePredictor
+from .predicted import PredictedQuery as PredictedQuery
+from .predicted import fit_predictor as fit_predictor
+from .predicted import load_predictor as load_predictor
+from .predicted import save_predictor as save_predictor
+from .predicted import world_pairs as world_pairs
 from .pruning import CLOTHING as CLOTHING
 from .pruning import CaptionPruner as CaptionPruner
 from .pruning import EXTRAS as EXTRAS

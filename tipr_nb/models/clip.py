@@ -70,6 +70,9 @@ def _text_walk(clip: nn.Module) -> Callable | None:
     return functools.partial(native_text_features, clip) if plain else None
 
 # %% ../../nbs/03_models/09_clip.ipynb #cell-012
+_LARGEST = 4096  # pixels of a side; no mean or spread of pixels comes near
+
+
 def _check_config(cfg: Any, where: str):
     "Refuse a `config.json` that is not one of ours, or whose values have other types than ours."
     if not isinstance(cfg, dict) or "arch" not in cfg:
@@ -80,7 +83,8 @@ def _check_config(cfg: Any, where: str):
     model_cfg = cfg.get("model_cfg")
     right = {
         "arch": isinstance(cfg["arch"], str),
-        "image_size": _are_numbers(cfg.get("image_size"), 2),
+        "image_size": _are_numbers(cfg.get("image_size"), 2)
+        and all(isinstance(v, int) and v > 0 for v in cfg["image_size"]),
         "model_cfg": model_cfg is None
         or (
             isinstance(model_cfg, dict)
@@ -102,7 +106,7 @@ def _are_numbers(values: Any, n: int) -> bool:
     return (
         isinstance(values, list)
         and len(values) == n
-        and all(isinstance(v, (int, float)) for v in values)
+        and all(isinstance(v, (int, float)) and abs(v) <= _LARGEST for v in values)
     )
 
 # %% ../../nbs/03_models/09_clip.ipynb #cell-015

@@ -163,7 +163,9 @@ class History:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                continue
+            if json.dumps(row, ensure_ascii=False).isprintable():  # no half characters
                 self.rows.append(row)
 
     def rewind(

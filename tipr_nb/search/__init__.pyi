@@ -32,9 +32,9 @@ from .engines import top_k as top_k
 from .filters import Column as Column
 from .filters import parse_filter as parse_filter
 from .filters import Selection as Selection
-from .gallery import DEFAULT_MODEL as DEFAULT_MODEL
+from .views import DEFAULT_MODEL as DEFAULT_MODEL
 from .gallery import Gallery as Gallery
-from .gallery import model_for as model_for
+from .views import model_for as model_for
 from .indexing import import_features as import_features
 from .indexing import index_photos as index_photos
 from .indexing import IndexReport as IndexReport
@@ -49,6 +49,8 @@ from .milvus import StoreEngine as StoreEngine
 from .milvus import StoreFacts as StoreFacts
 from .milvus import sync_store as sync_store
 from .milvus import SyncReport as SyncReport
+from .parts import index_part as index_part
+from .parts import parse_part as parse_part
 from .photos import decode_picture as decode_picture
 from .photos import EXCLUDED as EXCLUDED
 from .photos import is_picture as is_picture
@@ -60,6 +62,9 @@ from .practice import colour_archive as colour_archive
 from .practice import colour_figure as colour_figure
 from .practice import ColourModel as ColourModel
 from .practice import FIGURE_COLOURS as FIGURE_COLOURS
+from .probabilities import hit_probabilities as hit_probabilities
+from .probabilities import HitProbabilities as HitProbabilities
+from .publishing import publish as publish
 from .queries import expanded_query as expanded_query
 from .queries import mix_query as mix_query
 from .queries import query_words as query_words
@@ -70,6 +75,7 @@ from .reports import Hit as Hit
 from .reports import Hits as Hits
 from .reports import hits_html as hits_html
 from .reports import printable as printable
+from .served import ServedGallery as ServedGallery
 from .storage import indexing_lock as indexing_lock
 from .storage import Journal as Journal
 from .storage import load_features as load_features

@@ -651,7 +651,7 @@ def one_row(
         column = next((c for c in first if str(first[c]) != str(other[c])), None)
         if column is not None:
             raise TiprError(
-                f"{name}: rows {rows[0] + 1} and {row + 1} speak of the same photo {photo[:200]} "
+                f"{name}: rows {rows[0] + 1} and {row + 1} speak twice of the photo {photo[:200]} "
                 f"and differ in {column}; keep one row a photo"
             )
     return rows[0]

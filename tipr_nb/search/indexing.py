@@ -6,7 +6,8 @@
 __all__ = ['detector_name', 'wanted', 'state_keys', 'PhotoStates', 'IndexReport', 'Encodes', 'BatchEncoder', 'hashed',
            'KnownContent', 'gathered', 'lasting_problems', 'content_codes', 'resolve_copies', 'same_as', 'Choice',
            'open_npy', 'write_features', 'user_columns', 'build_engine', 'drop_engines', 'tower_is_whole',
-           'keep_text_tower', 'IndexSettings', 'Indexer', 'index_photos', 'import_features', 'copy_features']
+           'keep_text_tower', 'IndexSettings', 'Indexer', 'part_lock', 'index_photos', 'import_features',
+           'copy_features']
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-003
 import contextlib, hashlib, os, time, uuid
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterable, Mapping, Protocol, Sequence, TYPE_CHECKING
+from typing import Any, Callable, Iterable, Iterator, Mapping, Protocol, Sequence, TYPE_CHECKING
 
 import numpy as np
 from ..core import TiprError, atomic_path, need, os_errors, progress, read_json
@@ -23,12 +24,13 @@ from .tables import column_name, tidy_table
 from .detectors import Opened, looks_like_scene, open_ahead, scene_warning
 from .filters import column_kind
 from .engines import FAISS_KINDS, build_faiss
-from .milvus import Milvus, build_milvus, milvus_errors
+from .milvus import Milvus, build_milvus, milvus_errors, public_uri
+from .publishing import publish
 from .towers import as_numpy, export_text_tower, model_fingerprint
 from .storage import (FORMAT, HIDDEN, ITEM_TYPES, NO_PERSON, RESERVED, STATE,
-    Damaged, Items, Journal, Snapshot, file_sums, indexing_lock, item_schema, journal_schema,
-    load_features, next_generation, read_manifest, shown_name, sweep, sync_folder, tower_folder,
-    write_manifest, write_skipped)
+    Damaged, Items, Journal, Part, Snapshot, file_sums, film_folder, PART_MARK, _check_folder, finish_part, finished_parts,
+    indexing_lock, item_schema, journal_schema, load_features, next_generation, read_manifest,
+    remove, shown_name, sweep, sync_folder, tower_folder, write_manifest, write_skipped)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -620,6 +622,8 @@ def build_engine(
     options: Mapping,  # what the user chose
     files: Path,  # the snapshot
     manifest: Mapping,
+    trusted: bool = False,  # the user gave the options in this call, an address among them
+    rebuild: bool = False,  # also where a store holds features of another model
 ) -> dict:  # the options, with what was found while building under 'built'
     "Build one engine for a snapshot."
     options = {k: v for k, v in options.items() if k != "built"}
@@ -632,11 +636,16 @@ def build_engine(
     if name != "milvus":
         raise TiprError(f"engine {name!r}: choose exact, {', '.join(FAISS_KINDS)} or milvus")
     items = Items(files)
-    uri = options.get("uri") or os.fspath(files / "milvus.db")
     more = {k: v for k, v in options.items() if k != "uri"}
+    if options.get("uri"):
+        uri = options["uri"]
+        sure = dict(trusted=trusted, rebuild=rebuild)
+        built, _ = publish(uri, items, x, manifest, **sure, **more)
+        return options | dict(uri=public_uri(uri), built=built)
+    own = os.fspath(files / "milvus.db")
     collection = f"tipr_{manifest['id']}_{manifest['generation']}"
-    built = build_milvus(x, {c: items[c] for c in items.names}, uri, collection, **more)
-    return options | dict(built=built | ({} if options.get("uri") else dict(uri=None)))
+    built = build_milvus(x, {c: items[c] for c in items.names}, own, collection, **more)
+    return options | dict(built=built | dict(uri=None))
 
 
 def drop_engines(
@@ -644,8 +653,8 @@ def drop_engines(
 ):
     "Remove what a snapshot left on a server."
     built = manifest["engines"].get("milvus", {}).get("built", {})
-    if not built.get("uri"):
-        return
+    if not built.get("uri") or built.get("kind") == "store":
+        return  # a store is brought up to date row by row
     with contextlib.suppress(TiprError), milvus_errors(built["uri"]):
         Milvus.at(built["uri"]).drop_collection(built["collection"])
 
@@ -706,6 +715,8 @@ class IndexSettings:
     checkpoint: float = 5.0  # seconds between journal entries, at least
     text_tower: bool = True  # export the text tower into the gallery
     made: list[dict] | None = None  # how the people were cut out, see `Gallery.build`
+    part: Part | None = None  # only this part, into a journal of its own
+    join: bool = False  # put the parts together
 
     def __post_init__(self):
         if self.dtype not in (None, "float32", "float16"):
@@ -736,10 +747,41 @@ class Indexer:
         self.report.warnings += getattr(self.photos, "notes", [])
         self.states = PhotoStates(self.photos, self.detector)
         self.journal = Journal(self.folder, self.journal_key())
+        if self.settings.join:
+            self.take_parts()
         self.encode(self.adopt(self.plan()))
         self.activate()
         self.journal.clear()
+        if self.settings.join:
+            remove(self.folder / "parts")
         return self.report
+
+    def run_part(self, part: Part) -> IndexReport:
+        "Encode one part into a journal of its own; the gallery stays as it is."
+        self.before = self.earlier_manifest()
+        self.old = self.last_snapshot()
+        self.dtype = self.settings.dtype or (self.old.manifest["dtype"] if self.old else "float32")
+        self.photos.items = [p for p in self.photos if part.holds(p.path)]
+        self.states = PhotoStates(self.photos, self.detector)
+        (part.folder(self.folder) / PART_MARK).unlink(missing_ok=True)
+        self.journal = Journal(part.folder(self.folder), self.part_key())
+        self.encode(self.adopt(self.plan()))
+        finish_part(self.folder, part, self.part_key())
+        self.report.photos = len(self.photos)
+        self.report.people = self.report.encoded
+        self.report.new = len(self.photos) - self.report.unchanged - self.report.resumed
+        return self.report
+
+    def part_key(self) -> dict:
+        "What all parts must agree on."
+        return {k: v for k, v in self.journal_key().items() if k != "base"}
+
+    def take_parts(self):
+        "Copy the parts' entries into the journal."
+        for part in finished_parts(self.folder, self.part_key()):
+            entries = Journal(part.folder(self.folder), self.part_key())
+            for i, table in enumerate(entries.tables):
+                self.journal.write(table.replace_schema_metadata(None), entries.features(i))
 
     def journal_key(self) -> dict:
         "What must not have changed for a journal to go on."
@@ -1010,7 +1052,10 @@ class Indexer:
         wanted = dict(old["engines"] if asked is None else asked)
         default = old["engine"] if asked is None else next(iter(wanted), "exact")
         built = {
-            name: build_engine(name, options, files, manifest) for name, options in wanted.items()
+            name: build_engine(
+                name, options, files, manifest, asked is not None, self.settings.rebuild
+            )
+            for name, options in wanted.items()
         }
         return dict(engines=built, engine=self.settings.default or default)
 
@@ -1034,6 +1079,20 @@ def _mask(values):
     return need("pyarrow", "search", "a gallery").array(values)
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-056
+@contextlib.contextmanager
+def part_lock(folder: Path, part: Part) -> Iterator[None]:
+    "Hold one part; a second process with the same number is a `TiprError`."
+    _check_folder(folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(indexing_lock(part.folder(folder)))
+        except TiprError as e:
+            if "another process" not in str(e):
+                raise
+            raise TiprError(f"{folder}: part {part} is being indexed by another process") from None
+        yield
+
+
 def index_photos(
     folder: str | Path,  # the gallery
     photos: Photos,  # from `find_photos`
@@ -1046,8 +1105,13 @@ def index_photos(
     start = time.monotonic()
     folder = Path(folder)
     indexer = Indexer(folder, photos, model, IndexSettings(**settings))
-    with indexing_lock(folder, wait), os_errors(folder):
-        report = indexer.run()
+    part = indexer.settings.part
+    if part is not None:
+        with part_lock(folder, part), os_errors(folder):
+            report = indexer.run_part(part)
+    else:
+        with indexing_lock(folder, wait), os_errors(folder):
+            report = indexer.run()
     report.seconds = time.monotonic() - start
     return report
 

@@ -123,9 +123,8 @@ class Milvus:
         pymilvus = need("pymilvus", "milvus", "the Milvus engine")
         if not is_server(uri):
             need("milvus_lite", "milvus", "a Milvus file")
-        logging.getLogger("pymilvus").setLevel(
-            logging.CRITICAL
-        )  # its errors are reported by us, in one line
+        # its errors are reported by us, in one line
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         try:
             cls.clients[uri, token] = pymilvus.MilvusClient(uri, token=token, timeout=10)
         except Exception as e:  # of pymilvus, grpc, and plain ones
@@ -250,10 +249,16 @@ class StoreFacts:
     kinds: dict[str, str]  # column -> int, float, bool, time or text
     index: str = "auto"  # name in `MILVUS_INDICES`
     half: bool = False  # vectors in half precision
-    more: dict = field(
-        default_factory=dict
-    )  # model, image size, ...: for the machine that searches
+    # model, image size, ...: for the machine that searches
+    more: dict = field(default_factory=dict)
     format: int = STORE_FORMAT
+
+    def can_hold(self, other: "StoreFacts") -> bool:
+        "Whether a collection of this kind can take the rows of that one: the same model and index, no fewer columns."
+        for name in ("fingerprint", "dim", "index", "half", "format"):
+            if getattr(self, name) != getattr(other, name):
+                return False
+        return other.kinds.items() <= self.kinds.items()
 
     def text(self) -> str:
         "As JSON."
@@ -317,11 +322,33 @@ class MilvusStore:
         self.index = index_kind(facts.index, None, search_params)
         self.vector_type = np.float16 if facts.half else np.float32
 
-    def count(self) -> int:
-        "How many people."
+    def count(
+        self,
+        where: str | None = None,  # in our filter language
+    ) -> int:
+        "How many people, or how many of those that a filter allows."
+        allowed = self.expression(where)
         with milvus_errors(self.uri):
-            found = self.client.query(self.collection, filter="", output_fields=["count(*)"])
+            found = self.client.query(self.collection, filter=allowed, output_fields=["count(*)"])
         return int(found[0]["count(*)"])
+
+    def rows(
+        self,
+        where: str,  # in our filter language
+        batch: int = 1000,  # people per page
+    ) -> Iterator[list[dict]]:
+        "Pages of whole rows, features included, as `upsert` of another store takes them."
+        names = [KEY, FEATURE, *self.facts.kinds]
+        with milvus_errors(self.uri):
+            pages = self.client.query_iterator(
+                self.collection,
+                filter=self.expression(where),
+                batch_size=batch,
+                output_fields=names,
+            )
+            while page := pages.next():
+                yield page
+            pages.close()
 
     def states(
         self,
@@ -499,10 +526,10 @@ def create_store(
             c for c in client.list_collections() if re.fullmatch(re.escape(start) + r"\d+", c)
         )
         for collection in sorted(there, key=lambda c: c != active):
-            same = collection_text(client, collection) == facts.text()
-            if same and not (rebuild and collection == active):
+            known = StoreFacts.of(collection_text(client, collection), collection)
+            if known.can_hold(facts) and not (rebuild and collection == active):
                 client.load_collection(collection)
-                return MilvusStore(client, uri, name, collection, facts)
+                return MilvusStore(client, uri, name, collection, known)
         number = max((int(c.rpartition("_")[2]) for c in there), default=0) + 1
         collection = f"{start}{number}"
         client.create_collection(

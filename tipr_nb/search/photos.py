@@ -77,12 +77,13 @@ class Photos:
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-016
 HEIF_SUFFIXES = frozenset((".heic", ".heif"))
-USUAL_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .avif .jp2 .j2k"
+USUAL_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .avif .jp2 .j2k .mpo"
 SUFFIXES = HEIF_SUFFIXES | frozenset(USUAL_SUFFIXES.split())
 FILM_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv".split()
 )
-UNREAD_SUFFIXES = frozenset(".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .psd .svg .jxl .eps".split())
+_UNREAD = ".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .pef .srw .psd .svg .jxl .eps .tga .xcf .exr .pcx"
+UNREAD_SUFFIXES = frozenset(_UNREAD.split())
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-017
 def suffix_of(name: str) -> str:

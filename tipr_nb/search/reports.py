@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['printable', 'read_picture', 'Hit', 'framed', 'Hits', 'text_table', 'hits_csv', 'hits_html', 'image_tag', 'thumbnail',
-           'hits_zip']
+           'hits_zip', 'detection_facts', 'fiftyone_dataset']
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-003
 import base64, csv, html, io, json, os, zipfile
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence, TYPE_CHECKING
 
@@ -207,6 +208,10 @@ class Hits(list):
             columns=None if self else ["rank", "score", "path", "row", "key", "box"],
         )
 
+    def to_fiftyone(self, name: str | None = None):  # `fiftyone.Dataset`
+        "A FiftyOne dataset: a sample per photo, a detection per hit."
+        return fiftyone_dataset(self, name)
+
     def _repr_html_(self):
         return hits_html(self, inline=True)
 
@@ -366,3 +371,36 @@ def hits_zip(hits: Hits, path: str | Path) -> Path:
                 continue
             archive.writestr(f"{hit.rank:04d}-{hit.key[:12] or hit.row}.png", out.getvalue())
     return path
+
+# %% ../../nbs/08_search/14_reports.ipynb #cell-029
+def detection_facts(
+    hit: Hit,
+    size: tuple[int, int],  # width and height of the photo
+) -> dict[str, Any]:
+    "A hit as the fields of a FiftyOne detection; boxes are fractions: left, top, width, height."
+    width, height = size
+    x0, y0, x1, y1 = hit.box or (0, 0, width, height)
+    box = [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height]
+    known = {k: v for k, v in hit.metadata.items() if v is not None}
+    return dict(label="person", bounding_box=box, confidence=hit.score, rank=hit.rank, key=hit.key, **known)
+
+# %% ../../nbs/08_search/14_reports.ipynb #cell-031
+def fiftyone_dataset(hits: Hits, name: str | None = None) -> Any:  # `fiftyone.Dataset`
+    "Hits as a FiftyOne dataset, photo by photo; photos that are gone are left out."
+    try:
+        fiftyone = import_module("fiftyone")
+    except ImportError:
+        raise TiprError(
+            "hits for FiftyOne need fiftyone, which is not installed; pip install fiftyone"
+        ) from None
+    detections: dict[Path, list] = {}
+    for hit in hits:
+        if not hit.path.is_file():
+            continue
+        facts = detection_facts(hit, hit.whole().size)
+        detections.setdefault(hit.path, []).append(fiftyone.Detection(**facts))
+    dataset = fiftyone.Dataset(name)
+    for path, found in detections.items():
+        people = fiftyone.Detections(detections=found)
+        dataset.add_sample(fiftyone.Sample(filepath=str(path), people=people))
+    return dataset

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['ITEM_TYPES', 'RESERVED', 'HIDDEN', 'KEY', 'FORMAT', 'CHECKED_FILES', 'QUICK_CHECK', 'SKIPPED_TYPES', 'STATE',
-           'NO_PERSON', 'item_schema', 'shown_name', 'person_key', 'Damaged', 'read_manifest', 'write_manifest',
-           'snapshot_folder', 'tower_folder', 'Items', 'load_features', 'file_sums', 'check_sums', 'write_skipped',
-           'read_skipped', 'Snapshot', 'journal_schema', 'Journal', 'remove', 'indexing_lock', 'film_folder', 'sweep',
-           'next_generation', 'sync_folder']
+           'NO_PERSON', 'PART_MARK', 'item_schema', 'shown_name', 'person_key', 'Damaged', 'read_manifest',
+           'write_manifest', 'snapshot_folder', 'tower_folder', 'Items', 'load_features', 'file_sums', 'check_sums',
+           'write_skipped', 'read_skipped', 'Snapshot', 'journal_schema', 'Journal', 'remove', 'indexing_lock',
+           'film_folder', 'picture_folder', 'sweep', 'next_generation', 'sync_folder', 'Part', 'finish_part',
+           'finished_parts']
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-003
-import contextlib, json, os, re, shutil
+import contextlib, json, os, re, shutil, zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, TYPE_CHECKING
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, TYPE_CHECKING
 
 import numpy as np
 from ..core import TiprError, atomic_path, file_sha256, need, os_errors, read_json, write_json
@@ -43,13 +44,14 @@ ITEM_TYPES = dict(
     taken="timestamp",
     same_as="int64",
 )
+# not for columns of the user
 RESERVED = frozenset(ITEM_TYPES) | {
     "row",
     "feature",
     "score",
     "rank",
     "key",
-}  # not for columns of the user
+}
 HIDDEN = frozenset("file mtime sha256 request at same_as".split())  # not offered to filters
 
 
@@ -102,6 +104,10 @@ _MANIFEST_TYPES = dict(
 _AGAIN = "build the gallery again with `tipr index`"
 
 
+_MOST = dict(count=1 << 40, dim=1 << 20)  # items, numbers in a feature
+_TOWER = re.compile(r"[\w-][\w.-]{0,99}")  # a folder in the gallery
+
+
 class Damaged(TiprError):
     "A gallery whose files are torn, missing or do not agree; indexing again makes it new."
 
@@ -141,12 +147,37 @@ def _check_manifest(folder, manifest):
     wrong = [k for k, kind in _MANIFEST_TYPES.items() if not isinstance(manifest.get(k), kind)]
     if wrong:
         raise Damaged(f"{folder}: gallery.json has no usable {wrong[0]!r}; {_AGAIN}")
+    for name, most in _MOST.items():
+        if not 0 <= manifest[name] <= most:
+            raise Damaged(f"{folder}: gallery.json says {name} {manifest[name]!r:.40}; {_AGAIN}")
+    tower = manifest.get("text_tower")
+    if tower and tower is not True and not (isinstance(tower, str) and _TOWER.fullmatch(tower)):
+        raise Damaged(f"{folder}: gallery.json names no usable text tower; {_AGAIN}")
+    if not isinstance(manifest.get("model"), (str, type(None))):
+        raise Damaged(f"{folder}: gallery.json names no usable model; {_AGAIN}")
     if manifest["dtype"] not in ("float32", "float16"):
         raise Damaged(f"{folder}: gallery.json names dtype {manifest['dtype']!r}; {_AGAIN}")
     if not isinstance(manifest.setdefault("sha256", {}), dict):
         raise Damaged(f"{folder}: gallery.json has no usable checksums; {_AGAIN}")
+    for name, options in manifest["engines"].items():
+        _check_engine(folder, name, options)
     for name in ("skipped", "duplicates"):
-        manifest.setdefault(name, 0)
+        if not isinstance(manifest.setdefault(name, 0), int):
+            raise Damaged(f"{folder}: gallery.json has no usable {name!r}; {_AGAIN}")
+
+
+def _check_engine(folder, name, options):
+    "Types of an engine's options; what only a user may say is taken out, whoever wrote the file."
+    built = options.get("built", {}) if isinstance(options, dict) else None
+    if not isinstance(built, dict):
+        raise Damaged(f"{folder}: gallery.json has no usable options of engine {name!r}; {_AGAIN}")
+    for part in (options, built):
+        for own in ("trusted", "token"):
+            part.pop(own, None)
+        if not isinstance(part.get("uri", ""), (str, type(None))):
+            raise Damaged(f"{folder}: gallery.json has no usable address of {name!r}; {_AGAIN}")
+    if name == "milvus" and built and not isinstance(built.get("collection"), str):
+        raise Damaged(f"{folder}: gallery.json names no collection of {name!r}; {_AGAIN}")
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-018
 def write_manifest(folder: str | Path, manifest: Mapping):
@@ -547,7 +578,7 @@ def _check_folder(folder):
     other = [
         p.name
         for p in folder.iterdir()
-        if not re.fullmatch(r"g\d{6,}|text(-\w+)?|films|\..*", p.name)
+        if not re.fullmatch(r"g\d{6,}|text(-\w+)?|films|parts|pictures|calibration\.json|\..*", p.name)
     ]
     if other:
         raise TiprError(
@@ -559,11 +590,22 @@ def film_folder(
     folder: Path,  # the gallery
 ) -> Path:
     "Where a gallery keeps what was detected in films; made if need be."
+    return _own_folder(folder, "films")
+
+
+def picture_folder(
+    folder: Path,  # the gallery
+) -> Path:
+    "Where a gallery keeps pictures that a program handed over; made if need be."
+    return _own_folder(folder, "pictures")
+
+
+def _own_folder(folder, name):
     _check_folder(folder)
     with os_errors(folder):
-        for place in (folder, folder / "films"):
+        for place in (folder, folder / name):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / "films"
+    return folder / name
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-044
 def sweep(folder: Path):
@@ -611,3 +653,67 @@ def sync_folder(folder: Path):
             pass
         finally:
             os.close(handle)
+
+# %% ../../nbs/08_search/11_storage.ipynb #cell-049
+class Part(NamedTuple):
+    "One of several disjoint parts of the photos."
+
+    number: int  # from 1
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def holds(self, path: str) -> bool:
+        "Whether a photo is in this part, by a hash of its name."
+        return zlib.crc32(os.fsencode(path)) % self.of == self.number - 1
+
+    def folder(self, gallery: Path) -> Path:
+        "Where its journal is."
+        return gallery / "parts" / f"{self.number:06d}-of-{self.of:06d}"
+
+# %% ../../nbs/08_search/11_storage.ipynb #cell-051
+PART_MARK = ".part.json"
+
+
+def finish_part(gallery: Path, part: Part, key: Mapping):
+    "Mark a part as whole."
+    write_json(part.folder(gallery) / PART_MARK, dict(number=part.number, of=part.of, key=key))
+
+# %% ../../nbs/08_search/11_storage.ipynb #cell-052
+def finished_parts(
+    gallery: Path,
+    key: Mapping,  # what all parts must agree on: model, precision
+) -> list[Part]:
+    "All parts, in order; a `TiprError` names the first that is missing, unfinished or does not fit."
+    folders = sorted((gallery / "parts").glob("*-of-*"))
+    if not folders:
+        raise TiprError(
+            f"{gallery}: no parts to join; run `tipr index` with --part 1/N to N/N first"
+        )
+    divisions = {int(f.name.rpartition("-")[2]) for f in folders}
+    if len(divisions) > 1:
+        several = " and ".join(str(n) for n in sorted(divisions))
+        where = gallery / "parts"
+        raise TiprError(
+            f"{where}: parts of {several}; remove those of the division that is not meant"
+        )
+    parts = [Part(i + 1, max(divisions)) for i in range(max(divisions))]
+    for part in parts:
+        mark = part.folder(gallery) / PART_MARK
+        what = f"{gallery}: part {part}"
+        if not part.folder(gallery).is_dir():
+            raise TiprError(f"{what} is missing; run `tipr index` with --part {part}")
+        if not mark.is_file():
+            raise TiprError(f"{what} was not finished; run `tipr index` with --part {part} again")
+        known = read_json(mark)
+        if known.get("number") != part.number:
+            twice = known.get("number")
+            raise TiprError(
+                f"{what} holds part {twice} a second time (a copy?); run --part {part} again"
+            )
+        if known.get("key") != dict(key):
+            raise TiprError(
+                f"{what} was made with another model or precision; run --part {part} again"
+            )
+    return parts

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['JUMP', 'START', 'TRACK_EVERY', 'FilmReader', 'write_film', 'moment_name', 'film_key', 'moment_key', 'OpenFilms',
-           'read_moment', 'film_start', 'parse_every', 'parse_start', 'FilmPeople', 'DetectionLog', 'film_times',
-           'film_people', 'follow', 'track_numbers', 'Births', 'in_order', 'FilmOptions', 'Moments', 'film_moments',
-           'find_media', 'add_films']
+           'read_moment', 'film_start', 'parse_every', 'parse_start', 'FilmPeople', 'is_frame', 'DetectionLog',
+           'film_times', 'film_people', 'follow', 'track_numbers', 'Births', 'in_order', 'FilmOptions', 'Moments',
+           'film_moments', 'find_media', 'add_films']
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-003
 import hashlib, json, math, os, re, threading
@@ -185,6 +185,8 @@ class OpenFilms:
             facts = os.stat(path)
         except OSError as e:
             raise PhotoError(os_reason(e)) from None
+        except ValueError:  # zero bytes, half a character
+            raise PhotoError("not a possible file name") from None
         key = (path, facts.st_size, facts.st_mtime_ns, os.getpid())
         with self.lock:
             if key not in self.readers:
@@ -210,6 +212,8 @@ def read_moment(
         return decode_picture(Path(path).read_bytes()).picture
     except OSError as e:
         raise PhotoError(os_reason(e)) from None
+    except ValueError:
+        raise PhotoError("not a possible file name") from None
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-028
 START = re.compile(
@@ -263,6 +267,16 @@ class FilmPeople(NamedTuple):
     problem: str = ""  # why it ends early
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-037
+def is_frame(record: dict) -> bool:
+    "Whether a line of the log holds a time and people: four corners and a confidence each."
+    people = record.get("people")
+    if not isinstance(record["t"], (int, float)) or not isinstance(people, list):
+        return False
+    rows = [p for p in people if isinstance(p, list) and len(p) == 5]
+    numbers = [v for p in rows for v in p]
+    return len(rows) == len(people) and all(isinstance(v, (int, float)) for v in numbers)
+
+
 class DetectionLog:
     "Detections of one film, a line per frame; the first line says of what."
 
@@ -286,6 +300,8 @@ class DetectionLog:
             except ValueError:
                 record = None
             if not isinstance(record, dict) or (i == 0 and record != self.head):
+                break
+            if "t" in record and not is_frame(record):
                 break
             self._take(record)
             good += len(line)

@@ -22,6 +22,7 @@ from tipr_nb.core import (
     locked,
     progress,
     read_json,
+    read_npy,
 )
 from ..data import LAYOUTS, PersonDataset, load_layout
 from .people import World
@@ -124,18 +125,22 @@ def _is_built(root: Path, settings: Record) -> bool:
     raise TiprError(f"{root}: holds another build ({differs}); remove it or choose another folder")
 
 # %% ../../nbs/02_synth/07_benchmark.ipynb #cell-025
+def _sweep(root: Path):
+    "Remove what builds that were killed left beside `root`."
+    for leftover in root.parent.glob(f".{root.name}.*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def _build_once(root: Path, settings: Record, write: Callable[[Path], Record]):
     "A folder that `write` fills (it returns the rest of the manifest): whole, or not at all, and only once."
     if _is_built(root, settings):
+        _sweep(root)  # a kill right after the rename leaves an empty folder
         return
     with locked(root):
         if _is_built(root, settings):
             return
-        for leftover in root.parent.glob(
-            f".{root.name}.*"
-        ):  # of a build that was killed; the lock is ours
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
+        _sweep(root)  # the lock is ours
         with atomic_path(root, folder=True) as tmp:
             manifest = dict(settings=settings, **write(tmp))
             (tmp / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -196,7 +201,7 @@ def make_synth_pedes(
     _build_once(Path(root), settings, write)
     return Path(root)
 
-
+# %% ../../nbs/02_synth/07_benchmark.ipynb #6c7e5a04
 def _settings(world: World, size: tuple[int, int], **more: Any) -> Record:
     "What makes one build differ from another."
     return dict(name=world.name, version=1, image_size=list(size), **more)
@@ -286,7 +291,7 @@ def _fill_world(out: np.ndarray, jobs: list[tuple], workers: int | None) -> Worl
         ids.append(i)
     return out, texts, np.unique(np.concatenate(ids), return_inverse=True)[1]
 
-
+# %% ../../nbs/02_synth/07_benchmark.ipynb #fc9bcaa4
 def world_arrays(
     n_images: int,  # photos, two per identity
     size: tuple[int, int] = (96, 32),  # (height, width)
@@ -313,5 +318,6 @@ def world_arrays(
         return {}
 
     _build_once(path, dict(settings, seed=seed, captions=captions), write)
-    meta = read_json(path / "captions.json", "remove the folder and build it again")
-    return np.load(path / "images.npy", mmap_mode="r"), meta["captions"], np.array(meta["ids"])
+    remedy = "remove the folder and build it again"
+    meta = read_json(path / "captions.json", remedy, dict)
+    return read_npy(path / "images.npy", True, remedy), meta["captions"], np.array(meta["ids"])

@@ -137,7 +137,7 @@ def _draw_scene(img: Image.Image, scene: str, rng: np.random.Generator):
             furnish(backdrop)
     _clutter(d, w, h, hz, rng)
 
-
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-014
 def _clutter(d: ImageDraw.ImageDraw, w: int, h: int, hz: float, rng: np.random.Generator):
     "Passers-by in the distance, posters and boxes, in colours that may be those of the query."
     for _ in range(int(rng.random() * 3)):
@@ -162,7 +162,7 @@ def _clutter(d: ImageDraw.ImageDraw, w: int, h: int, hz: float, rng: np.random.G
         box = (x, hz - h * 0.04, x + w * 0.28, hz + h * (0.1 + 0.1 * tall))
         d.rectangle(box, fill=_mix(one(rng, _ANY_COLOUR), 0.6))
 
-# %% ../../nbs/02_synth/04_drawing.ipynb #cell-015
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-016
 Shape = tuple[str, tuple[float, float, float, float], RGB]  # rectangle or ellipse, box, colour
 
 
@@ -178,7 +178,7 @@ def _edge_person(
         ("ellipse", (x - w * 0.14, h * 0.07, x + w * 0.14, h * 0.225), SKINS[int(u[1] * 5)]),
     ]
 
-
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-018
 def _pole(w: int, h: int, u: np.ndarray) -> list[Shape]:
     "A lamp post, left or right of the middle."
     side = 0.3 if u[0] < 0.5 else 0.62
@@ -189,7 +189,7 @@ def _pole(w: int, h: int, u: np.ndarray) -> list[Shape]:
         ("rectangle", (x + r * 0.3, 0, x + r, h), (60, 62, 66)),
     ]
 
-
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-020
 def _car(w: int, h: int, top: float, u: np.ndarray, c: RGB) -> list[Shape]:
     "The side of a car and one of its wheels."
     wheel = (w * (0.1 + 0.4 * u[0]), h * 0.955, w * (0.5 + 0.4 * u[0]), h * 1.07)
@@ -199,7 +199,7 @@ def _car(w: int, h: int, top: float, u: np.ndarray, c: RGB) -> list[Shape]:
         ("ellipse", wheel, (26, 26, 28)),
     ]
 
-
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-022
 def _bench(w: int, h: int, top: float) -> list[Shape]:
     "A park bench before the person's legs."
     return [
@@ -210,7 +210,7 @@ def _bench(w: int, h: int, top: float) -> list[Shape]:
         ("rectangle", (w * 0.8, top + h * 0.1, w * 0.88, h), (50, 50, 52)),
     ]
 
-
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-024
 def _draw_occluder(
     img: Image.Image,
     labels: Image.Image,
@@ -240,7 +240,7 @@ def _draw_occluder(
         getattr(d, shape)(box, fill=fill)
         getattr(l, shape)(box, fill=0)
 
-# %% ../../nbs/02_synth/04_drawing.ipynb #cell-018
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-027
 def _light(pixels: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Light from one side, darker rims, folds in the cloth: (h, w, 3) uint8 and (h, w) bool -> float32."
     h, w = mask.shape
@@ -255,7 +255,7 @@ def _light(pixels: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np
     shade = np.where(mask, shade, 1.0).astype(np.float32)
     return pixels.astype(np.float32) * shade[..., None]
 
-# %% ../../nbs/02_synth/04_drawing.ipynb #cell-020
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-029
 def _shoot(pixels: np.ndarray, cam: Camera, rng: np.random.Generator) -> Image.Image:
     "The camera's tint, exposure, contrast, blur and sensor noise: float (h, w, 3) in 0..255 -> picture."
     h, w, _ = pixels.shape
@@ -274,7 +274,7 @@ def _shoot(pixels: np.ndarray, cam: Camera, rng: np.random.Generator) -> Image.I
     noisy = np.asarray(img, dtype=np.float32) + noise
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
-# %% ../../nbs/02_synth/04_drawing.ipynb #cell-023
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-032
 def draw_person(
     person: Person,  # who
     view: str = "front",  # front, back, left, right: the side that faces the camera
@@ -305,7 +305,7 @@ def draw_person(
         return photo
     return photo, {name: small == i for name, i in REGIONS.items()}
 
-
+# %% ../../nbs/02_synth/04_drawing.ipynb #cell-033
 def _place(
     person: Person,
     view: str,

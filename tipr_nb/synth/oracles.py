@@ -59,7 +59,7 @@ def _stripes_on_plain(said: np.ndarray, records: Records) -> np.ndarray:  # (q, 
     unmarked = np.array(plain) & np.array(from_behind)
     return np.isin(said[:, _AT["pattern"]], patterns)[:, None] & unmarked[None]
 
-
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-014
 def _agreement(records: Records) -> tuple[np.ndarray, np.ndarray]:
     "How many attributes captions and photos agree on, and on how many they contradict each other: (q, n) each."
     said, captions, _ = _caption_codes(records)
@@ -77,13 +77,13 @@ def _agreement(records: Records) -> tuple[np.ndarray, np.ndarray]:
         agree += mentioned[:, None] == np.array([r[f] for r in records])[None]
     return agree, contradict
 
-# %% ../../nbs/02_synth/08_oracles.ipynb #cell-014
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-016
 def mention_scores(records: Records) -> np.ndarray:  # (captions, photos)
     "The mention-only reader: agreements, with one contradiction outweighing them all."
     agree, contradict = _agreement(records)
     return agree - 100 * contradict
 
-# %% ../../nbs/02_synth/08_oracles.ipynb #cell-018
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-020
 def _surprises(world: World, attributes: dict[str, str]) -> np.ndarray:
     "Surprise of every attribute under every season and role: (Z, F)."
     nats = np.empty((len(_CAUSES), len(_F)))
@@ -93,7 +93,7 @@ def _surprises(world: World, attributes: dict[str, str]) -> np.ndarray:
             nats[z, j] = -math.log(max(chances.get(attributes[f], 0.0), 1e-3))
     return nats
 
-
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-022
 def _log_posterior(world: World, record: Record, nats: np.ndarray) -> np.ndarray:
     "Log posterior of season and role given what the photo shows: (Z,)."
     season = world.table("season", ())
@@ -103,7 +103,7 @@ def _log_posterior(world: World, record: Record, nats: np.ndarray) -> np.ndarray
     logp = prior - nats[:, [_AT[f] for f in observed]].sum(1)
     return logp - np.logaddexp.reduce(logp)
 
-# %% ../../nbs/02_synth/08_oracles.ipynb #cell-020
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-024
 def _likely_causes(records: Records, world: World, top: int) -> tuple[np.ndarray, np.ndarray]:
     "Surprises (n, top, F) and log posterior (n, top) under the likeliest seasons and roles of each photo."
     by_identity: dict[int, np.ndarray] = {}
@@ -118,7 +118,7 @@ def _likely_causes(records: Records, world: World, top: int) -> tuple[np.ndarray
         logs.append(logz[best])
     return np.stack(nats), np.stack(logs)
 
-
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-026
 def _omitted(said: np.ndarray) -> np.ndarray:
     "Fields that a caption could have mentioned and did not: (q, F). A bag's colour cannot be without the bag."
     mentioned = said >= 0
@@ -128,7 +128,7 @@ def _omitted(said: np.ndarray) -> np.ndarray:
         out[:, j] = ~mentioned[:, j] & mentioned[:, needed].all(1)
     return out
 
-
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-028
 def bayes_scores(
     records: Records,
     world: World = SYNTH_PEDES,
@@ -155,7 +155,7 @@ def bayes_scores(
     n_mentions = np.array([len(c["mentioned"]) for c in captions], np.float32)
     return total - 30 * (n_mentions[:, None] - agree)  # what is mentioned must be there
 
-# %% ../../nbs/02_synth/08_oracles.ipynb #cell-023
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-031
 def _word_of(f: str, v: str) -> str:
     "The word for a value, whatever it belongs to: a red coat and red shoes share `colour red`."
     if v in COLOURS and f != "hair_colour":
@@ -164,14 +164,14 @@ def _word_of(f: str, v: str) -> str:
         return "side " + v
     return f"{f} {v}"
 
-# %% ../../nbs/02_synth/08_oracles.ipynb #cell-025
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-033
 def _words_shown(record: Record) -> set[str]:
     "All words that fit a photo."
     observed = observe(record["attributes"], record["view"], record["occluder"])
     observed |= {f: record[f] for f in ("view", "pose")}
     return {_word_of(f, v) for f, v in observed.items()}
 
-
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-035
 def unbound_scores(records: Records) -> np.ndarray:  # (captions, photos)
     "A bag-of-words reader: how many of the caption's words occur anywhere in the photo."
     shown = [_words_shown(r) for r in records]
@@ -184,7 +184,7 @@ def unbound_scores(records: Records) -> np.ndarray:  # (captions, photos)
         queries[q, [vocabulary[w] for w in words if w in vocabulary]] = 1
     return queries @ photos.T
 
-# %% ../../nbs/02_synth/08_oracles.ipynb #cell-028
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-038
 def rank1(
     scores: np.ndarray,  # (q, n)
     query_ids: np.ndarray,  # (q,)
@@ -195,7 +195,7 @@ def rank1(
     right = query_ids[:, None] == gallery_ids[None]
     return (top & right).sum(1) / top.sum(1)
 
-# %% ../../nbs/02_synth/08_oracles.ipynb #cell-030
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-040
 def oracle_table(
     records: Records, world: World = SYNTH_PEDES
 ) -> "pd.DataFrame":  # one row per caption
@@ -221,7 +221,7 @@ def oracle_table(
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/02_synth/08_oracles.ipynb #cell-040
+# %% ../../nbs/02_synth/08_oracles.ipynb #cell-050
 def cluster_se(
     values: np.ndarray,  # (q,) per-query values, e.g. hits or differences of hits
     ids: np.ndarray,  # (q,) identity of each query

@@ -30,6 +30,7 @@ from .recipes import get_recipe as get_recipe
 from .runs import best_weights as best_weights
 from .runs import data_hash as data_hash
 from .runs import has_best_weights as has_best_weights
+from .statistics import corrected_p as corrected_p
 from .statistics import grid_differences as grid_differences
 from .statistics import grid_summary as grid_summary
 from .statistics import mean_sd as mean_sd

@@ -280,7 +280,9 @@ class Recipe:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             check_setting(f"recipe {self.name}", f, kinds[f.name], value)
-            if isinstance(f.default, tuple):
+            if kinds[f.name] == tuple[float, float]:
+                setattr(self, f.name, tuple(map(float, value)))
+            elif isinstance(f.default, tuple):
                 setattr(self, f.name, tuple(value))
             elif isinstance(value, list) and f.name == "per_id":
                 setattr(self, f.name, tuple(value))

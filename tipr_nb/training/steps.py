@@ -283,7 +283,7 @@ def make_accelerator(
         )
     return accelerator
 
-# %% ../../nbs/07_training/04_steps.ipynb #cell-043
+# %% ../../nbs/07_training/04_steps.ipynb #cell-045
 def prepare_encoder(encoder: PersonCLIP, r: Recipe) -> PersonCLIP:  # the same, changed in place
     "Set up the towers as the recipe says: patch dropout, checkpointing, low-rank updates."
     encoder.patch_dropout = r.patch_dropout
@@ -291,14 +291,14 @@ def prepare_encoder(encoder: PersonCLIP, r: Recipe) -> PersonCLIP:  # the same, 
         encoder.set_grad_checkpointing(True)
     return add_lora(encoder, r.lora) if r.lora else encoder
 
-# %% ../../nbs/07_training/04_steps.ipynb #cell-045
+# %% ../../nbs/07_training/04_steps.ipynb #cell-047
 def averaged_copy(encoder: PersonCLIP, decay: float) -> Any:  # torch's AveragedModel
     "A copy of the encoder that follows it as an exponential moving average."
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     return AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-# %% ../../nbs/07_training/04_steps.ipynb #cell-047
+# %% ../../nbs/07_training/04_steps.ipynb #cell-049
 def full_captions(
     encoder: PersonCLIP,
     tokens: Tensor,  # (b, L) ids
@@ -307,7 +307,7 @@ def full_captions(
     missing = encoder.context_length - tokens.shape[1]
     return nn.functional.pad(tokens, (0, missing), value=encoder.pad_id) if missing > 0 else tokens
 
-# %% ../../nbs/07_training/04_steps.ipynb #cell-050
+# %% ../../nbs/07_training/04_steps.ipynb #cell-052
 def diagnostics(
     objectives: nn.ModuleDict,  # name -> objective
 ) -> dict[str, dict]:  # name -> calls, logs
@@ -318,7 +318,7 @@ def diagnostics(
         found[name] = dict(calls=getattr(objective, "calls", None), logs=logs)
     return found
 
-# %% ../../nbs/07_training/04_steps.ipynb #cell-052
+# %% ../../nbs/07_training/04_steps.ipynb #cell-054
 def restore_diagnostics(
     objectives: nn.ModuleDict,  # name -> objective
     saved: dict[str, dict],  # of `diagnostics`
@@ -331,7 +331,7 @@ def restore_diagnostics(
         if values["logs"]:
             objective.logs = {k: torch.tensor(v) for k, v in values["logs"].items()}
 
-# %% ../../nbs/07_training/04_steps.ipynb #cell-054
+# %% ../../nbs/07_training/04_steps.ipynb #cell-056
 class TrainStep:
     "Encoder, objectives and optimizer, and one optimizer step on them."
 
@@ -441,6 +441,7 @@ class TrainStep:
             write_safetensors(folder / "ema.safetensors", self.ema.state_dict())
         scaler = self.accelerator.scaler
         return dict(
+            lr=self.lr,
             groups=groups,
             scaler=None if scaler is None else scaler.state_dict(),
             objectives=diagnostics(self.retriever.objectives),
@@ -462,3 +463,4 @@ class TrainStep:
         if state["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         restore_diagnostics(self.retriever.objectives, state.get("objectives", {}))
+        self.lr = state.get("lr", 0.0)  # a row of the history may be closed before the next step
