@@ -40,7 +40,16 @@ def made_up_batch(
     labels[:, 1:-1:7] = ids[:, 1:-1:7]  # one word in seven is hidden
     extra = dict(generated=pixels, other=pixels)
     people = torch.arange(n) // 2
-    return Batch(pixels, ids, people, ["a"] * n, pixels=pixels, extra=extra, mask_labels=labels)
+    return Batch(
+        pixels,
+        ids,
+        people,
+        ["a"] * n,
+        caption_index=torch.arange(n),
+        pixels=pixels,
+        extra=extra,
+        mask_labels=labels,
+    )
 
 # %% ../nbs/11_costs.ipynb #cell-010
 def count_flops(run: Callable[[], Any]) -> int:
@@ -118,6 +127,8 @@ def step_cost(recipe: Recipe, tokens: int, n_ids: int) -> StepCost:
     "Count a recipe's encoder and objectives on a few made-up pairs."
     precision = "bf16" if recipe.precision == "no" else recipe.precision
     objectives = repr(recipe.objectives)
+    if not recipe.trim_captions:
+        tokens = 77  # CLIP's context, padded
     return _step_cost(recipe.arch, recipe.image_size, objectives, tokens, n_ids, precision)
 
 

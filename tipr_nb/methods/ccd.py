@@ -23,22 +23,27 @@ from .tse import TSE
 from ..models import Features, PersonCLIP, tal_loss
 
 # %% ../../nbs/05_methods/11_ccd.ipynb #cell-008
-def inject_noise(data:PersonDataset|Split, # of a dataset, the training split alone is changed
-                 fraction:float, # of the captions exchanged, from 0 to 1
-                 seed:int=0
-                ) -> PersonDataset|Split:
+def inject_noise(
+    data: PersonDataset | Split,  # of a dataset, the training split alone is changed
+    fraction: float,  # of the captions exchanged, from 0 to 1
+    seed: int = 0,
+) -> PersonDataset | Split:
     "The data with a share of its training captions exchanged; column `paired` says which are still right."
-    if not 0 <= fraction <= 1: raise TiprError(f"noise={fraction}: give a share of the captions, from 0 to 1")
+    if not 0 <= fraction <= 1:
+        raise TiprError(f"noise={fraction}: give a share of the captions, from 0 to 1")
     if isinstance(data, PersonDataset):
         note = f"{fraction:.0%} of the training captions are exchanged, seed {seed}"
-        return replace(data, train=_exchanged(data.train, fraction, seed), notes=[*data.notes, note])
+        return replace(
+            data, train=_exchanged(data.train, fraction, seed), notes=[*data.notes, note]
+        )
     return _exchanged(data, fraction, seed)
 
-def _exchanged(data:Split, fraction:float, seed:int) -> Split:
+
+def _exchanged(data: Split, fraction: float, seed: int) -> Split:
     "A split with a share of its captions exchanged."
     rng = np.random.default_rng(seed)
     source = np.arange(len(data))
-    chosen = rng.permutation(len(data))[:round(fraction*len(data))]
+    chosen = rng.permutation(len(data))[: round(fraction * len(data))]
     source[chosen] = rng.permutation(chosen)
     columns = {name: values[source] for name, values in data.caption_columns.items()}
     paired = source == np.arange(len(data))
@@ -46,71 +51,92 @@ def _exchanged(data:Split, fraction:float, seed:int) -> Split:
     return replace(data, captions=captions, caption_columns=columns | {"paired": paired})
 
 # %% ../../nbs/05_methods/11_ccd.ipynb #cell-012
-def clean_pairs(losses:np.ndarray, # (n,) of each pair
-                fine:bool=False, # the finer fit, for much noise
-                seed:int=0
-               ) -> np.ndarray: # (n,) bool
+def clean_pairs(
+    losses: np.ndarray,  # (n,) of each pair
+    fine: bool = False,  # the finer fit, for much noise
+    seed: int = 0,
+) -> np.ndarray:  # (n,) bool
     "Pairs in the component of low losses of a two-component Gaussian mixture."
     from sklearn.mixture import GaussianMixture
+
     low, high = losses.min(), losses.max()
-    if high <= low: return np.ones(len(losses), bool)
-    x = ((losses - low)/(high - low))[:, None]
-    settings:dict[str, Any] = dict(max_iter=10, tol=1e-2, reg_covar=5e-4)
-    if fine: settings = dict(max_iter=100, tol=1e-4, reg_covar=1e-6)
+    if high <= low:
+        return np.ones(len(losses), bool)
+    x = ((losses - low) / (high - low))[:, None]
+    settings: dict[str, Any] = dict(max_iter=10, tol=1e-2, reg_covar=5e-4)
+    if fine:
+        settings = dict(max_iter=100, tol=1e-4, reg_covar=1e-6)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # ten steps are meant to stop early
+        warnings.simplefilter("ignore")  # ten steps are meant to stop early
         mixture = GaussianMixture(2, random_state=seed, **settings).fit(x)
     p = mixture.predict_proba(x)[:, mixture.means_[:, 0].argmin()]
-    threshold = .5
-    if p.min() > threshold: threshold = np.sort(p)[len(p)//100]
+    threshold = 0.5
+    if p.min() > threshold:
+        threshold = np.sort(p)[len(p) // 100]
     return p > threshold
 
 # %% ../../nbs/05_methods/11_ccd.ipynb #cell-015
-def consensus(clean_a:np.ndarray, clean_b:np.ndarray, # (n,) bool, what each branch says
-              seed:int=0
-             ) -> np.ndarray: # (n,) bool: pairs to learn from
+def consensus(
+    clean_a: np.ndarray,
+    clean_b: np.ndarray,  # (n,) bool, what each branch says
+    seed: int = 0,
+) -> np.ndarray:  # (n,) bool: pairs to learn from
     "Pairs that both branches call clean, and by a coin half of those on which they differ."
     agreed = clean_a & clean_b
     uncertain = clean_a ^ clean_b
-    coin = np.random.default_rng(seed).random(len(clean_a)) < .5
+    coin = np.random.default_rng(seed).random(len(clean_a)) < 0.5
     return agreed | (uncertain & coin)
 
 # %% ../../nbs/05_methods/11_ccd.ipynb #cell-019
 @register_objective("CCD")
 class CCD(Objective):
     "Confident consensus division: TAL on both branches, over the pairs that both take for clean (RDE, arXiv 2308.09911)."
-    lr_scale = 5.
-    record:Tensor   # (2, n) each pair's latest loss in both branches, NaN where it was not met
-    labels:Tensor   # (n,) 1 where a pair is learned from
-    epoch:Tensor    # () epochs that are over
 
-    def __init__(self, encoder:PersonCLIP, n_ids:int,
-                 tse:bool=True, # token selection as the second branch; False: the two directions of the global feature
-                 fine:bool=False, # the finer mixture, for much noise
-                 warmup:int=1, # epochs in which every pair counts, at least 1
-                 fraction:float=.3, width:int|None=None, # of TSE
-                 temperature:float=.015, margin:float=.1, reduction:str="sum", # of TAL
-                 attend_padding:bool=False # of TSE: padding enters its normalisation, as released
-                ):
+    lr_scale = 5.0
+    record: Tensor  # (2, n) each pair's latest loss in both branches, NaN where it was not met
+    labels: Tensor  # (n,) 1 where a pair is learned from
+    epoch: Tensor  # () epochs that are over
+
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,
+        tse: bool = True,  # token selection as the second branch; False: the two directions of the global feature
+        fine: bool = False,  # the finer mixture, for much noise
+        warmup: int = 1,  # epochs in which every pair counts, at least 1
+        fraction: float = 0.3,
+        width: int | None = None,  # of TSE
+        temperature: float = 0.015,
+        margin: float = 0.1,
+        reduction: str = "sum",  # of TAL
+        attend_padding: bool = False,  # of TSE: padding enters its normalisation, as released
+    ):
         super().__init__(encoder, n_ids)
         if warmup < 1:
-            raise TiprError(f"CCD: warmup={warmup}: the first division needs the losses of one epoch; give 1 or more")
+            raise TiprError(
+                f"CCD: warmup={warmup}: the first division needs the losses of one epoch; give 1 or more"
+            )
         self.tal = dict(temperature=temperature, margin=margin)
         self.reduction = reduction
         self.fine = fine
         self.warmup = warmup
         self.second = None
-        if tse: self.second = TSE(encoder, n_ids, fraction, width, temperature, margin, reduction, attend_padding)
+        if tse:
+            self.second = TSE(
+                encoder, n_ids, fraction, width, temperature, margin, reduction, attend_padding
+            )
         self.needs_tokens = tse
         self.register_buffer("record", torch.full((2, 0), torch.nan))
         self.register_buffer("labels", torch.ones(0))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss; `logs` holds the share of the batch that is learned from."
         index = getattr(batch, "caption_index", None)
         if index is None:
-            raise TiprError("CCD: the batch does not say which pairs it holds (caption_index); use make_loader")
+            raise TiprError(
+                "CCD: the batch does not say which pairs it holds (caption_index); use make_loader"
+            )
         index = all_rows(index.to(features.ids.device), len(features.ids))
         first = self.pair_losses(features.image, features.text, features.ids)
         second = self.second_losses(features, encoder)
@@ -118,34 +144,40 @@ class CCD(Objective):
         label = self.labels[index]
         self.logs["kept"] = label.mean()
         both = first if second is None else first + second
-        total = (label*both).sum()
-        return total if self.reduction == "sum" else total/label.sum().clamp(min=1)
+        total = (label * both).sum()
+        return total if self.reduction == "sum" else total / label.sum().clamp(min=1)
 
-    def second_losses(self, features:Features, encoder:PersonCLIP) -> Tensor|None: # (b,)
+    def second_losses(self, features: Features, encoder: PersonCLIP) -> Tensor | None:  # (b,)
         "Each pair's loss in the second branch."
-        if self.second is None: return None
+        if self.second is None:
+            return None
         image, text = self.second.branches(features, encoder)
         return self.pair_losses(image, text, features.ids)
 
-    def pair_losses(self, image:Tensor, text:Tensor, ids:Tensor) -> Tensor: # (b, d), (b, d), (b,) -> (b,)
+    def pair_losses(
+        self, image: Tensor, text: Tensor, ids: Tensor
+    ) -> Tensor:  # (b, d), (b, d), (b,) -> (b,)
         "TAL of each pair."
-        return tal_loss(image, text, ids, reduction="none", **self.tal) # type: ignore[arg-type]
+        return tal_loss(image, text, ids, reduction="none", **self.tal)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def remember(self, index:Tensor, first:Tensor, second:Tensor|None):
+    def remember(self, index: Tensor, first: Tensor, second: Tensor | None):
         "Keep the losses of a batch; divide the pairs where an epoch is over."
-        if not self.training: return
+        if not self.training:
+            return
         self.grow(int(index.max()) + 1)
-        if not self.record[0, index].isnan().any(): self.divide()
+        if not self.record[0, index].isnan().any():
+            self.divide()
         self.record[0, index] = first.detach().float()
         self.record[1, index] = (first if second is None else second).detach().float()
 
-    def grow(self, n:int):
+    def grow(self, n: int):
         "Room for pairs up to number n."
         missing = n - self.record.shape[1]
-        if missing <= 0: return
+        if missing <= 0:
+            return
         self.record = torch.nn.functional.pad(self.record, (0, missing), value=torch.nan)
-        self.labels = torch.nn.functional.pad(self.labels, (0, missing), value=1.)
+        self.labels = torch.nn.functional.pad(self.labels, (0, missing), value=1.0)
 
     def divide(self):
         "Label the pairs by the losses of the epoch that is over, and start the next."
@@ -159,5 +191,6 @@ class CCD(Objective):
         self.record.fill_(torch.nan)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        if f"{prefix}record" in state_dict: self.grow(state_dict[f"{prefix}record"].shape[1])
+        if f"{prefix}record" in state_dict:
+            self.grow(state_dict[f"{prefix}record"].shape[1])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

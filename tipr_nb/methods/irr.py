@@ -24,15 +24,17 @@ from open_clip.transformer import QuickGELU, Transformer
 # %% ../../nbs/05_methods/09_irr.ipynb #cell-008
 class CrossModalEncoder(nn.Module):
     "Words read a photo; a transformer and a head guess each word (IRRA, arXiv 2303.12501)."
-    def __init__(self,
-                 dim:int, # of text and image tokens
-                 vocab_size:int,
-                 depth:int=4, # transformer layers
-                 heads:int|None=None, # None: one per 64 channels, at least 4
-                 attend_padding:bool=False # let the transformer read padding, as released
-                ):
+
+    def __init__(
+        self,
+        dim: int,  # of text and image tokens
+        vocab_size: int,
+        depth: int = 4,  # transformer layers
+        heads: int | None = None,  # None: one per 64 channels, at least 4
+        attend_padding: bool = False,  # let the transformer read padding, as released
+    ):
         super().__init__()
-        heads = heads or max(4, dim//64)
+        heads = heads or max(4, dim // 64)
         self.heads = heads
         self.attend_padding = attend_padding
         self.text_norm = nn.LayerNorm(dim)
@@ -47,15 +49,17 @@ class CrossModalEncoder(nn.Module):
         lean_attention(self)
         self.init_weights(dim, depth)
 
-    def init_weights(self, dim:int, depth:int):
+    def init_weights(self, dim: int, depth: int):
         "CLIP's initial scales, as released."
-        inner = dim**-.5
-        outer = inner*(2*depth)**-.5
-        wide = (2*dim)**-.5
+        inner = dim**-0.5
+        outer = inner * (2 * depth) ** -0.5
+        wide = (2 * dim) ** -0.5
         nn.init.normal_(self.cross_attention.query.weight, std=inner)
         nn.init.normal_(self.cross_attention.key_value.weight, std=inner)
         nn.init.normal_(self.cross_attention.out.weight, std=outer)
-        for layer in (self.cross_attention.query, self.cross_attention.key_value, self.cross_attention.out): nn.init.zeros_(layer.bias)
+        for name in ("query", "key_value", "out"):
+            layer = getattr(self.cross_attention, name)
+            nn.init.zeros_(layer.bias)
         for block in self.cross_transformer.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=inner)
             nn.init.normal_(block.attn.out_proj.weight, std=outer)
@@ -64,73 +68,93 @@ class CrossModalEncoder(nn.Module):
         nn.init.normal_(self.dense.weight, std=wide)
         nn.init.normal_(self.head.weight, std=outer)
 
-    def forward(self,
-                text:Tensor, # (b, L, dim) tokens of the masked caption
-                mask:Tensor, # (b, L) True at real tokens
-                image:Tensor, # (b, n, dim) tokens of the photo
-                where:Tensor # (b, L) True at words to guess, k of them
-               ) -> Tensor: # (k, vocab) float32 logits
+    def forward(
+        self,
+        text: Tensor,  # (b, L, dim) tokens of the masked caption
+        mask: Tensor,  # (b, L) True at real tokens
+        image: Tensor,  # (b, n, dim) tokens of the photo
+        where: Tensor,  # (b, L) True at words to guess, k of them
+    ) -> Tensor:  # (k, vocab) float32 logits
         "Logits of the words that are asked for."
         x = self.cross_attention(self.text_norm(text), self.image_norm(image))
         x = self.cross_transformer(x, attn_mask=self.padding_mask(mask, x.dtype))
         x = self.final_norm(x)[where]
         return self.head(self.head_norm(self.activation(self.dense(x)))).float()
 
-    def padding_mask(self, mask:Tensor, dtype:torch.dtype) -> Tensor|None: # (b * heads, L, L), added to the scores
+    def padding_mask(
+        self, mask: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:  # (b * heads, L, L), added to the scores
         "Minus infinity where a key is padding."
-        if self.attend_padding or bool(mask.all()): return None
-        blocked = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+        if self.attend_padding or bool(mask.all()):
+            return None
+        blocked = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+            ~mask, -torch.inf
+        )
         return blocked[:, None, None].expand(-1, self.heads, mask.shape[1], -1).flatten(0, 1)
 
 # %% ../../nbs/05_methods/09_irr.ipynb #cell-011
 @register_objective("IRR")
 class IRR(Objective):
-    "Hidden words guessed from the photo: masked-language modelling through a cross-modal encoder (IRRA, arXiv 2303.12501)."
-    lr_scale = 5.
+    "Hidden words guessed from the photo: masked-language modelling across modes (IRRA, arXiv 2303.12501)."
+
+    lr_scale = 5.0
     needs_tokens = True
 
-    def __init__(self, encoder:PersonCLIP, n_ids:int, # unused
-                 depth:int=4, # transformer layers
-                 heads:int|None=None, # None: one per 64 channels, at least 4
-                 attend_padding:bool=False, # let the transformer read padding, as released
-                 own_mask:bool=False # hide words here and encode captions a second time; the other losses then read whole captions
-                ):
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,  # unused
+        depth: int = 4,  # transformer layers
+        heads: int | None = None,  # None: one per 64 channels, at least 4
+        attend_padding: bool = False,  # let the transformer read padding, as released
+        own_mask: bool = False,  # hide words here, in a second text pass; other losses then read whole captions
+    ):
         super().__init__(encoder, n_ids)
         vocabulary = read_vocabulary(encoder.tokenize)
         self.own_mask = own_mask
         self.masker = TokenMasker("irra").bind(encoder.tokenize) if own_mask else None
         self.guesser = CrossModalEncoder(encoder.dim, len(vocabulary), depth, heads, attend_padding)
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss; `logs` holds the share of hidden words that were guessed right."
         text, mask, labels = self.masked_text(features, batch, encoder)
         where = labels != IGNORED
         wanted = labels[where]
         logits = self.guesser(text, mask, features.image_tokens, where)
-        if not len(wanted): return logits.sum()        # nothing was hidden: zero, with a gradient of zero
+        if not len(wanted):
+            return logits.sum()  # nothing was hidden: zero, with a gradient of zero
         self.logs["guessed"] = (logits.argmax(1) == wanted).float().mean().detach()
         return F.cross_entropy(logits, wanted)
 
-    def masked_text(self, features:Features, batch:Any, encoder:PersonCLIP) -> tuple[Tensor, Tensor, Tensor]:
+    def masked_text(
+        self, features: Features, batch: Any, encoder: PersonCLIP
+    ) -> tuple[Tensor, Tensor, Tensor]:
         "Tokens of the masked captions (b, L, d), which are real (b, L), and the words to guess (b, L)."
         if self.masker is None:
             labels = getattr(batch, "mask_labels", None)
-            if labels is None: raise TiprError("IRR: no words were hidden; give the recipe caption_transform='mask', or IRR own_mask=True")
+            if labels is None:
+                raise TiprError(
+                    "IRR: no words were hidden; "
+                    "give the recipe caption_transform='mask', or IRR own_mask=True"
+                )
             text, mask = features.text_tokens, features.text_mask
         else:
             tokens, labels = self.hide(batch.tokens)
             _, text, mask = encoder.text_features(tokens)
         assert text is not None and mask is not None
-        missing = text.shape[1] - labels.shape[1]       # towers that read their padding are padded in full
+        # towers that read their padding are padded in full
+        missing = text.shape[1] - labels.shape[1]
         return text, mask, F.pad(labels, (0, missing), value=IGNORED)
 
-    def hide(self, tokens:Tensor) -> tuple[Tensor, Tensor]: # (b, L) ids -> (b, L) ids, (b, L) words to guess
+    def hide(
+        self, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:  # (b, L) ids -> (b, L) ids, (b, L) words to guess
         "Captions with words hidden, by torch's random numbers."
         rng = random.Random(int(torch.randint(2**62, ())))
         changed = tokens.cpu().numpy().copy()
         labels = torch.full(tokens.shape, IGNORED)
         for i, row in enumerate(changed):
-            new, wanted = self.masker(row, "", rng) # type: ignore[misc]
+            new, wanted = self.masker(row, "", rng)  # type: ignore[misc]
             changed[i] = new
             labels[i] = torch.from_numpy(wanted)
         return torch.from_numpy(changed).to(tokens.device), labels.to(tokens.device)

@@ -8,7 +8,7 @@ __all__ = ['FLAVOURS', 'PEERS_MASK', 'CONTENT_TAGS', 'MaskRates', 'Vocabulary', 
 # %% ../../nbs/05_methods/02_masking.ipynb #cell-002
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,107 +22,141 @@ from .pruning import Tagger, pattern_tagger
 @dataclass(frozen=True)
 class MaskRates:
     "How often words are chosen, and what becomes of a chosen word."
-    fraction:float              # p: chosen words
-    mask:float                  # m, of the chosen: hidden behind the mask word
-    replace:float               # r: exchanged for another word
-    drop:float=0.               # d: left out
-    content:float|None=None     # p of nouns and adjectives; None: as all words
-    labels:bool=True            # chosen words are to be guessed
-    at_least_one:bool=True      # hide the first word where chance chose none
+
+    fraction: float  # p: chosen words
+    mask: float  # m, of the chosen: hidden behind the mask word
+    replace: float  # r: exchanged for another word
+    drop: float = 0.0  # d: left out
+    content: float | None = None  # p of nouns and adjectives; None: as all words
+    labels: bool = True  # chosen words are to be guessed
+    at_least_one: bool = True  # hide the first word where chance chose none
+
 
 FLAVOURS = {
-    "irra": MaskRates(.15, mask=.8, replace=.1),
-    "sen": MaskRates(.05, mask=.8, replace=.1, content=.30),
-    "rde": MaskRates(.20, mask=.6, replace=.2, drop=.2, labels=False, at_least_one=False)}
+    "irra": MaskRates(0.15, mask=0.8, replace=0.1),
+    "sen": MaskRates(0.05, mask=0.8, replace=0.1, content=0.30),
+    "rde": MaskRates(0.20, mask=0.6, replace=0.2, drop=0.2, labels=False, at_least_one=False),
+}
 
 # %% ../../nbs/05_methods/02_masking.ipynb #cell-010
-PEERS_MASK = 49405   # the mask word of IRRA, SEN and RDE in CLIP's table of 49,408
+PEERS_MASK = 49405  # the mask word of IRRA, SEN and RDE in CLIP's table of 49,408
+
 
 @dataclass
 class Vocabulary:
     "What masking needs to know of a tokenizer."
-    mask:int                                    # id of the mask word
-    special:frozenset[int]                      # ids that are no words: start, end, padding
-    words:Sequence[str]=field(repr=False)       # id -> its text
-    pieces:frozenset[int]=field(default=frozenset(), repr=False)    # ids that are a part of a word
 
-    def __len__(self) -> int: return len(self.words)
+    mask: int  # id of the mask word
+    special: frozenset[int]  # ids that are no words: start, end, padding
+    words: Sequence[str] = field(repr=False)  # id -> its text
+    pieces: frozenset[int] = field(default=frozenset(), repr=False)  # ids that are a part of a word
 
-    def others(self) -> np.ndarray: # (n,) ids
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def others(self) -> np.ndarray:  # (n,) ids
         "The words that may stand in another's place."
         ids = np.arange(len(self))
         return ids[~np.isin(ids, [*self.special, self.mask])]
 
 # %% ../../nbs/05_methods/02_masking.ipynb #cell-011
-def read_vocabulary(tokenize:Any, # a model's `tokenize`, or a tokenizer of open_clip
-                    mask_id:int|None=None # the mask word, where the tokenizer has none of its own
-                   ) -> Vocabulary:
+def read_vocabulary(
+    tokenize: Any,  # a model's `tokenize`, or a tokenizer of open_clip
+    mask_id: int | None = None,  # the mask word, where the tokenizer has none of its own
+) -> Vocabulary:
     "The vocabulary behind a tokenizer; one without a mask word is a `TiprError`."
     owner = getattr(tokenize, "__self__", tokenize)
     tokenizer = getattr(owner, "tokenizer", owner)
-    if hasattr(tokenizer, "decoder") and hasattr(tokenizer, "sot_token_id"): return _clip_vocabulary(tokenizer, mask_id)
+    clips_own = hasattr(tokenizer, "decoder") and hasattr(tokenizer, "sot_token_id")
+    if clips_own:
+        return _clip_vocabulary(tokenizer, mask_id)
     inner = getattr(tokenizer, "tokenizer", tokenizer)
-    if hasattr(inner, "convert_ids_to_tokens"): return _hf_vocabulary(inner, mask_id)
-    raise TiprError(f"masking: {type(tokenizer).__name__} has no vocabulary to read; use a model's own tokenize, or a tokenizer of open_clip")
+    if hasattr(inner, "convert_ids_to_tokens"):
+        return _hf_vocabulary(inner, mask_id)
+    raise TiprError(
+        f"masking: {type(tokenizer).__name__} has no vocabulary to read; "
+        "use a model's own tokenize, or a tokenizer of open_clip"
+    )
 
 # %% ../../nbs/05_methods/02_masking.ipynb #cell-012
-def _checked(mask_id:int, n:int, special:frozenset[int]) -> int:
+def _checked(mask_id: int, n: int, special: frozenset[int]) -> int:
     "A mask id that lies in the vocabulary and is a word."
     if not 0 <= mask_id < n or mask_id in special:
-        raise TiprError(f"mask_id={mask_id}: give the id of a word, 0 to {n - 1}, that is not the start, the end or padding")
+        raise TiprError(
+            f"mask_id={mask_id}: give the id of a word, 0 to {n - 1}, "
+            "that is not the start, the end or padding"
+        )
     return mask_id
 
-def _clip_vocabulary(tokenizer:Any, mask_id:int|None) -> Vocabulary:
+
+def _clip_vocabulary(tokenizer: Any, mask_id: int | None) -> Vocabulary:
     n = tokenizer.vocab_size
     words = [tokenizer.decoder[i].removesuffix("</w>") for i in range(n)]
-    special = frozenset({0, tokenizer.sot_token_id, tokenizer.eot_token_id})     # 0 is CLIP's padding, and its "!"
+    # 0: CLIP's padding, and its "!"
+    special = frozenset({0, tokenizer.sot_token_id, tokenizer.eot_token_id})
     pieces = frozenset(i for i in range(n) if not tokenizer.decoder[i].endswith("</w>"))
-    if mask_id is None: mask_id = PEERS_MASK if n == 49408 else tokenizer.encoder["Ā</w>"]
+    if mask_id is None:
+        mask_id = PEERS_MASK if n == 49408 else tokenizer.encoder["Ā</w>"]
     return Vocabulary(_checked(mask_id, n, special), special, words, pieces)
 
-def _hf_vocabulary(tokenizer:Any, mask_id:int|None) -> Vocabulary:
+
+def _hf_vocabulary(tokenizer: Any, mask_id: int | None) -> Vocabulary:
     tokens = [str(t or "") for t in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
     words = [t.strip("Ġ▁#").removesuffix("</w>") for t in tokens]
     pieces = frozenset(i for i, t in enumerate(tokens) if t.startswith("##"))
     special = frozenset(tokenizer.all_special_ids)
     own = tokenizer.mask_token_id
     if mask_id is None and own is None:
-        raise TiprError(f"masking: {type(tokenizer).__name__} has no mask word; give mask_id=, the id of a word that no caption holds")
-    return Vocabulary(own if mask_id is None else _checked(mask_id, len(words), special), special, words, pieces)
+        raise TiprError(
+            f"masking: {type(tokenizer).__name__} has no mask word; "
+            "give mask_id=, the id of a word that no caption holds"
+        )
+    if mask_id is not None:
+        own = _checked(mask_id, len(words), special)
+    return Vocabulary(own, special, words, pieces)
 
 # %% ../../nbs/05_methods/02_masking.ipynb #cell-016
-CONTENT_TAGS = ("NN", "JJ")     # SEN's nouns and adjectives, with their plurals, names, comparatives
+CONTENT_TAGS = ("NN", "JJ")  # SEN's nouns and adjectives, with their plurals, names, comparatives
+
 
 class TokenMasker:
     "A token transform that hides, exchanges or drops words: IRRA's, SEN's or RDE's way."
+
     on_tokens = True
 
-    def __init__(self,
-                 flavour:str="irra", # irra, sen or rde
-                 fraction:float|None=None, # of words chosen, in [0, 1); None: the flavour's
-                 content:float|None=None, # of nouns and adjectives chosen, in [0, 1); None: the flavour's
-                 mask_id:int|None=None, # id of the mask word; None: the tokenizer's own, or that of the released code bases
-                 labels:bool|None=None, # whether chosen words are to be guessed; None: the flavour's
-                 tagger:Tagger|None=None # text -> [(word, Penn tag)]; TextBlob's pattern tagger when None
-                ):
+    def __init__(
+        self,
+        flavour: str = "irra",  # irra, sen or rde
+        fraction: float | None = None,  # of words chosen, in [0, 1); None: the flavour's
+        content: float | None = None,  # of nouns and adjectives, in [0, 1); None: the flavour's
+        mask_id: int
+        | None = None,  # id of the mask word; None: the tokenizer's own, or the released code's
+        labels: bool | None = None,  # whether chosen words are to be guessed; None: the flavour's
+        tagger: Tagger | None = None,  # text -> [(word, Penn tag)]; None: TextBlob's pattern tagger
+    ):
         rates = FLAVOURS[known_name(flavour, FLAVOURS, "flavour of masking")]
         self.flavour = flavour
         self.rates = rates
-        self.fraction = rates.fraction if fraction is None else fraction
-        self.content = rates.content if content is None else content
-        self.labels = rates.labels if labels is None else labels
+        given = dict(fraction=fraction, content=content, labels=labels)
+        changed = replace(rates, **{k: v for k, v in given.items() if v is not None})
+        self.fraction = changed.fraction
+        self.content = changed.content
+        self.labels = changed.labels
         self.mask_id = mask_id
         self.tagger = tagger
-        self._vocabulary:Vocabulary|None = None
-        self._others:list[int] = []             # words that may stand in another's place
-        self._is_content:dict[int, bool] = {}   # id -> whether its tag is one of CONTENT_TAGS
+        self._vocabulary: Vocabulary | None = None
+        self._others: list[int] = []  # words that may stand in another's place
+        self._is_content: dict[int, bool] = {}  # id -> whether its tag is one of CONTENT_TAGS
         for name in ("fraction", "content"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < 1: raise TiprError(f"mask: {name}={value}: give a share of the words from 0 to below 1")
+            if value is None or 0 <= value < 1:
+                continue
+            raise TiprError(f"mask: {name}={value}: give a share of the words from 0 to below 1")
 
-    def bind(self, tokenize:Any) -> "TokenMasker":
+    def bind(self, tokenize: Any) -> "TokenMasker":
         "The same transform for a tokenizer; the loader calls it once."
-        bound = TokenMasker(self.flavour, self.fraction, self.content, self.mask_id, self.labels, self.tagger)
+        own = (self.flavour, self.fraction, self.content, self.mask_id, self.labels, self.tagger)
+        bound = TokenMasker(*own)
         bound._vocabulary = read_vocabulary(tokenize, self.mask_id)
         bound._others = bound._vocabulary.others().tolist()
         return bound
@@ -130,56 +164,84 @@ class TokenMasker:
     @property
     def vocabulary(self) -> Vocabulary:
         "That of the tokenizer it is bound to."
-        if self._vocabulary is None: raise TiprError("mask: no tokenizer yet; pass the transform to make_loader, or call bind(model.tokenize)")
+        if self._vocabulary is None:
+            raise TiprError(
+                "mask: no tokenizer yet; pass the transform to make_loader, or call bind(model.tokenize)"
+            )
         return self._vocabulary
 
-    def chance(self, token:int) -> float:
+    def chance(self, token: int) -> float:
         "How probable it is that this token is chosen."
-        if self.content is None: return self.fraction
-        if token not in self._is_content: self._is_content[token] = self._tagged_content(token)
+        if self.content is None:
+            return self.fraction
+        if token not in self._is_content:
+            self._is_content[token] = self._tagged_content(token)
         return self.content if self._is_content[token] else self.fraction
 
-    def _tagged_content(self, token:int) -> bool:
+    def _tagged_content(self, token: int) -> bool:
         word = self.vocabulary.words[token]
-        if token in self.vocabulary.pieces: word = word[:-4]    # as released: the four letters of the end mark "</w>", which a piece has not
-        tagged = (self.tagger or pattern_tagger())(word) if word else []
+        if token in self.vocabulary.pieces:
+            # as released: as many letters as the end mark "</w>" has, which a piece lacks
+            word = word[:-4]
+        if not word:
+            return False
+        tagger = self.tagger or pattern_tagger()
+        tagged = tagger(word)
         return bool(tagged) and tagged[0][1].startswith(CONTENT_TAGS)
 
-    def __call__(self,
-                 tokens:np.ndarray, # (L,) ids, start and end included
-                 caption:str,
-                 rng:random.Random
-                ) -> np.ndarray|tuple[np.ndarray, np.ndarray]: # (L',) new ids; (L',) labels where words are to be guessed
+    def __call__(
+        self,
+        tokens: np.ndarray,  # (L,) ids, start and end included
+        caption: str,
+        rng: random.Random,
+    ) -> (
+        np.ndarray | tuple[np.ndarray, np.ndarray]
+    ):  # (L',) ids; with (L',) labels where words are guessed
         "The caption with words hidden, exchanged or dropped."
         vocabulary = self.vocabulary
         new = []
         labels = []
         for token in tokens.tolist():
             is_word = token not in vocabulary.special and token != vocabulary.mask
-            chosen = is_word and rng.random() < self.chance(token)
-            instead = self._instead(token, rng) if chosen else token
-            if instead is None: continue
+            instead: int | None = token
+            label = IGNORED
+            if is_word and rng.random() < self.chance(token):
+                instead = self._instead(token, rng)
+                label = token
+            if instead is None:
+                continue
             new.append(instead)
-            labels.append(token if chosen else IGNORED)
-        if not self.labels: return np.array(new, np.int64)
-        if self.rates.at_least_one: self._hide_first(new, labels)
+            labels.append(label)
+        if not self.labels:
+            return np.array(new, np.int64)
+        if self.rates.at_least_one:
+            self._hide_first(new, labels)
         return np.array(new, np.int64), np.array(labels, np.int64)
 
-    def _instead(self, token:int, rng:random.Random) -> int|None:
+    def _instead(self, token: int, rng: random.Random) -> int | None:
         "What stands in a chosen word's place; None: nothing."
         u = rng.random()
-        if u < self.rates.mask: return self.vocabulary.mask
-        if u < self.rates.mask + self.rates.replace: return rng.choice(self._others)
-        return None if u < self.rates.mask + self.rates.replace + self.rates.drop else token
+        rates = self.rates
+        if u < rates.mask:
+            return self.vocabulary.mask
+        if u < rates.mask + rates.replace:
+            return rng.choice(self._others)
+        if u < rates.mask + rates.replace + rates.drop:
+            return None
+        return token
 
-    def _hide_first(self, new:list[int], labels:list[int]):
+    def _hide_first(self, new: list[int], labels: list[int]):
         "Hide the first word where no word was chosen, in place."
-        if any(label != IGNORED for label in labels): return
+        if any(label != IGNORED for label in labels):
+            return
         word = next((i for i, t in enumerate(new) if t not in self.vocabulary.special), None)
-        if word is None: return
+        if word is None:
+            return
         labels[word] = new[word]
         new[word] = self.vocabulary.mask
 
     def __repr__(self) -> str:
-        content = "" if self.content is None else f", content={self.content:g}"
-        return f"TokenMasker({self.flavour!r}, fraction={self.fraction:g}{content})"
+        shown = f"{self.flavour!r}, fraction={self.fraction:g}"
+        if self.content is not None:
+            shown += f", content={self.content:g}"
+        return f"TokenMasker({shown})"

@@ -22,22 +22,28 @@ from open_clip.transformer import VisionTransformer
 # %% ../../nbs/05_methods/10_tse.ipynb #cell-008
 class LastAttention:
     "Records what goes into the last self-attention of both towers, and gives the attention of CLS and EOT."
-    def __init__(self, encoder:PersonCLIP):
+
+    def __init__(self, encoder: PersonCLIP):
         visual = encoder.clip.visual
         text = getattr(encoder.clip, "text", encoder.clip)
         words = getattr(getattr(text, "transformer", None), "resblocks", None)
         if not isinstance(visual, VisionTransformer) or not encoder.has_tokens or words is None:
-            raise TiprError(f"TSE: {encoder.arch} has no attention between tokens to select by; "
-                            "use a plain ViT such as ViT-B-16")
+            raise TiprError(
+                f"TSE: {encoder.arch} has no attention between tokens to select by; "
+                "use a plain ViT such as ViT-B-16"
+            )
         self.attention = dict(image=visual.transformer.resblocks[-1].attn, text=words[-1].attn)
-        self.pieces:dict[str, list[Tensor]] = dict(image=[], text=[])
+        self.pieces: dict[str, list[Tensor]] = dict(image=[], text=[])
 
-    def _keep(self, name:str) -> Any: # a handle to remove the hook by
+    def _keep(self, name: str) -> Any:  # a handle to remove the hook by
         "Keep what goes into an attention from now on."
-        def keep(module, inputs): self.pieces[name].append(inputs[0].detach())
+
+        def keep(module, inputs):
+            self.pieces[name].append(inputs[0].detach())
+
         return self.attention[name].register_forward_pre_hook(keep)
 
-    def start(self) -> list: # handles
+    def start(self) -> list:  # handles
         "Forget the last pass, record from now on."
         self.pieces = dict(image=[], text=[])
         return [self._keep(name) for name in self.attention]
@@ -46,47 +52,63 @@ class LastAttention:
     def record(self):
         "Record the passes inside the block."
         handles = self.start()
-        try: yield
+        try:
+            yield
         finally:
-            for handle in handles: handle.remove()
+            for handle in handles:
+                handle.remove()
 
-    def follow(self, encoder:PersonCLIP):
+    def follow(self, encoder: PersonCLIP):
         "Record each `forward` of the model from now on."
-        handles:list = []
+        handles: list = []
 
-        def begin(*_): handles.extend(self.start())
+        def begin(*_):
+            handles.extend(self.start())
 
         def end(*_):
-            for handle in handles: handle.remove()
+            for handle in handles:
+                handle.remove()
             handles.clear()
 
         encoder.register_forward_pre_hook(begin)
         encoder.register_forward_hook(end, always_call=True)
 
-    def states(self, name:str, lengths:Tensor|None=None # (b,) real tokens, where pieces were sorted by them
-              ) -> Tensor: # (b, l, d)
+    def states(
+        self,
+        name: str,
+        lengths: Tensor | None = None,  # (b,) real tokens, where pieces were sorted by them
+    ) -> Tensor:  # (b, l, d)
         "What went in, in the batch's order."
         pieces = self.pieces[name]
-        if not pieces: raise TiprError("TSE: no pass was recorded; encode the batch with the model itself")
-        if len(pieces) == 1: return pieces[0]
+        if not pieces:
+            raise TiprError("TSE: no pass was recorded; encode the batch with the model itself")
+        if len(pieces) == 1:
+            return pieces[0]
         longest = max(p.shape[1] for p in pieces)
         padded = [nn.functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in pieces]
         assert lengths is not None
         return torch.cat(padded)[lengths.argsort().argsort()]
 
     @torch.no_grad()
-    def row(self, name:str, at:Tensor, # (b,) the token whose attention is wanted
-            lengths:Tensor|None=None
-           ) -> Tensor: # (b, l) sums to 1
+    def row(
+        self,
+        name: str,
+        at: Tensor,  # (b,) the token whose attention is wanted
+        lengths: Tensor | None = None,
+    ) -> Tensor:  # (b, l) sums to 1
         "Attention of one token of each row to all tokens, mean over heads."
         x = self.states(name, lengths)
-        module:Any = self.attention[name]
+        module: Any = self.attention[name]
         q_weight, k_weight, _ = module.in_proj_weight.chunk(3)
         q_bias, k_bias, _ = module.in_proj_bias.chunk(3)
-        rows = torch.arange(x.shape[0], device=x.device)     # len() would fix the size of an export
-        q = nn.functional.linear(x[rows, at], q_weight, q_bias).float().unflatten(-1, (module.num_heads, -1))
+        rows = torch.arange(x.shape[0], device=x.device)  # len() would fix the size of an export
+        q = (
+            nn.functional.linear(x[rows, at], q_weight, q_bias)
+            .float()
+            .unflatten(-1, (module.num_heads, -1))
+        )
         k = nn.functional.linear(x, k_weight, k_bias).float().unflatten(-1, (module.num_heads, -1))
-        scores = torch.einsum("bhc,blhc->bhl", q, k)*q.shape[-1]**-.5
+        scores = torch.einsum("bhc,blhc->bhl", q, k) * q.shape[-1] ** -0.5
         if lengths is not None:
             place = torch.arange(x.shape[1], device=x.device)
             scores = scores.masked_fill(place >= lengths[:, None, None], -torch.inf)
@@ -95,96 +117,122 @@ class LastAttention:
 # %% ../../nbs/05_methods/10_tse.ipynb #cell-011
 class TokenBranch(nn.Module):
     "One feature of selected tokens: unit length, an MLP beside a linear map, the maximum (RDE, arXiv 2308.09911)."
-    def __init__(self, dim:int, # of the tokens
-                 width:int # of the feature
-                ):
+
+    def __init__(
+        self,
+        dim: int,  # of the tokens
+        width: int,  # of the feature
+    ):
         super().__init__()
         self.linear = nn.Linear(dim, width)
-        self.hidden = nn.Linear(dim, width//2)
-        self.norm = nn.BatchNorm1d(width//2)
-        self.out = nn.Linear(width//2, width)
+        self.hidden = nn.Linear(dim, width // 2)
+        self.norm = nn.BatchNorm1d(width // 2)
+        self.out = nn.Linear(width // 2, width)
 
-    def forward(self, tokens:Tensor, # (b, n, dim)
-                attention:Tensor, # (b, n) of CLS or EOT
-                allowed:Tensor, # (b, n) True at tokens that may be chosen
-                k:int, # tokens to choose, at most
-                filler:Tensor|None=None # (b, n) True at tokens that fill up the k, for the normalisation alone
-               ) -> Tensor: # (b, width)
+    def forward(
+        self,
+        tokens: Tensor,  # (b, n, dim)
+        attention: Tensor,  # (b, n) of CLS or EOT
+        allowed: Tensor,  # (b, n) True at tokens that may be chosen
+        k: int,  # tokens to choose, at most
+        filler: Tensor
+        | None = None,  # (b, n) True at tokens that fill up the k, for the normalisation alone
+    ) -> Tensor:  # (b, width)
         "The feature, not normalised."
-        if filler is None: filler = torch.zeros_like(allowed)
-        rank = attention.masked_fill(~allowed, -1.).masked_fill(filler, 0.)
+        if filler is None:
+            filler = torch.zeros_like(allowed)
+        rank = attention.masked_fill(~allowed, -1.0).masked_fill(filler, 0.0)
         n = tokens.shape[1]
-        if n < k: rank = nn.functional.pad(rank, (0, k - n), value=-2.)
+        if n < k:
+            rank = nn.functional.pad(rank, (0, k - n), value=-2.0)
         found = rank.topk(k, dim=1).indices
         there = found < n
         found = found.clamp(max=n - 1)
         chosen = there & allowed.gather(1, found)
-        chosen[:, 0] = True                                     # a caption of no words keeps one token
+        chosen[:, 0] = True  # a caption of no words keeps one token
         picked = unit(tokens.gather(1, found[..., None].expand(-1, -1, tokens.shape[-1])))
         x = self.mapped(picked, chosen | (there & filler.gather(1, found)))
         return x.masked_fill(~chosen[..., None], -torch.inf).amax(1).float()
 
-    def mapped(self, x:Tensor, entering:Tensor|None=None # (b, k) tokens to normalise over; None: all
-              ) -> Tensor: # (b, k, dim) -> (b, k, width); zeros where a token does not enter
+    def mapped(
+        self,
+        x: Tensor,
+        entering: Tensor | None = None,  # (b, k) tokens to normalise over; None: all
+    ) -> Tensor:  # (b, k, dim) -> (b, k, width); zeros where a token does not enter
         "The MLP beside the linear map; in training the normalisation is over the entering tokens."
-        if entering is None or not self.training: return self._both(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        if entering is None or not self.training:
+            return self._both(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         out = x.new_zeros((*x.shape[:2], self.out.out_features))
         out[entering] = self._both(x[entering]).to(out.dtype)
         return out
 
-    def _both(self, x:Tensor) -> Tensor: # (m, dim) -> (m, width)
+    def _both(self, x: Tensor) -> Tensor:  # (m, dim) -> (m, width)
         return self.linear(x) + self.out(self.norm(self.hidden(x)).relu())
 
 # %% ../../nbs/05_methods/10_tse.ipynb #cell-016
-_TSE = "tse"    # name of the add-on
-_RECORDING = threading.RLock()      # one thread at a time looks into a tower
+_TSE = "tse"  # name of the add-on
+_RECORDING = threading.RLock()  # one thread at a time looks into a tower
 
-def side_by_side(first:Tensor, second:Tensor) -> Tensor: # (b, d), (b, e) -> (b, d + e) unit
+
+def side_by_side(first: Tensor, second: Tensor) -> Tensor:  # (b, d), (b, e) -> (b, d + e) unit
     "Two features as one, so that its dot product is the mean of their cosines."
-    return torch.cat([unit(first), unit(second)], 1)*.5**.5
+    return torch.cat([unit(first), unit(second)], 1) * 0.5**0.5
 
-def context_length(encoder:PersonCLIP) -> int:
+
+def context_length(encoder: PersonCLIP) -> int:
     "Places of a caption, start and end included."
     return int(getattr(encoder.tokenizer, "context_length", None) or 77)
 
 # %% ../../nbs/05_methods/10_tse.ipynb #cell-018
 class TokenSelection(nn.Module):
     "Both branches of RDE's token selection; travels with the model."
-    fraction:Tensor     # () of the places, to choose
-    def __init__(self, dim:int, width:int|None=None, # of the second feature; twice `dim` when None
-                 fraction:float=.3 # of the places, to choose
-                ):
+
+    fraction: Tensor  # () of the places, to choose
+
+    def __init__(
+        self,
+        dim: int,
+        width: int | None = None,  # of the second feature; twice `dim` when None
+        fraction: float = 0.3,  # of the places, to choose
+    ):
         super().__init__()
-        if not 0 < fraction <= 1: raise TiprError(f"TSE: fraction={fraction}: give the share of the tokens to choose, above 0, up to 1")
+        if not 0 < fraction <= 1:
+            raise TiprError(
+                f"TSE: fraction={fraction}: give the share of the tokens to choose, above 0, up to 1"
+            )
         self.dim = dim
-        self.width = width or 2*dim
+        self.width = width or 2 * dim
         self.image = TokenBranch(dim, self.width)
         self.text = TokenBranch(dim, self.width)
         self.register_buffer("fraction", torch.tensor(float(fraction)))
-        self._fraction:float|None = fraction
+        self._fraction: float | None = fraction
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self._fraction = None       # read from the buffer when next needed
+        self._fraction = None  # read from the buffer when next needed
 
-    def count(self, places:int) -> int:
+    def count(self, places: int) -> int:
         "How many of so many places are chosen."
-        if self._fraction is None: self._fraction = self.fraction.item()
-        return max(1, int(places*self._fraction + 1e-4))
+        if self._fraction is None:
+            self._fraction = self.fraction.item()
+        return max(1, int(places * self._fraction + 1e-4))
 
-    def image_feature(self, tokens:Tensor, attention:Tensor) -> Tensor: # (b, 1 + n, d), (b, 1 + n) -> (b, width)
+    def image_feature(
+        self, tokens: Tensor, attention: Tensor
+    ) -> Tensor:  # (b, 1 + n, d), (b, 1 + n) -> (b, width)
         "The photo's second feature."
         allowed = torch.ones(attention.shape, dtype=torch.bool, device=attention.device)
         allowed[:, 0] = False
         return self.image(tokens, attention, allowed, self.count(tokens.shape[1] - 1))
 
-    def text_feature(self,
-                     tokens:Tensor, # (b, L, dim)
-                     attention:Tensor, # (b, L) of EOT
-                     mask:Tensor, # (b, L) True at real tokens
-                     context:int, # places of a caption, start and end included
-                     attend_padding:bool=False # padding enters the normalisation over the batch, as released
-                    ) -> Tensor: # (b, width)
+    def text_feature(
+        self,
+        tokens: Tensor,  # (b, L, dim)
+        attention: Tensor,  # (b, L) of EOT
+        mask: Tensor,  # (b, L) True at real tokens
+        context: int,  # places of a caption, start and end included
+        attend_padding: bool = False,  # padding enters the normalisation over the batch, as released
+    ) -> Tensor:  # (b, width)
         "The caption's second feature."
         place = torch.arange(mask.shape[1], device=mask.device)
         last = mask.sum(1, keepdim=True) - 1
@@ -196,18 +244,24 @@ class TokenSelection(nn.Module):
         "Width of what is searched by."
         return self.dim + self.width
 
-    def read_image(self, model:PersonCLIP, images:Tensor) -> Tensor: # (b, 3, h, w) -> (b, dim + width) unit
+    def read_image(
+        self, model: PersonCLIP, images: Tensor
+    ) -> Tensor:  # (b, 3, h, w) -> (b, dim + width) unit
         "Global and second feature of images side by side."
         recorder = LastAttention(model)
-        with _RECORDING, recorder.record(): raw, tokens = model.image_features(images)
+        with _RECORDING, recorder.record():
+            raw, tokens = model.image_features(images)
         assert tokens is not None
         first = torch.zeros(images.shape[0], dtype=torch.long, device=tokens.device)
         return side_by_side(raw, self.image_feature(tokens, recorder.row("image", first)))
 
-    def read_text(self, model:PersonCLIP, ids:Tensor) -> Tensor: # (b, L) -> (b, dim + width) unit
+    def read_text(
+        self, model: PersonCLIP, ids: Tensor
+    ) -> Tensor:  # (b, L) -> (b, dim + width) unit
         "Global and second feature of captions side by side."
         recorder = LastAttention(model)
-        with _RECORDING, recorder.record(): raw, states, mask = model.text_features(ids)
+        with _RECORDING, recorder.record():
+            raw, states, mask = model.text_features(ids)
         assert states is not None
         lengths = mask.sum(1)
         attention = recorder.row("text", lengths - 1, lengths)
@@ -217,15 +271,21 @@ class TokenSelection(nn.Module):
 @register_objective("TSE")
 class TSE(Objective):
     "TAL on the features of selected tokens (RDE, arXiv 2308.09911); the branches travel with the model as an add-on."
-    lr_scale = 5.
+
+    lr_scale = 5.0
     needs_tokens = True
 
-    def __init__(self, encoder:PersonCLIP, n_ids:int, # unused
-                 fraction:float=.3, # of the places, to choose
-                 width:int|None=None, # of the second feature; twice the model's when None
-                 temperature:float=.015, margin:float=.1, reduction:str="sum", # of TAL
-                 attend_padding:bool=False # padding enters the normalisation over the batch, as released
-                ):
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,  # unused
+        fraction: float = 0.3,  # of the places, to choose
+        width: int | None = None,  # of the second feature; twice the model's when None
+        temperature: float = 0.015,
+        margin: float = 0.1,
+        reduction: str = "sum",  # of TAL
+        attend_padding: bool = False,  # padding enters the normalisation over the batch, as released
+    ):
         super().__init__(encoder, n_ids)
         self.attend_padding = attend_padding
         self.tal = dict(temperature=temperature, margin=margin, reduction=reduction)
@@ -233,28 +293,36 @@ class TSE(Objective):
         self.recorder.follow(encoder)
         attach_selection(encoder, fraction=fraction, width=width)
 
-    def forward(self, features:Features, batch:Any, encoder:PersonCLIP) -> Tensor:
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
         "Scalar loss."
         image, text = self.branches(features, encoder)
-        return tal_loss(image, text, features.ids, **self.tal) # type: ignore[arg-type]
+        return tal_loss(image, text, features.ids, **self.tal)  # type: ignore[arg-type]
 
-    def branches(self, features:Features, encoder:PersonCLIP) -> tuple[Tensor, Tensor]: # (b of all processes, width) unit
+    def branches(
+        self, features: Features, encoder: PersonCLIP
+    ) -> tuple[Tensor, Tensor]:  # (b of all processes, width) unit
         "The second features of the batch."
-        selection:Any = encoder.addons[_TSE]
+        selection: Any = encoder.addons[_TSE]
         tokens, states, mask = features.image_tokens, features.text_tokens, features.text_mask
         assert tokens is not None and states is not None and mask is not None
         first = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         lengths = mask.sum(1)
         image = selection.image_feature(tokens, self.recorder.row("image", first))
         attention = self.recorder.row("text", lengths - 1, lengths)
-        text = selection.text_feature(states, attention, mask, context_length(encoder), self.attend_padding)
+        text = selection.text_feature(
+            states, attention, mask, context_length(encoder), self.attend_padding
+        )
         return gather_rows(unit(image)), gather_rows(unit(text))
 
 # %% ../../nbs/05_methods/10_tse.ipynb #cell-022
-def attach_selection(encoder:PersonCLIP, **kwargs # of `TokenSelection`
-                    ) -> TokenSelection:
+def attach_selection(
+    encoder: PersonCLIP,
+    **kwargs,  # of `TokenSelection`
+) -> TokenSelection:
     "The model's token selection: the one it has, the one its checkpoint brought, or a new one."
-    if _TSE in encoder.addons: return encoder.addons[_TSE] # type: ignore[return-value]
+    if _TSE in encoder.addons:
+        return encoder.addons[_TSE]  # type: ignore[return-value]
     brought = encoder.unclaimed_addons.get(f"{_TSE}.image.linear.weight")
-    if brought is not None: kwargs = dict(width=len(brought))
-    return encoder.attach(_TSE, TokenSelection(encoder.dim, **kwargs)) # type: ignore[return-value]
+    if brought is not None:
+        kwargs = dict(width=len(brought))
+    return encoder.attach(_TSE, TokenSelection(encoder.dim, **kwargs))  # type: ignore[return-value]
