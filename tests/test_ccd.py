@@ -134,6 +134,20 @@ def test_labels_after_an_epoch_and_resume(nano, monkeypatch):
     )
 
 
+def test_an_epoch_is_over_though_its_last_batch_was_dropped(nano):
+    "With `drop_last` some pairs are met in the second epoch for the first time; the division must not wait for them."
+    ccd = build_objective("CCD", nano, 8, tse=False).train()
+
+    def epochs_after(rows):
+        batch = batch_of(nano, rows)
+        ccd(nano(batch), batch, nano)
+        return int(ccd.epoch)
+
+    assert [epochs_after(rows) for rows in ([0, 1], [2, 3], [4, 5])] == [0, 0, 0]  # 6 and 7: dropped
+    assert epochs_after([1, 3, 6]) == 1
+    assert epochs_after([0, 7]) == 1
+
+
 def test_nothing_is_remembered_in_evaluation(nano):
     objective = build_objective("CCD", nano, 8, tse=False)
     batch = batch_of(nano, [0, 1, 2, 3])

@@ -32,7 +32,7 @@ def sentences(
     "One sentence or several as a list, checked."
     if text is None:
         return []
-    texts = [text] if isinstance(text, str) else list(text)
+    texts: list = list(text) if isinstance(text, (list, tuple)) else [text]
     for t in texts:
         if not isinstance(t, str) or not t.strip():
             raise TiprError(f"{what}: an empty sentence; describe the person in words")
