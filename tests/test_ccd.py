@@ -143,7 +143,11 @@ def test_an_epoch_is_over_though_its_last_batch_was_dropped(nano):
         ccd(nano(batch), batch, nano)
         return int(ccd.epoch)
 
-    assert [epochs_after(rows) for rows in ([0, 1], [2, 3], [4, 5])] == [0, 0, 0]  # 6 and 7: dropped
+    assert [epochs_after(rows) for rows in ([0, 1], [2, 3], [4, 5])] == [
+        0,
+        0,
+        0,
+    ]  # 6 and 7: dropped
     assert epochs_after([1, 3, 6]) == 1
     assert epochs_after([0, 7]) == 1
 
@@ -185,3 +189,34 @@ def test_trains_on_noisy_data(tmp_path):
     )
     run = train(recipe, inject_noise(data, 0.5), tmp_path / "run", device="cpu", verbose=False)
     assert run.history["loss/CCD"].dropna().ge(0).all()
+
+
+def test_an_epoch_ends_although_its_last_odd_pairs_were_left_out(tmp_path):
+    "With drop_last a batch of the next epoch holds pairs that were never met; the division happens all the same."
+    from tipr_nb.data import load_dataset
+    from tipr_nb.synth import make_synth_pedes
+    from tipr_nb.training import RECIPES, train
+
+    data = load_dataset(
+        "synth-pedes", make_synth_pedes(tmp_path / "data", n_ids=(12, 4, 5), workers=1)
+    )
+    n = len(data.train)
+    batch = next(b for b in range(n // 4, 2, -1) if n % b > b // 2)  # many are left out
+    recipe = RECIPES["tal-tiny"].replace(
+        arch="tipr-nano",
+        pretrained=None,
+        precision="no",
+        batch_size=batch,
+        epochs=3,
+        objectives=["CCD"],
+    )
+    seen = []
+    import tipr_nb.methods.ccd as ccd
+
+    divide = ccd.CCD.divide
+    try:
+        ccd.CCD.divide = lambda self: (seen.append(1), divide(self))[1]
+        train(recipe, data, tmp_path / "run", device="cpu", verbose=False)
+    finally:
+        ccd.CCD.divide = divide
+    assert recipe.drop_last and len(seen) == 2

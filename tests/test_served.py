@@ -235,7 +235,8 @@ def test_tokens_go_only_where_this_call_says(photos, tmp_path, uri, monkeypatch)
 
 def test_password_in_an_address_is_not_kept(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "tipr_nb.search.indexing.publish", lambda uri, *a, **k: (dict(uri=uri, collection="people"), None)
+        "tipr_nb.search.indexing.publish",
+        lambda uri, *a, **k: (dict(uri=uri, collection="people"), None),
     )
     gallery = Gallery.build(
         photos,

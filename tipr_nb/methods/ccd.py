@@ -166,8 +166,10 @@ class CCD(Objective):
         if not self.training:
             return
         self.grow(int(index.max()) + 1)
-        again = ~self.record[0, index].isnan()
-        if again.float().mean() > 0.5:  # not all: what `drop_last` left out was not met before
+        known = ~self.record[0, index].isnan()
+        if (
+            known.float().mean() > 0.5
+        ):  # a few may be new: the odd last pairs of an epoch are left out
             self.divide()
         self.record[0, index] = first.detach().float()
         self.record[1, index] = (first if second is None else second).detach().float()
