@@ -101,7 +101,8 @@ def _failure_line(e: Exception) -> str | None:
     if type(e).__name__ == "OutOfMemoryError" or isinstance(e, MemoryError):
         found = str(e).splitlines()[0] if str(e) else "out of memory"
         return (
-            f"not enough memory ({found}); try a smaller batch: --set batch_size=32 in training, --batch-size 32 "
+            f"not enough memory ({found}); try a smaller batch: --set batch_size=32 in training, "
+            "--batch-size 32 "
             "elsewhere"
         )
     if not isinstance(e, OSError):
@@ -150,7 +151,8 @@ Name = Annotated[
     typer.Option(
         "--data",
         help=(
-            "synth-pedes, cuhk-pedes, icfg-pedes, rstpreid, ufine6926, or folder (your own pictures with a CSV or "
+            "synth-pedes, cuhk-pedes, icfg-pedes, rstpreid, ufine6926, or folder (your own "
+            "pictures with a CSV or "
             "JSONL)."
         ),
     ),
@@ -160,7 +162,8 @@ NameArg = Annotated[
     typer.Argument(
         metavar="NAME",
         help=(
-            "synth-pedes, cuhk-pedes, icfg-pedes, rstpreid, ufine6926, or folder (your own pictures with a CSV or "
+            "synth-pedes, cuhk-pedes, icfg-pedes, rstpreid, ufine6926, or folder (your own "
+            "pictures with a CSV or "
             "JSONL)."
         ),
     ),
@@ -199,7 +202,8 @@ def check_place(name: str, root: Path | None):
         known_name(name, [*DATASETS, "synth-world"], "dataset")
     if root is None and not named and not name.startswith("synth-pedes"):
         raise TiprError(
-            f"{name}: say where it lies with --root FOLDER (the documentation has a page on how to get it)"
+            f"{name}: say where it lies with --root FOLDER (the documentation has a page on how to "
+            "get it)"
         )
     if root is not None and not root.exists():
         raise TiprError(f"{root}: no such folder; check --root")
@@ -254,7 +258,8 @@ def data_synth(
     if root is None:
         if ids is not None or seed or size != "96x32":
             raise TiprError(
-                "--ids, --seed and --size make another set than the benchmark: give it a folder with --root"
+                "--ids, --seed and --size make another set than the benchmark: give it a folder "
+                "with --root"
             )
         return say(repr(load_dataset("synth-pedes")))
     from tipr_nb.synth import make_synth_pedes
@@ -439,7 +444,8 @@ def tipr_generate(
         typer.Option(
             "--train",
             help=(
-                "Train instead of generating: the shipped kind of generator on synth-world, or with --generator "
+                "Train instead of generating: the shipped kind of generator on synth-world, or "
+                "with --generator "
                 "fine-tune that pipeline on --data."
             ),
         ),
@@ -629,7 +635,8 @@ def _change(recipe, key: str, value) -> dict[str, Any]:
     if isinstance(getattr(recipe, first, None), dict):
         return {first: getattr(recipe, first) | {rest: value}}
     raise TiprError(
-        f"--set {first}.{rest}: recipe {recipe.name} has no objective or dictionary '{first}'; its objectives are "
+        f"--set {first}.{rest}: recipe {recipe.name} has no objective or dictionary '{first}'; its "
+        "objectives are "
         f"{', '.join(names)}"
     )
 
@@ -641,7 +648,8 @@ def tipr_train(
         typer.Argument(
             metavar="RECIPE",
             help=(
-                "A recipe's name (clip, irra, rde, sen, sdm-id, tal, ...; with -tiny for the embedded benchmark) or "
+                "A recipe's name (clip, irra, rde, sen, sdm-id, tal, ...; with -tiny for the "
+                "embedded benchmark) or "
                 "a JSON file. Its objectives may be yours: package.module:Class."
             ),
         ),
@@ -665,7 +673,8 @@ def tipr_train(
         typer.Option(
             "--resume",
             help=(
-                "Insist on continuing: an error if there is nothing to continue. (A run that is there is continued "
+                "Insist on continuing: an error if there is nothing to continue. (A run that is "
+                "there is continued "
                 "anyway.)"
             ),
         ),
@@ -687,7 +696,8 @@ def tipr_train(
         Optional[Path],
         typer.Option(
             help=(
-                "Folder of generated pictures (tipr generate), for recipes that learn from them; for synth-pedes "
+                "Folder of generated pictures (tipr generate), for recipes that learn from them; "
+                "for synth-pedes "
                 "made by the shipped generator when left out."
             )
         ),
@@ -701,7 +711,8 @@ def tipr_train(
             min=0.0,
             max=1.0,
             help=(
-                "Give this fraction of the training captions to other people's images: noise, for experiments on "
+                "Give this fraction of the training captions to other people's images: noise, for "
+                "experiments on "
                 "robustness."
             ),
         ),
@@ -777,14 +788,16 @@ def generated_extra(
 
     if pictures is None and not dataset.name.startswith("synth-pedes"):
         raise TiprError(
-            f"recipe {recipe.name} learns from generated pictures: make them with `tipr generate --data "
+            f"recipe {recipe.name} learns from generated pictures: make them with `tipr generate "
+            "--data "
             f"{dataset.name} ... --generator PIPELINE --out FOLDER`, then give --pictures FOLDER"
         )
     generated = pictures_for(dataset, report=say) if pictures is None else open_pictures(pictures)
     missing = sum(not generated.has(c) for c in set(dataset.train.captions))
     if missing:
         raise TiprError(
-            f"{pictures}: {missing:,} of the training captions have no whole picture there; finish the `tipr "
+            f"{pictures}: {missing:,} of the training captions have no whole picture there; finish "
+            "the `tipr "
             "generate` that made it"
         )
     return {"generated": generated.field(dataset.train, recipe.image_size)}
@@ -797,7 +810,8 @@ def tipr_evaluate(
         typer.Argument(
             metavar="CHECKPOINT",
             help=(
-                "Weights: a run's folder, a folder or file of another project, ViT-B-16:openai, a hub id; `tipr "
+                "Weights: a run's folder, a folder or file of another project, ViT-B-16:openai, a "
+                "hub id; `tipr "
                 "models` says more."
             ),
         ),
@@ -831,8 +845,10 @@ def tipr_evaluate(
         Optional[float],
         typer.Option(
             help=(
-                "With --pictures or --predict: their weight in the query, 0 to 1; when left out, the one that was "
-                "chosen on val for a predictor, the model's gate for pictures, or 0.3 where it has none."
+                "With --pictures or --predict: their weight in the query, 0 to 1; when left out, "
+                "the one that was "
+                "chosen on val for a predictor, the model's gate for pictures, or 0.3 where it has "
+                "none."
             )
         ),
     ] = None,
@@ -958,7 +974,8 @@ def tipr_grid(
     say(f"every run: {table}")
     if len(done) < len(t):
         raise TiprError(
-            f"{table}: runs that failed: {len(t) - len(done)}; the column reason tells why, and the same command "
+            f"{table}: runs that failed: {len(t) - len(done)}; the column reason tells why, and "
+            "the same command "
             "tries them again"
         )
 
@@ -970,8 +987,10 @@ Weights = Annotated[
     Optional[str],
     typer.Option(
         help=(
-            "Weights: shipped ones by name, a run's folder, a folder or file of another project, ViT-B-16:openai, a "
-            "hub id; `tipr models` says more. The gallery's own when left out, the shipped ones for a new gallery."
+            "Weights: shipped ones by name, a run's folder, a folder or file of another project, "
+            "ViT-B-16:openai, a "
+            "hub id; `tipr models` says more. The gallery's own when left out, the shipped ones "
+            "for a new gallery."
         )
     ),
 ]
@@ -1067,7 +1086,8 @@ def tipr_index(
             "--uri",
             "--milvus-uri",
             help=(
-                "Address of a Milvus server: only rows that changed are sent, `tipr search --milvus-uri` asks there; "
+                "Address of a Milvus server: only rows that changed are sent, `tipr search "
+                "--milvus-uri` asks there; "
                 "a file in the gallery when left out. The token comes from TIPR_MILVUS_TOKEN."
             ),
         ),
@@ -1319,7 +1339,8 @@ def predicting(
         return gallery
     if source.endswith(PREDICTED):
         raise TiprError(
-            f"{gallery.folder}: was made with predicted pictures and keeps their weight; leave --weight out"
+            f"{gallery.folder}: was made with predicted pictures and keeps their weight; leave "
+            "--weight out"
         )
     return Gallery(gallery.folder, open_predicted(source, weight), gallery.root, loader=open_model)
 
@@ -1383,7 +1404,8 @@ def tipr_search(
         typer.Option(
             metavar="KEY",
             help=(
-                "More like this person of the gallery (the `key` of --json, or a row number); may be given several "
+                "More like this person of the gallery (the `key` of --json, or a row number); may "
+                "be given several "
                 "times."
             ),
         ),
@@ -1566,7 +1588,8 @@ def tipr_app(
         typer.Option(
             "--imagine/--no-imagine",
             help=(
-                "Offer pictures generated from the sentence; when left out, for galleries made with the shipped "
+                "Offer pictures generated from the sentence; when left out, for galleries made "
+                "with the shipped "
                 "weights."
             ),
         ),
@@ -1650,9 +1673,11 @@ def tipr_models(
             f"({w.source}){tried}\n"
         )
     say(
-        "--model takes: shipped weights by name, a run's folder, a folder in our, open_clip's or Hugging Face's "
+        "--model takes: shipped weights by name, a run's folder, a folder in our, open_clip's or "
+        "Hugging Face's "
         "layout, a checkpoint file of IRRA, SEN, RDE, "
-        "NAM, TBPS-CLIP, OpenAI CLIP or Long-CLIP, ARCHITECTURE:TAG as in ViT-B-16:openai, ARCHITECTURE:FILE, a "
+        "NAM, TBPS-CLIP, OpenAI CLIP or Long-CLIP, ARCHITECTURE:TAG as in ViT-B-16:openai, "
+        "ARCHITECTURE:FILE, a "
         "hub id (owner/name or hf-hub:owner/name)"
     )
 
@@ -1664,7 +1689,8 @@ def tipr_convert(
         typer.Argument(
             metavar="SOURCE",
             help=(
-                "A checkpoint file or folder (IRRA, SEN, RDE, TBPS-CLIP, OpenAI CLIP, open_clip, Hugging Face), a "
+                "A checkpoint file or folder (IRRA, SEN, RDE, TBPS-CLIP, OpenAI CLIP, open_clip, "
+                "Hugging Face), a "
                 "run's folder, or a hub id."
             ),
         ),
@@ -1677,7 +1703,8 @@ def tipr_convert(
         Optional[str],
         typer.Option(
             help=(
-                "Height x width in pixels to resample the positions to, such as 384x128; the checkpoint's own when "
+                "Height x width in pixels to resample the positions to, such as 384x128; the "
+                "checkpoint's own when "
                 "left out."
             )
         ),

@@ -180,7 +180,8 @@ def shot(
 
     h, w, _ = as_picture(picture).shape
     return (
-        f'<figure class="shot {mark or ""} {cls}"><img src="{data_uri(picture)}" width="{w}" height="{h}" '
+        f'<figure class="shot {mark or ""} {cls}"><img src="{data_uri(picture)}" width="{w}" '
+        f'height="{h}" '
         f'alt="{esc(alt)}">'
         + (_BADGES[mark] if mark else "")
         + (f"<figcaption>{esc(caption)}</figcaption>" if caption else "")
@@ -191,7 +192,8 @@ def shot(
 _BADGES = {
     mark: (
         '<span class="badge" aria-hidden="true"><svg viewBox="0 0 10 10" fill="none" stroke="#fff" '
-        f'stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"><path d="{path}"/></svg></span>'
+        'stroke-width="2.2" stroke-linecap="round" stroke-linejoin="round"><path '
+        f'd="{path}"/></svg></span>'
     )
     for mark, path in dict(
         hit="M1 5.4 L3.9 8.2 L9 2", miss="M1.8 1.8 L8.2 8.2 M8.2 1.8 L1.8 8.2"
@@ -276,7 +278,8 @@ def tile(
     low, high = interval or (value, value)
     words = f"{low:.1f} to {high:.1f}" if interval else "&nbsp;"
     track = (
-        f'<i style="width:{value:.2f}%"></i><u style="left:{low:.2f}%;width:{max(high - low, 0.4):.2f}%"></u>'
+        f'<i style="width:{value:.2f}%"></i><u '
+        f'style="left:{low:.2f}%;width:{max(high - low, 0.4):.2f}%"></u>'
         + (
             f'<b style="left:{chance:.2f}%" title="chance: {chance:.2f} %"></b>'
             if chance is not None
@@ -285,7 +288,8 @@ def tile(
     )
     return (
         f'<li class="tile"><div class="what">{esc(METRIC_NAMES.get(name, name))}</div><div '
-        f'class="value">{value:.1f}<small> %</small></div><div class="range">{words}</div><div class="track" '
+        f'class="value">{value:.1f}<small> %</small></div><div class="range">{words}</div><div '
+        'class="track" '
         f'aria-hidden="true">{track}</div></li>'
     )
 
@@ -337,7 +341,8 @@ def _tiles(m: Any) -> str:
 
 
 _QUICK_BANNER = (
-    '<p class="banner">This is the <b>quick</b> demo, on a small copy of the benchmark with small galleries: the '
+    '<p class="banner">This is the <b>quick</b> demo, on a small copy of the benchmark with small '
+    'galleries: the '
     "story is right, the numbers are not comparable with anything. "
     "<code>tipr demo</code> runs the whole one.</p>"
 )
@@ -348,13 +353,17 @@ def opening(plan: DemoPlan, data, result: Result) -> str:
     m = result.test
     in_ten = f"{m.r10:.0f}" if m.r10 >= 1 else f"{m.r10:.1f}"
     return (
-        f'<p class="kicker">tipr demo · text-to-image person retrieval on the embedded benchmark {esc(data.name)}</p>'
+        '<p class="kicker">tipr demo · text-to-image person retrieval on the embedded benchmark '
+        f'{esc(data.name)}</p>'
         f"<h1>A sentence goes in, a person comes out</h1>{_QUICK_BANNER if plan.quick else ''}"
-        f'<p class="lead">A model was given {m.n_queries:,} sentences about {data.test.n_ids:,} people it had '
+        f'<p class="lead">A model was given {m.n_queries:,} sentences about {data.test.n_ids:,} '
+        'people it had '
         "never seen, one sentence at a time, and ranked the pictures of a gallery for each. "
-        f"For <b>{m.r1:.0f} %</b> of the sentences the very first picture shows the right person, for {in_ten} % "
+        f"For <b>{m.r1:.0f} %</b> of the sentences the very first picture shows the right person, "
+        f"for {in_ten} % "
         f"one of the first ten does; a blind guess is right in {m.chance_r1:.2g} % of cases.</p>"
-        f'<ul class="tiles">{_tiles(m)}</ul><p class="note">{esc(m.note())}. Under each number stands its 95 % '
+        f'<ul class="tiles">{_tiles(m)}</ul><p class="note">{esc(m.note())}. Under each number '
+        'stands its 95 % '
         "interval, from a bootstrap over identities; the tick on Rank-1 is chance.</p>"
     )
 
@@ -383,7 +392,8 @@ def pictures_section(plan: DemoPlan, result: Result) -> str:
     for name, m in result.ways.items():
         gain = result.gains.get(name)
         cells = [
-            f"{gain.table.loc[k, 'difference']:+.2f} [{gain.table.loc[k, 'lo']:+.2f}, {gain.table.loc[k, 'hi']:+.2f}]"
+            f"{gain.table.loc[k, 'difference']:+.2f} [{gain.table.loc[k, 'lo']:+.2f}, "
+            f"{gain.table.loc[k, 'hi']:+.2f}]"
             if gain
             else ""
             for k in ("R@1", "mAP")
@@ -391,11 +401,14 @@ def pictures_section(plan: DemoPlan, result: Result) -> str:
         rows.append((name, f"{m.r1:.1f}", f"{m.mAP:.1f}", *cells))
     m = result.ways[ALONE]
     return (
-        "<h2>Does a picture of the sentence help?</h2><p>A small diffusion model, which has never seen these "
+        "<h2>Does a picture of the sentence help?</h2><p>A small diffusion model, which has never "
+        "seen these "
         "people, generates a picture from a sentence, and the query becomes "
-        f"{1 - plan.picture_weight:.0%} sentence and {plan.picture_weight:.0%} picture (<i>TGTE</i>, the query "
+        f"{1 - plan.picture_weight:.0%} sentence and {plan.picture_weight:.0%} picture "
+        "(<i>TGTE</i>, the query "
         "side of GEA). The model, its weights and the gallery stay the same. "
-        f"Asked were the {m.n_queries:,} complete sentences of {result.gains[WITH].n_ids:,} people, drawn at "
+        f"Asked were the {m.n_queries:,} complete sentences of {result.gains[WITH].n_ids:,} "
+        "people, drawn at "
         "random; for sentences that leave much out, the experiments found no gain. "
         "As a control, each sentence gets a picture generated from another one. "
         f"<b>{esc(verdict(result.gains[WITH]))}</b></p>"
@@ -449,13 +462,17 @@ def queries_section(plan: DemoPlan, data, result: Result) -> str:
             )
         )
     return (
-        f"<h2>{_NUMBERS.get(len(cards), len(cards))} sentences, and what the model found</h2><p>Chosen at random "
+        f"<h2>{_NUMBERS.get(len(cards), len(cards))} sentences, and what the model "
+        "found</h2><p>Chosen at random "
         f"with seed {plan.seed}, as many complete as incomplete ones, none left out. "
-        f"Left is the picture the sentence was written about, or the one generated from it; then the {plan.depth} "
+        "Left is the picture the sentence was written about, or the one generated from it; then "
+        f"the {plan.depth} "
         "pictures that the model ranks first. "
-        "The described picture is in the gallery, and so are others of the same person, from other sides and "
+        "The described picture is in the gallery, and so are others of the same person, from other "
+        "sides and "
         "cameras: all of them are hits.</p>"
-        '<p class="legend"><span style="--c: var(--hit)">✓ the right person</span><span style="--c: '
+        '<p class="legend"><span style="--c: var(--hit)">✓ the right person</span><span '
+        'style="--c: '
         'var(--miss)">✗ someone else</span></p>' + "".join(cards)
     )
 
@@ -473,12 +490,17 @@ def benchmark_section(data, seed: int = 0) -> str:
     head = ("split", "identities", "pictures", "sentences")
     counts = html_table(rows, head, {1, 2, 3})
     return (
-        "<h2>What the benchmark is</h2><p>People are rendered from attributes: hair, garments with colour and "
-        "pattern, shoes, bags, things in their hands. Each is seen by several cameras, from several sides, with "
-        "blur, clutter and things in the way. Sentences come from a grammar with several writers who differ in "
+        "<h2>What the benchmark is</h2><p>People are rendered from attributes: hair, garments with "
+        "colour and "
+        "pattern, shoes, bags, things in their hands. Each is seen by several cameras, from "
+        "several sides, with "
+        "blur, clutter and things in the way. Sentences come from a grammar with several writers "
+        "who differ in "
         "words, "
-        "order and thoroughness; the test sentences are by writers who wrote none of the training ones. No "
-        "identity is in two splits, and the weights that training starts from have seen another rendered world "
+        "order and thoroughness; the test sentences are by writers who wrote none of the training "
+        "ones. No "
+        "identity is in two splits, and the weights that training starts from have seen another "
+        "rendered world "
         "only.</p>"
         f'<div class="people">{people}</div>{counts}{families(test)}'
     )
@@ -507,10 +529,12 @@ def families(split, most: int = 4) -> str:
         title = LOOKALIKE_NAMES.get(kind, str(kind))
         pictures = "".join(shot(split.images[i], f"look-alikes: {kind}") for i in people)
         shown.append(
-            f'<div class="family"><h3>{esc(title)}</h3><p class="note">{esc(differ)}</p>{pictures}</div>'
+            f'<div class="family"><h3>{esc(title)}</h3><p '
+            f'class="note">{esc(differ)}</p>{pictures}</div>'
         )
     return (
-        "<h3>Look-alikes</h3><p>In every split there are families of people who differ in one thing only, so "
+        "<h3>Look-alikes</h3><p>In every split there are families of people who differ in one "
+        "thing only, so "
         "that a bag of words is not enough. Rank-1 is reported for each type below.</p><div "
         f'class="families">{"".join(shown)}</div>'
         if shown
@@ -555,9 +579,11 @@ def curve_section(result: Result) -> str:
         begun = f" (before fine-tuning: {result.start['r1']:.1f} %)" if result.start else ""
         chosen = f"those of step {best['step']:,}, with Rank-1 {best['r1']:.1f} % on val{begun}"
     return (
-        "<h2>How it learnt</h2><p>Training sees the training identities only. After each epoch the model is "
+        "<h2>How it learnt</h2><p>Training sees the training identities only. After each epoch the "
+        "model is "
         f"tried on the validation split, and the best weights are kept: {chosen}. "
-        f'The test split is touched once, at the end.</p><div class="charts">{"".join(charts)}</div>'
+        'The test split is touched once, at the end.</p><div '
+        f'class="charts">{"".join(charts)}</div>'
     )
 
 # %% ../nbs/12_demo.ipynb #cell-033
@@ -594,9 +620,11 @@ def breakdown_section(
             f'<figure class="chart">{figure.svg(f"by-{c}", f"Rank-1 with intervals: {title}")}</figure>'
         )
     return (
-        "<h2>Where it is good, and where it is not</h2><p>Rank-1 for parts of the test sentences. The thin line "
+        "<h2>Where it is good, and where it is not</h2><p>Rank-1 for parts of the test sentences. "
+        "The thin line "
         "on a bar is its 95 % interval, the grey number is how many sentences stand behind it. "
-        "What a sentence does not say cannot be found; what only one small thing tells apart is hard.</p>"
+        "What a sentence does not say cannot be found; what only one small thing tells apart is "
+        "hard.</p>"
         f'<div class="charts">{"".join(charts)}</div>'
     )
 
@@ -663,9 +691,12 @@ def _next_steps(result: Result) -> str:
 
 # %% ../nbs/12_demo.ipynb #cell-035
 FOOTER = (
-    "<footer><p>The people on this page are rendered; none of them exists. For photographs, train on a real dataset "
-    "(the package's documentation has a page for each) or take published weights (<code>tipr models</code> lists "
-    "some). Searching for people in pictures touches their privacy; use it where those concerned, or the law, "
+    "<footer><p>The people on this page are rendered; none of them exists. For photographs, train "
+    "on a real dataset "
+    "(the package's documentation has a page for each) or take published weights (<code>tipr "
+    "models</code> lists "
+    "some). Searching for people in pictures touches their privacy; use it where those concerned, "
+    "or the law, "
     "allow it.</p></footer>"
 )
 
@@ -944,7 +975,8 @@ def expectation(
     span = f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} minutes"
     longest = max(seconds, key=lambda stage: seconds[stage])
     return (
-        f"about {span} more on this machine as it is now ({longest}: {seconds[longest]:.0f} s), less what an earlier "
+        f"about {span} more on this machine as it is now ({longest}: {seconds[longest]:.0f} s), "
+        "less what an earlier "
         "call has done"
     )
 
@@ -982,7 +1014,8 @@ def train_and_test(plan: DemoPlan, out: Path, data, log: StageLog) -> Result:
         features = encode_split(run.model, data.test)
         test = evaluate(None, data.test, features=features, name="test")
     log.say(
-        f"      Rank-1 {test.r1:.1f} %  Rank-10 {test.r10:.1f} %  mAP {test.mAP:.1f} %  (chance: Rank-1 "
+        f"      Rank-1 {test.r1:.1f} %  Rank-10 {test.r10:.1f} %  mAP {test.mAP:.1f} %  (chance: "
+        "Rank-1 "
         f"{test.chance_r1:.2f} %)"
     )
     return Result(run, test, features, start)
@@ -999,7 +1032,8 @@ def add_pictures_to(result: Result, plan: DemoPlan, data, log: StageLog):
     every = np.unique([*asked, *shown])
     with log.stage(
         "pictures",
-        f"generating a picture for each of {len(every):,} sentences of people never seen, to ask with",
+        f"generating a picture for each of {len(every):,} sentences of people never seen, to ask "
+        "with",
     ):
         part = test.subset_captions(every)
         pictures = generate_split(

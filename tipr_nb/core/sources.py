@@ -72,7 +72,8 @@ def hub_snapshot(
         option = "" if kind == "model" else f"--repo-type {kind} "
         offline = " (HF_HUB_OFFLINE is set)" if hub_is_offline() else ""
         raise error(
-            f"{hub_id}: not in the local hub cache and the hub cannot be reached; download it where there is "
+            f"{hub_id}: not in the local hub cache and the hub cannot be reached; download it "
+            "where there is "
             f"a network (`hf download {option}{hub_id}`) and pass the folder{offline}"
         )
     try:
@@ -88,7 +89,8 @@ def hub_snapshot(
         ) from e
     except Exception as e:
         raise error(
-            f"{hub_id}: the download failed ({one_line(e)}); check the network, the proxy and the disk, "
+            f"{hub_id}: the download failed ({one_line(e)}); check the network, the proxy and the "
+            "disk, "
             "and try again"
         ) from e
 
@@ -125,7 +127,8 @@ def resolve_model(
     for name in needs:
         if not (path / name).exists():
             raise TiprError(
-                f"{source}: {name} is missing in that folder; save the model again with save_pretrained"
+                f"{source}: {name} is missing in that folder; save the model again with "
+                "save_pretrained"
             )
     return path
 

@@ -40,7 +40,8 @@ class Split:
         self.caption_image = np.asarray(self.caption_image, dtype=np.int64)
         if len(self.images) != len(self.image_ids):
             raise DatasetError(
-                f"split {self.name}: {len(self.images)} images but {len(self.image_ids)} image_ids; "
+                f"split {self.name}: {len(self.images)} images but {len(self.image_ids)} "
+                "image_ids; "
                 "give one identity per image"
             )
         if not len(self.captions) == len(self.caption_ids) == len(self.caption_image):
@@ -74,7 +75,8 @@ class Split:
         "The split with one more column of its images, (n_images, ...)."
         if len(values) != len(self.images):
             raise DatasetError(
-                f"split {self.name}: column '{name}' has {len(values)} values for {len(self.images)} "
+                f"split {self.name}: column '{name}' has {len(values)} values for "
+                f"{len(self.images)} "
                 "images; give one for each"
             )
         return replace(self, image_columns=self.image_columns | {name: np.asarray(values)})
@@ -131,7 +133,8 @@ class Split:
         step = int(np.unique(person, return_counts=True)[1].max(initial=0))
         if len(chosen) < 2 * step:
             raise DatasetError(
-                f"split {self.name}: wrong_pairs={fraction} takes captions of several people; give more"
+                f"split {self.name}: wrong_pairs={fraction} takes captions of several people; give "
+                "more"
             )
         captions = list(self.captions)
         for to, source in zip(chosen, np.roll(chosen, step)):

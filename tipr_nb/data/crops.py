@@ -108,7 +108,8 @@ def _crop_box(im: Image.Image, box: Sequence[float], path: str | Path) -> Image.
     bottom = min(im.height, round(y + h))
     if left >= right or top >= bottom:
         raise DatasetError(
-            f"{path}: box {[float(v) for v in box]} lies outside the image of {im.width} x {im.height}; "
+            f"{path}: box {[float(v) for v in box]} lies outside the image of {im.width} x "
+            f"{im.height}; "
             "fix its x, y, w, h"
         )
     return im.crop((left, top, right, bottom))
@@ -426,7 +427,8 @@ def check_room(folder: Path, n_bytes: int):
     if shutil.disk_usage(folder).free >= n_bytes:
         return
     raise DatasetError(
-        f"{folder}: the image cache needs {n_bytes / 2**30:.2f} GiB and the disk has less; free some, set "
+        f"{folder}: the image cache needs {n_bytes / 2**30:.2f} GiB and the disk has less; free "
+        "some, set "
         "TIPR_CACHE to another disk, or do without (cache=False)"
     )
 

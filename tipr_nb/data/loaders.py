@@ -43,7 +43,8 @@ class RandomSampler:
             )
         if drop_last and n < batch_size * world_size:
             raise DatasetError(
-                f"batch_size={batch_size} for {world_size} process(es) is more than the {n} captions "
+                f"batch_size={batch_size} for {world_size} process(es) is more than the {n} "
+                "captions "
                 f"of the split; choose at most {n // world_size}"
             )
         self.n = n
@@ -203,7 +204,8 @@ class RoundsSampler(IdentitySampler):
         self.n = self.first
         if drop_last and self.n < self.batch_size:
             raise DatasetError(
-                f"batch_size={batch_size}: an epoch of rounds has only {self.n} pairs; choose a smaller batch"
+                f"batch_size={batch_size}: an epoch of rounds has only {self.n} pairs; choose a "
+                "smaller batch"
             )
 
     def set_epoch(self, epoch: int):
@@ -224,7 +226,8 @@ class RoundsSampler(IdentitySampler):
         left = np.array([len(v) for v in visits])
         if len(left) < per_round:
             raise DatasetError(
-                f"batch_size={self.batch_size} takes {per_round} identities a round and the split has "
+                f"batch_size={self.batch_size} takes {per_round} identities a round and the split "
+                "has "
                 f"{len(left)}; choose a smaller batch, or sampler='identity'"
             )
         out = []
@@ -465,12 +468,14 @@ def checked_tokens(
     new = np.asarray(new)
     if new.ndim != 1 or not 0 < len(new) <= len(before) or not np.issubdtype(new.dtype, np.integer):
         raise TiprError(
-            f"caption transform {name} returned {new.dtype} of shape {new.shape} for {len(before)} tokens; "
+            f"caption transform {name} returned {new.dtype} of shape {new.shape} for {len(before)} "
+            "tokens; "
             "return as many whole numbers, or fewer"
         )
     if labels is not None and np.shape(labels) != new.shape:
         raise TiprError(
-            f"caption transform {name} returned {len(new)} tokens and labels of shape {np.shape(labels)}; "
+            f"caption transform {name} returned {len(new)} tokens and labels of shape "
+            f"{np.shape(labels)}; "
             "return a label for each token"
         )
     return new, None if labels is None else np.asarray(labels, np.int64)

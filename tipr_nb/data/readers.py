@@ -199,7 +199,8 @@ def parse_captions(value: Any, where: str, drop_empty: bool = False) -> list[str
     "Captions as a list of non-empty strings."
     if isinstance(value, str):
         raise DatasetError(
-            f"{where}: captions must be a list of sentences, found one sentence; a file with a record "
+            f"{where}: captions must be a list of sentences, found one sentence; a file with a "
+            "record "
             "per caption is read as the dataset 'folder', with the file as root"
         )
     if not isinstance(value, list) or not all(map(_is_text, value)):
@@ -608,7 +609,8 @@ def check_ids(rows: list[Row]) -> list[str]:
         if _restarted(rows):
             return [f"identity numbers start again at {start} in each split"]
         raise DatasetError(
-            f"{row.where}: identity {row.id} is in {row.split} and, at {first.where}, in {first.split}; "
+            f"{row.where}: identity {row.id} is in {row.split} and, at {first.where}, in "
+            f"{first.split}; "
             "an identity belongs to one split, fix that field (or number on where the next split "
             "starts, if numbers begin anew in each)"
         )
@@ -787,7 +789,8 @@ def load_layout(
     notes = annotation_notes(layout, annotation)
     if is_old_rstpreid(layout.name, rows):
         notes.append(
-            "RSTPReid's old release (100 val and 100 test identities); published results use 200 and 200"
+            "RSTPReid's old release (100 val and 100 test identities); published results use 200 "
+            "and 200"
         )
     return assemble(layout.name, annotation.home, rows, images, notes=notes, **kwargs)
 
@@ -1053,6 +1056,7 @@ def load_dataset(
     if wrong_pairs:
         data.train = data.train.with_wrong_pairs(wrong_pairs, seed)
         data.notes.append(
-            f"{100 * wrong_pairs:g} % of training captions given to other people's images (seed {seed})"
+            f"{100 * wrong_pairs:g} % of training captions given to other people's images (seed "
+            f"{seed})"
         )
     return data

@@ -90,7 +90,8 @@ def _same_queries(tables: list[pd.DataFrame]):
         same = [np.array_equal(t[c], first[c]) for c in ("id", "gallery", "n_hits")]
         if not all(same):
             raise TiprError(
-                "the runs rank different queries, or in another order; compare runs on the same split"
+                "the runs rank different queries, or in another order; compare runs on the same "
+                "split"
             )
 
 # %% ../../nbs/06_evaluation/04_comparison.ipynb #cell-014

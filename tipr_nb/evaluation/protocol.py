@@ -232,7 +232,8 @@ def _gallery_columns(
     if (column in queries) != (column in items):
         side = "queries" if column in queries else "the gallery"
         raise TiprError(
-            f"split {name}: column {column!r} is there for {side} only; give it to images and captions"
+            f"split {name}: column {column!r} is there for {side} only; give it to images and "
+            "captions"
         )
     return queries.get(column), items.get(column)
 

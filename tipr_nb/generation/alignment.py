@@ -42,7 +42,8 @@ def colour_hits(
     "What each caption says about the colour of a garment, and what the image shows there."
     if pairs.said is None or pairs.regions is None:
         raise TiprError(
-            "pairs: they carry no regions to look at; make them with world_portraits(..., regions=True)"
+            "pairs: they carry no regions to look at; make them with world_portraits(..., "
+            "regions=True)"
         )
     if len(pictures) != len(index):
         raise TiprError(f"{len(pictures)} pictures for {len(index)} captions; give one each")

@@ -75,7 +75,8 @@ def check_prompt(prompt: str) -> str:
         ) from None
     if ("caption", "") not in fields:
         raise TiprError(
-            f"prompt={prompt!r}: no {{caption}} in it; write for instance 'a full-body photo of a person: {{caption}}'"
+            f"prompt={prompt!r}: no {{caption}} in it; write for instance 'a full-body photo of a "
+            f"person: {{caption}}'"
         )
     other = next((name for name, form in fields if (name, form) != ("caption", "")), None)
     if other is not None:
@@ -126,7 +127,8 @@ def _kept_settings(file: Path) -> dict:
     kept = read_json(file, "delete it, or restore it from a good copy")
     if not isinstance(kept, dict) or not set(kept) <= set(_KEPT):
         raise TiprError(
-            f"{file}: may say {', '.join(_KEPT)} and nothing else; delete it, or restore it from a good copy"
+            f"{file}: may say {', '.join(_KEPT)} and nothing else; delete it, or restore it from a "
+            "good copy"
         )
     return kept
 
@@ -197,7 +199,8 @@ class PersonGenerator:
         cell = getattr(pipeline, "vae_scale_factor", 8)
         if len(self.image_size) != 2 or any(s < cell or s % cell for s in self.image_size):
             raise TiprError(
-                f"image_size={self.image_size}: (height, width), multiples of {cell} for this pipeline"
+                f"image_size={self.image_size}: (height, width), multiples of {cell} for this "
+                "pipeline"
             )
         pipeline.set_progress_bar_config(disable=True)
 
@@ -233,7 +236,8 @@ class PersonGenerator:
             source = alias
         if source == SHIPPED and SHIPPED not in shipped_weights():
             raise TiprError(
-                "the embedded generator: its weights are not in this installation; give a pipeline's folder or hub id, "
+                "the embedded generator: its weights are not in this installation; give a "
+                "pipeline's folder or hub id, "
                 "or train it (tipr_nb.generation.training)"
             )
         pipeline, folder = load_pipeline(source, lora, safety_checker, device, dtype)
@@ -255,8 +259,10 @@ class PersonGenerator:
             out = self.pipeline(prompts, height=h, width=w, generator=noise, **options)
         if not np.isfinite(out.images).all():
             raise TiprError(
-                f"the generator gives NaN (first caption {captions[0][:60]!r}): its weights are damaged, "
-                "or float16 is too narrow for them; get them again, or load with dtype=torch.float32"
+                f"the generator gives NaN (first caption {captions[0][:60]!r}): its weights are "
+                "damaged, "
+                "or float16 is too narrow for them; get them again, or load with "
+                "dtype=torch.float32"
             )
         flagged = getattr(out, "nsfw_content_detected", None) or []
         if n := sum(map(bool, flagged)):

@@ -164,7 +164,8 @@ def open_pictures(
             if old.get(key) == settings.get(key):
                 continue
             raise TiprError(
-                f"{folder}: its pictures were made with {key}={old.get(key)!r}, not {settings.get(key)!r}; "
+                f"{folder}: its pictures were made with {key}={old.get(key)!r}, not "
+                f"{settings.get(key)!r}; "
                 "choose another folder, or the same settings"
             )
     return Pictures(folder, made["per_caption"])
@@ -233,7 +234,8 @@ class _Claim:
             pictures = open_pictures(self.folder, self.settings)
         if pictures.per_caption != self.per_caption:
             raise TiprError(
-                f"{self.folder}: was made with per_caption={pictures.per_caption}, not {self.per_caption}; "
+                f"{self.folder}: was made with per_caption={pictures.per_caption}, not "
+                f"{self.per_caption}; "
                 "choose another folder, or the same number"
             )
         return pictures
@@ -323,7 +325,8 @@ def generate_split(
     n = sum(map(len, todo))
     which = f" ({rank + 1} of {world_size})" if (world_size or 1) > 1 else ""
     report(
-        f"{len(captions):,} different captions, {len(work):,} pictures; {n:,} for this process to draw{which}"
+        f"{len(captions):,} different captions, {len(work):,} pictures; {n:,} for this process to "
+        f"draw{which}"
     )
     if n:
         generator.warn_of_long(captions)
@@ -347,7 +350,8 @@ def generate_split(
         if done == len(chunk) < n:
             seconds = time.perf_counter() - start
             report(
-                f"the first {done} took {seconds:.1f} s: about {_span((n / done - 1) * seconds)} more"
+                f"the first {done} took {seconds:.1f} s: about {_span((n / done - 1) * seconds)} "
+                "more"
             )
     _report_black(black, done, bool(generator.settings()["safety_checker"]), report)
     if done:

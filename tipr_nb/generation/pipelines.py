@@ -223,7 +223,8 @@ def _check_weights(folder: Path, where: str):
         gone = sorted(set(shards.values()) - found)
         if gone:
             raise TiprError(
-                f"{where}: {gone[0]} is missing, one of {len(gone)} files that {index.name} names; {_AGAIN}"
+                f"{where}: {gone[0]} is missing, one of {len(gone)} files that {index.name} names; "
+                f"{_AGAIN}"
             )
 
 # %% ../../nbs/04_generation/02_pipelines.ipynb #cell-026
@@ -252,11 +253,13 @@ def check_pipeline(
             continue
         kind = index.get("_class_name", "pipeline")
         raise TiprError(
-            f"{source}: model_index.json of this {kind} names no {part}; a text-to-image pipeline is needed"
+            f"{source}: model_index.json of this {kind} names no {part}; a text-to-image pipeline "
+            "is needed"
         )
     if not {"unet", "transformer"} & set(parts):
         raise TiprError(
-            f"{source}: model_index.json names neither a unet nor a transformer; a text-to-image pipeline is needed"
+            f"{source}: model_index.json names neither a unet nor a transformer; a text-to-image "
+            "pipeline is needed"
         )
     for name, (_, cls) in parts.items():
         if name in _OPTIONAL:
@@ -303,7 +306,8 @@ def load_pipeline(
     parts = check_pipeline(folder, str(source))
     if safety_checker and "safety_checker" not in parts:
         raise TiprError(
-            f"{source}: has no safety checker; load it with safety_checker=False, or use a pipeline that has one"
+            f"{source}: has no safety checker; load it with safety_checker=False, or use a "
+            "pipeline that has one"
         )
     device = torch.device(device or _own_device())
     options: dict[str, Any] = dict(local_files_only=True, use_safetensors=True)
@@ -348,9 +352,11 @@ def add_pipeline_lora(
             pipeline.load_lora_weights(str(path))
     except Exception as e:
         raise TiprError(
-            f"{source}: not LoRA weights for this pipeline ({_short(e, 160)}); check which model they were trained on"
+            f"{source}: not LoRA weights for this pipeline ({_short(e, 160)}); check which model "
+            "they were trained on"
         ) from e
     if sum(p.numel() for p in core.parameters()) == before:
         raise TiprError(
-            f"{source}: none of its weights fit this pipeline; check which model they were trained on"
+            f"{source}: none of its weights fit this pipeline; check which model they were trained "
+            "on"
         )

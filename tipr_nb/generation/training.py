@@ -305,7 +305,8 @@ class GeneratorRun:
                 tensors = read_safetensors(path / f"{name}.safetensors")
             if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
                 raise TiprError(
-                    f"{path.name}/{name}.safetensors: not the weights of this UNet; choose another folder"
+                    f"{path.name}/{name}.safetensors: not the weights of this UNet; choose another "
+                    "folder"
                 )
             with torch.no_grad():
                 for k, v in own.items():

@@ -213,12 +213,15 @@ def refusal(path: Path, e: Exception) -> TiprError:
         )
     if m := re.search(r"GLOBAL (.+)", text):
         return TiprError(
-            f"{path}: refused: this pickle asks for {m[1][:80]}, which is no tensor and can run code; get "
+            f"{path}: refused: this pickle asks for {m[1][:80]}, which is no tensor and can run "
+            "code; get "
             "the weights as safetensors, "
-            "or, if you trust its maker, save the tensors alone with torch.save in the program that wrote it"
+            "or, if you trust its maker, save the tensors alone with torch.save in the program "
+            "that wrote it"
         )
     return TiprError(
-        f"{path}: not a complete checkpoint (cut short, or no PyTorch file?); copy or download it again"
+        f"{path}: not a complete checkpoint (cut short, or no PyTorch file?); copy or download it "
+        "again"
     )
 
 # %% ../../nbs/09_interop/02_checkpoints.ipynb #cell-023

@@ -137,7 +137,8 @@ def save_hf(
     if height != width:
         raise TiprError(
             f"image size {height}x{width}: Hugging Face's CLIPModel takes square pictures "
-            "only; give image_size=(224, 224) to resample the positions (features change), or export to open_clip or "
+            "only; give image_size=(224, 224) to resample the positions (features change), or "
+            "export to open_clip or "
             "onnx"
         )
     cfg = hf_config(model)
@@ -216,7 +217,8 @@ def convert_file(
     model = open_weights(source, image_size, quick_gelu, say)
     if say is not None and model.readout is not None and to in ("open_clip", "hf"):
         say(
-            f"left aside: token selection (TSE), which {to}'s layout has no place for; the global feature alone is written"
+            f"left aside: token selection (TSE), which {to}'s layout has no place for; the global "
+            "feature alone is written"
         )
     with atomic_path(out, folder=True) as tmp:
         TARGETS[to](model, tmp)

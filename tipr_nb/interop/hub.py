@@ -216,7 +216,8 @@ def upload(
     except Exception as e:
         reason = " ".join(str(e).split())[:120]
         raise TiprError(
-            f"{repo}: the hub refused ({type(e).__name__}: {reason}); log in with `hf auth login` and check the owner"
+            f"{repo}: the hub refused ({type(e).__name__}: {reason}); log in with `hf auth login` "
+            "and check the owner"
         ) from None
     return str(sent)
 

@@ -57,7 +57,8 @@ def config_part(config: dict, name: str, where: str) -> dict:
         return {}
     if not isinstance(part, dict):
         raise TiprError(
-            f"{where}: {name} in its configuration is {type(part).__name__}, not an object; download it again"
+            f"{where}: {name} in its configuration is {type(part).__name__}, not an object; "
+            "download it again"
         )
     return part
 
@@ -71,7 +72,8 @@ def _hf_activation(config: dict, where: str) -> bool:
     if len(acts) == 1 and acts <= {"quick_gelu", "gelu"}:
         return acts == {"quick_gelu"}
     raise TiprError(
-        f"{where}/config.json: hidden_act {', '.join(sorted(acts))}; only gelu or quick_gelu, the same in "
+        f"{where}/config.json: hidden_act {', '.join(sorted(acts))}; only gelu or quick_gelu, the "
+        "same in "
         "both towers, can be loaded"
     )
 
@@ -91,7 +93,8 @@ def find_activation(found: Checkpoint, peer: Peer, asked: bool | None = None) ->
     if peer.quick_gelu is not None:
         return peer.quick_gelu
     raise TiprError(
-        f"{where}: does not say which activation its towers use; give quick_gelu=True (OpenAI's weights "
+        f"{where}: does not say which activation its towers use; give quick_gelu=True (OpenAI's "
+        "weights "
         "and all that was fine-tuned from them) or quick_gelu=False (LAION's, DataComp's)"
     )
 
@@ -134,7 +137,8 @@ def find_grid(
     unfit = f" and do not fit {asked[0]}x{asked[1]}" if asked else ""
     raise TiprError(
         f"{where}: {n} patches of {patch} pixels make no grid of 1:1, 2:1 or 3:1{unfit}; give "
-        f"image_size=(height, width) as it was trained (overlapping patches, stride below {patch}, are not supported)"
+        f"image_size=(height, width) as it was trained (overlapping patches, stride below {patch}, "
+        "are not supported)"
     )
 
 # %% ../../nbs/09_interop/04_loading.ipynb #cell-025
@@ -162,7 +166,8 @@ def check_shapes(
             and v.numel() != math.prod(theirs[name])
         ):
             raise TiprError(
-                f"{where}: not the weights of {arch}: {name} is {theirs[name]} there and {tuple(v.shape)} "
+                f"{where}: not the weights of {arch}: {name} is {theirs[name]} there and "
+                f"{tuple(v.shape)} "
                 "here; choose a checkpoint of that architecture"
             )
 
@@ -288,16 +293,19 @@ def _origin(
     notes = [peer.note] if peer.note and model.readout is None else []
     if model.readout is not None:
         notes.append(
-            "searches by global features and selected tokens (TSE), side by side; 30 % of the tokens, as RDE's script has it"
+            "searches by global features and selected tokens (TSE), side by side; 30 % of the "
+            "tokens, as RDE's script has it"
         )
     if trained != model.image_size:
         rows, columns = (trained[i] // model.patch_size[i] for i in (0, 1))
         notes.append(
-            f"positions resampled from a grid of {rows}x{columns} to {model.grid[0]}x{model.grid[1]}"
+            f"positions resampled from a grid of {rows}x{columns} to "
+            f"{model.grid[0]}x{model.grid[1]}"
         )
     if not scaled:
         notes.append(
-            f"no logit scale in the file; set to {f'1/{peer.temperature}' if peer.temperature else 'its default'}"
+            "no logit scale in the file; set to "
+            f"{f'1/{peer.temperature}' if peer.temperature else 'its default'}"
         )
     if (model.mean, model.std) == IMAGENET:
         notes.append("takes pixels with ImageNet's mean and deviation; PersonCLIP converts them")

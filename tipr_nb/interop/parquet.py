@@ -76,7 +76,8 @@ def _image_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as e:
         raise DatasetError(
-            f"{path}: {e.strerror or 'cannot be read'}; restore the image, or leave it out with skip=[...]"
+            f"{path}: {e.strerror or 'cannot be read'}; restore the image, or leave it out with "
+            "skip=[...]"
         ) from None
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-014

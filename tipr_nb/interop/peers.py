@@ -210,7 +210,8 @@ def join_positions(
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-025
 _family = functools.partial(drop_prefix, prefix="base_model.")
 _RDE = (
-    "RDE ranks by the mean of two similarities, global features and selected tokens; only the global ones are kept "
+    "RDE ranks by the mean of two similarities, global features and selected tokens; only the "
+    "global ones are kept "
     "(the second's tensors are not all there), so its published numbers are not to be expected"
 )
 PEERS = [

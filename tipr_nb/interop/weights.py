@@ -61,7 +61,8 @@ def _unknown(name: str) -> TiprError:
         tags = open_clip.list_pretrained_tags_by_model(arch)
         if tags:
             return TiprError(
-                f"{name}: which weights of it? Write {arch}:{tags[0]} (its tags: {', '.join(tags[:8])})"
+                f"{name}: which weights of it? Write {arch}:{tags[0]} (its tags: "
+                f"{', '.join(tags[:8])})"
             )
         return TiprError(
             f"{name}: an architecture without published weights; give a folder or file"
@@ -72,7 +73,8 @@ def _unknown(name: str) -> TiprError:
         return TiprError(f"{name}: no architecture {first} in open_clip; did you mean {near[0]}?")
     return TiprError(
         f"{name}: no such file or folder, no shipped weights of that name "
-        f"({', '.join(shipped_weights())}), no open_clip tag such as ViT-B-16:openai and no hub id such as "
+        f"({', '.join(shipped_weights())}), no open_clip tag such as ViT-B-16:openai and no hub id "
+        "such as "
         "owner/model; `tipr models` lists known weights"
     )
 
@@ -88,7 +90,8 @@ def open_weights(
     text = str(name).strip()
     if not text:
         raise TiprError(
-            "an empty name for the weights; give a folder, a file, a tag such as ViT-B-16:openai or a hub id"
+            "an empty name for the weights; give a folder, a file, a tag such as ViT-B-16:openai "
+            "or a hub id"
         )
     own = own_weights(text, image_size)
     if own is not None:

@@ -114,7 +114,8 @@ class CCD(Objective):
         super().__init__(encoder, n_ids)
         if warmup < 1:
             raise TiprError(
-                f"CCD: warmup={warmup}: the first division needs the losses of one epoch; give 1 or more"
+                f"CCD: warmup={warmup}: the first division needs the losses of one epoch; give 1 "
+                "or more"
             )
         self.tal = dict(temperature=temperature, margin=margin)
         self.reduction = reduction

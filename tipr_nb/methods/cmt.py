@@ -61,7 +61,8 @@ def _check(image: Tensor, text: Tensor, ids: Tensor, image_index: Tensor | None,
     for name, x in dict(ids=ids, image_index=image_index).items():
         if x is not None and x.shape != (b,):
             raise TiprError(
-                f"{name} has shape {tuple(x.shape)}, the batch has {b} pairs; give one number per pair"
+                f"{name} has shape {tuple(x.shape)}, the batch has {b} pairs; give one number per "
+                "pair"
             )
     _check_margin(margin)
 

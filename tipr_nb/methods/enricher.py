@@ -37,11 +37,13 @@ def picture_features(
     draw = getattr(generator, "generate", None)
     if not callable(draw):
         raise TiprError(
-            f"{type(generator).__name__} has no generate(captions); pass a PersonGenerator or anything with that method"
+            f"{type(generator).__name__} has no generate(captions); pass a PersonGenerator or "
+            "anything with that method"
         )
     if not callable(getattr(model, "encode_image", None)):
         raise TiprError(
-            f"{type(model).__name__} has no encode_image; pass a PersonCLIP or anything with that method"
+            f"{type(model).__name__} has no encode_image; pass a PersonCLIP or anything with that "
+            "method"
         )
     known = {} if cache is None else cache
     new = {c: i for i, c in enumerate(captions) if c not in known}
@@ -86,7 +88,8 @@ class QueryEnricher:
             raise TiprError(f"weight={weight}: it must lie in [0, 1]")
         if not callable(getattr(generator, "generate", None)):
             raise TiprError(
-                f"{type(generator).__name__} has no generate(captions); pass a PersonGenerator or anything with that method"
+                f"{type(generator).__name__} has no generate(captions); pass a PersonGenerator or "
+                "anything with that method"
             )
         self.model = model
         self.generator = generator
@@ -193,6 +196,7 @@ class QueryEnricher:
         meta = read_metadata(self.path)
         if meta.get("mark") != self.mark():
             raise TiprError(
-                f"{self.path}: holds picture features of another model, generator or form; choose another file, or delete it"
+                f"{self.path}: holds picture features of another model, generator or form; choose "
+                "another file, or delete it"
             )
         self.known = dict(zip(json.loads(meta["captions"]), tensors["features"].to(self.device)))

@@ -166,7 +166,8 @@ class TokenMasker:
         "That of the tokenizer it is bound to."
         if self._vocabulary is None:
             raise TiprError(
-                "mask: no tokenizer yet; pass the transform to make_loader, or call bind(model.tokenize)"
+                "mask: no tokenizer yet; pass the transform to make_loader, or call "
+                "bind(model.tokenize)"
             )
         return self._vocabulary
 

@@ -159,7 +159,8 @@ def find_objective(
     bases = [c.__name__ for c in getattr(found, "__mro__", ())]
     if "Objective" not in bases:
         raise TiprError(
-            f"objective {name!r}: {found!r} is no subclass of tipr_nb.methods.Objective; derive it from that class"
+            f"objective {name!r}: {found!r} is no subclass of tipr_nb.methods.Objective; derive it "
+            "from that class"
         )
     return found
 
@@ -181,6 +182,7 @@ def build_objective(
         )
     if cls.needs_tokens and not encoder.has_tokens:
         raise TiprError(
-            f"objective {name} needs token features, which {encoder.arch} does not give; use a plain ViT such as ViT-B-16"
+            f"objective {name} needs token features, which {encoder.arch} does not give; use a "
+            "plain ViT such as ViT-B-16"
         )
     return cls(encoder, n_ids, **kwargs)

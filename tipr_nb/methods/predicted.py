@@ -146,7 +146,8 @@ def load_predictor(
     file = Path(folder) / PREDICTOR_FILE
     if not file.is_file():
         raise TiprError(
-            f"{folder}: no {PREDICTOR_FILE} there; learn one with fit_predictor(*world_pairs(model)) "
+            f"{folder}: no {PREDICTOR_FILE} there; learn one with "
+            "fit_predictor(*world_pairs(model)) "
             "and keep it with save_predictor"
         )
     notes = read_metadata(file)

@@ -61,7 +61,8 @@ def enhance(
         generated = attend(text, generated, temperature=temperature)
     if generated.shape != text.shape:
         raise TiprError(
-            f"generated: features {tuple(generated.shape)} for captions {tuple(text.shape)}; give one picture's feature per caption, or (b, k, d)"
+            f"generated: features {tuple(generated.shape)} for captions {tuple(text.shape)}; give "
+            "one picture's feature per caption, or (b, k, d)"
         )
     return unit((1 - weight) * text.float() + weight * generated.float())
 
@@ -128,7 +129,8 @@ def picture_feature(
         )
     if text is None:
         raise TiprError(
-            f"share={share}: in the token form the caption attends; give text, the captions' features"
+            f"share={share}: in the token form the caption attends; give text, the captions' "
+            "features"
         )
     return attend(text, tokens[:, 1:], share, temperature)
 
@@ -144,7 +146,9 @@ def drawn_features(
     pictures = (getattr(batch, "extra", None) or {}).get("generated")
     if pictures is None:
         raise TiprError(
-            "the batch holds no drawn pictures; train with extra={'generated': open_pictures(folder).field(split, image_size)} and extra_fields=('generated',)"
+            "the batch holds no drawn pictures; train with "
+            "extra={'generated': open_pictures(folder).field(split, image_size)} and "
+            "extra_fields=('generated',)"
         )
     raw, tokens = encoder.image_features(pictures)
     setattr(features, "drawn", (gather_rows(unit(raw)), tokens))
@@ -174,7 +178,8 @@ class TGTE(Objective):
             raise TiprError(f"TGTE: picture_weight={picture_weight} must lie in [0, 1]")
         if share and not encoder.has_tokens:
             raise TiprError(
-                f"TGTE: share={share} needs patch tokens, which {encoder.arch} does not give; use share=0"
+                f"TGTE: share={share} needs patch tokens, which {encoder.arch} does not give; use "
+                "share=0"
             )
         if as_photos < 0:
             raise TiprError(f"TGTE: as_photos={as_photos} must be 0 or more")

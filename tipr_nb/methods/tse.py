@@ -198,7 +198,8 @@ class TokenSelection(nn.Module):
         super().__init__()
         if not 0 < fraction <= 1:
             raise TiprError(
-                f"TSE: fraction={fraction}: give the share of the tokens to choose, above 0, up to 1"
+                f"TSE: fraction={fraction}: give the share of the tokens to choose, above 0, up to "
+                "1"
             )
         self.dim = dim
         self.width = width or 2 * dim

@@ -100,7 +100,8 @@ def check_image_size(
     h, w = (max(1, round(v / p)) * p for v, p in zip(size, patch))
     if size != (h, w):
         raise TiprError(
-            f"image size {size[0]}x{size[1]} is not a multiple of the patch size {patch[0]}; use {h}x{w}"
+            f"image size {size[0]}x{size[1]} is not a multiple of the patch size {patch[0]}; use "
+            f"{h}x{w}"
         )
     return size
 

@@ -78,7 +78,8 @@ def _check_config(cfg: Any, where: str):
     "Refuse a `config.json` that is not one of ours, or whose values have other types than ours."
     if not isinstance(cfg, dict) or "arch" not in cfg:
         raise TiprError(
-            f"{where}: not a PersonCLIP (no 'arch'); load other projects' checkpoints with tipr_nb.interop.load_peer"
+            f"{where}: not a PersonCLIP (no 'arch'); load other projects' checkpoints with "
+            "tipr_nb.interop.load_peer"
         )
     pixels = cfg.get("preprocessing", {})
     model_cfg = cfg.get("model_cfg")
@@ -98,7 +99,8 @@ def _check_config(cfg: Any, where: str):
     if wrong:
         value = str(cfg.get(wrong[0]))[:60]
         raise TiprError(
-            f"{where}: {wrong[0]} = {value} is not what a PersonCLIP writes; restore it from a good copy"
+            f"{where}: {wrong[0]} = {value} is not what a PersonCLIP writes; restore it from a "
+            "good copy"
         )
 
 
@@ -186,7 +188,8 @@ class PersonCLIP(
         _check_config(cfg, f"{folder.name}/config.json")
         if arch and arch != cfg["arch"]:
             raise TiprError(
-                f"{source}: holds {cfg['arch']}, not {arch}; choose a checkpoint of that architecture, "
+                f"{source}: holds {cfg['arch']}, not {arch}; choose a checkpoint of that "
+                "architecture, "
                 f"or set the recipe's arch to {cfg['arch']}"
             )
         pixels = cfg.get("preprocessing", {})
@@ -308,7 +311,8 @@ class PersonCLIP(
         if tuple(images.shape[1:]) != (3, *self.image_size) or not images.is_floating_point():
             raise TiprError(
                 f"images {tuple(images.shape)} {images.dtype}: this model takes normalised floats "
-                f"(b, 3, {self.image_size[0]}, {self.image_size[1]}); resize them, or give image_size= when loading"
+                f"(b, 3, {self.image_size[0]}, {self.image_size[1]}); resize them, or give "
+                "image_size= when loading"
             )
         visual = self.clip.visual
         walk = _image_walk(visual)
@@ -316,7 +320,8 @@ class PersonCLIP(
         if keep is not None:
             if walk is not vit_features:
                 raise TiprError(
-                    f"{self.arch}: this image tower cannot leave patches out; use a plain ViT such as ViT-B-16"
+                    f"{self.arch}: this image tower cannot leave patches out; use a plain ViT such "
+                    "as ViT-B-16"
                 )
             raw, tokens = vit_features(visual, images, keep)
         elif walk is None:

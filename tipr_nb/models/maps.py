@@ -31,7 +31,8 @@ def _windows(
     fits = 1 <= h <= rows and 1 <= w <= columns
     if not fits or h * w == rows * columns:
         raise TiprError(
-            f"interaction_maps: a window of {h}x{w} patches does not lie within {rows}x{columns} and leave some"
+            f"interaction_maps: a window of {h}x{w} patches does not lie within {rows}x{columns} "
+            "and leave some"
         )
     places = [(y, x) for y in range(rows - h + 1) for x in range(columns - w + 1)]
     covered = torch.zeros(len(places), rows, columns, dtype=torch.bool)

@@ -70,7 +70,8 @@ def read_safetensors(file: str | Path) -> dict[str, Tensor]:
     file = Path(file)
     if file.suffix != ".safetensors":
         raise TiprError(
-            f"{file}: only safetensors are loaded, since a pickle can run code; convert it with `tipr convert`"
+            f"{file}: only safetensors are loaded, since a pickle can run code; convert it with "
+            "`tipr convert`"
         )
     if not file.exists():
         raise TiprError(f"{file}: no such file; {_instead(file.parent)}")
@@ -124,7 +125,8 @@ def load_strict(
     if wrong:
         others = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise TiprError(
-            f"{file}: not the weights of {arch}: {wrong[0]}{others}; choose a checkpoint of that architecture"
+            f"{file}: not the weights of {arch}: {wrong[0]}{others}; choose a checkpoint of that "
+            "architecture"
         )
     module.load_state_dict(state)
 

@@ -133,7 +133,8 @@ def require_hub(
         return
     if not hub_answers():
         raise TiprError(
-            f"{repo}: not in the local hub cache and the hub cannot be reached; run `hf download {repo}` "
+            f"{repo}: not in the local hub cache and the hub cannot be reached; run `hf download "
+            f"{repo}` "
             "where there is a network, or load a folder with PersonCLIP.from_pretrained"
         )
 
@@ -145,7 +146,8 @@ class MissingTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         raise TiprError(
-            "this model came without its tokenizer; download the whole repository, with tokenizer.json, "
+            "this model came without its tokenizer; download the whole repository, with "
+            "tokenizer.json, "
             "and load that folder"
         )
 

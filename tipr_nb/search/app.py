@@ -515,7 +515,8 @@ _FOLLOW = """note => {
   if (link && link !== location.search) history.pushState(null, '', link);
 }"""
 NOTE = (
-    "Scores say how well a picture fits the words, not who somebody is. A person found here has been found by their clothes: "
+    "Scores say how well a picture fits the words, not who somebody is. A person found here has "
+    "been found by their clothes: "
     "never act on it alone, and search only photos that you may search."
 )
 
@@ -800,7 +801,7 @@ def _wire(gr, blocks, page, parts, folder):
     blocks.load(opened, None, [*outputs, *typed], **quiet)
     blocks.load(None, js=_SCRIPT, api_visibility="private")
 
-
+# %% ../../nbs/08_search/20_app.ipynb #cd8e980b
 def _wire_selection(gr, page, parts, folder, silent):
     "Selecting people, and taking them along."
 
@@ -844,7 +845,7 @@ def _shown(gr, answer, question):
         gr.Button(visible=answer.more),
     ]
 
-
+# %% ../../nbs/08_search/20_app.ipynb #357c5289
 def _note(answer, question=None):
     "The sentence above the people, with the link that asks again, and the search's own notes."
     link = (
@@ -865,7 +866,7 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return False
 
-
+# %% ../../nbs/08_search/20_app.ipynb #73d3ff14
 def own_names(
     host: str,
     names: Sequence[str] = (),  # further names of the page
@@ -955,7 +956,8 @@ def serve(
     if password is None and not is_loopback(host):
         password = secrets.token_urlsafe(9)
         print(
-            f"everybody who can reach {host}:{port} can open this page with the name tipr and the password {password}",
+            f"everybody who can reach {host}:{port} can open this page with the name tipr and the "
+            f"password {password}",
             file=sys.stderr,
         )
     blocks = search_page(gallery, enriched, examples, title)

@@ -115,7 +115,8 @@ def _four_columns(table, columns, path):
             for v in four
         ):
             raise TiprError(
-                f"{path}: row {i + 1}: a box is four numbers {', '.join(columns)}, not {str(four)[:80]}"
+                f"{path}: row {i + 1}: a box is four numbers {', '.join(columns)}, not "
+                f"{str(four)[:80]}"
             )
         values.append(tuple(float(v) for v in four))
     return values
@@ -213,7 +214,8 @@ def path_column(table: "pa.Table", path: str | Path) -> str:
         if name in lower:
             return lower[name]
     raise TiprError(
-        f"{path}: no column of file names; call it `path` (columns: {', '.join(table.column_names)[:200]})"
+        f"{path}: no column of file names; call it `path` (columns: "
+        f"{', '.join(table.column_names)[:200]})"
     )
 
 # %% ../../nbs/08_search/03_boxes.ipynb #cell-028
@@ -397,7 +399,8 @@ def pixel_boxes(
         if corners[2] <= corners[0] or corners[3] <= corners[1]:
             shown = tuple(int(v) if v == int(v) else v for v in box)
             raise TiprError(
-                f"{name}: row {i + 1}: box {shown} is empty; right must exceed left, and bottom top "
+                f"{name}: row {i + 1}: box {shown} is empty; right must exceed left, and bottom "
+                "top "
                 f"({', '.join(boxes.columns)})"
             )
         # a picture that cannot be read is listed when it is opened
@@ -430,7 +433,8 @@ class PhotoSources:
         if not isinstance(source, (str, os.PathLike)):
             if not (hasattr(source, "column_names") or hasattr(source, "iloc")):
                 raise TiprError(
-                    f"{type(source).__name__}: give a folder, a glob, a picture or a table of photos"
+                    f"{type(source).__name__}: give a folder, a glob, a picture or a table of "
+                    "photos"
                 )
             self.singles += self.listing.add(source, [os.getcwd()], self.found, self.box_format)
             return
@@ -563,7 +567,8 @@ def find_photos(
     if not photos.items and not photos.problems:
         notes = "".join(f"; {n}" for n in photos.notes)
         raise TiprError(
-            f"{gathered.shown}: no pictures there ({gathered.others.total()} other files); looked for "
+            f"{gathered.shown}: no pictures there ({gathered.others.total()} other files); looked "
+            "for "
             f"{' '.join(sorted(SUFFIXES))}{notes}"
         )
     return photos

@@ -65,7 +65,8 @@ class HogDetector:
         cv2 = need("cv2", "detect", "the hog detector")
         if not hasattr(cv2, "HOGDescriptor_getDefaultPeopleDetector"):
             raise TiprError(
-                f"the hog detector needs OpenCV 4, not {cv2.__version__}; pip install 'tipr_nb[detect]'"
+                f"the hog detector needs OpenCV 4, not {cv2.__version__}; pip install "
+                "'tipr_nb[detect]'"
             )
         self.cv2 = cv2
         self.hog = cv2.HOGDescriptor()
@@ -352,8 +353,10 @@ def scene_warning(n_scenes: int, n: int, example: str) -> str | None:
     if not n or n_scenes < n / 4:
         return None
     return (
-        f"{n_scenes} of {n} pictures look like full scenes rather than one person each (such as {example}); "
-        "the model expects person crops: give boxes (--boxes), or have people found (--detect hog, or a detector "
+        f"{n_scenes} of {n} pictures look like full scenes rather than one person each (such as "
+        f"{example}); "
+        "the model expects person crops: give boxes (--boxes), or have people found (--detect hog, "
+        "or a detector "
         "of transformers by name)"
     )
 

@@ -243,7 +243,8 @@ class Gallery:
         m = self.manifest
         own = ", ".join(self.items.own) or "none of yours"
         return (
-            f"Gallery: {len(self):,} people, {m['dim']} x {m['dtype']}, model {m.get('model') or m.get('arch')}, "
+            f"Gallery: {len(self):,} people, {m['dim']} x {m['dtype']}, model "
+            f"{m.get('model') or m.get('arch')}, "
             f"engine {m['engine']}, columns {own}"
         )
 

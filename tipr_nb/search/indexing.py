@@ -150,7 +150,8 @@ class IndexReport:
             else ""
         )
         out = [
-            f"{self.people} people from {self.photos} photos: {self.new} new, {self.changed} changed, {self.unchanged} as before, "
+            f"{self.people} people from {self.photos} photos: {self.new} new, {self.changed} "
+            f"changed, {self.unchanged} as before, "
             f"{self.removed} gone; {self.encoded} encoded in {self.seconds:.1f} s{speed}"
         ]
         if self.moved:
@@ -256,7 +257,8 @@ class BatchEncoder:
         norms = np.linalg.norm(x, axis=1, keepdims=True)
         if len(x) != len(batch) or not np.isfinite(norms).all() or (norms == 0).any():
             raise TiprError(
-                f"the model gave no usable features for {self.rows[-1]['path']} or a picture before it (not finite, or none); check the model"
+                f"the model gave no usable features for {self.rows[-1]['path']} or a picture "
+                "before it (not finite, or none); check the model"
             )
         self.features.append((x / norms).astype(self.dtype))
         self.encoded += len(batch)
@@ -613,7 +615,8 @@ def _merged(name, now, before):
         return now
     if now.type != before.type:
         raise TiprError(
-            f"column {name}: {now.type} now, {before.type} in the gallery; give both the same kind of values"
+            f"column {name}: {now.type} now, {before.type} in the gallery; give both the same kind "
+            "of values"
         )
     return need("pyarrow.compute", "search", "a gallery").coalesce(now, before)
 
@@ -821,12 +824,14 @@ class Indexer:
     def _check_model(self, manifest):
         if manifest["fingerprint"] != self.fingerprint:
             raise TiprError(
-                f"{self.folder}: made by another model ({manifest.get('model') or manifest.get('arch')}); "
+                f"{self.folder}: made by another model "
+                f"({manifest.get('model') or manifest.get('arch')}); "
                 "index with that model, into another folder, or with rebuild=True (--rebuild)"
             )
         if self.settings.dtype not in (None, manifest["dtype"]):
             raise TiprError(
-                f"{self.folder}: its features are kept as {manifest['dtype']}; leave dtype out, or index with rebuild=True (--rebuild)"
+                f"{self.folder}: its features are kept as {manifest['dtype']}; leave dtype out, or "
+                "index with rebuild=True (--rebuild)"
             )
 
     @cached_property
@@ -1012,7 +1017,8 @@ class Indexer:
         self._warn_of_scenes(items)
         if self.old and report.removed > len(self.old.items) / 2:
             report.warnings.append(
-                f"{report.removed} photos of the last run are gone; if a disk was not mounted, mount it and index again"
+                f"{report.removed} photos of the last run are gone; if a disk was not mounted, "
+                "mount it and index again"
             )
 
     def _warn_of_scenes(self, items):

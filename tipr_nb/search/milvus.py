@@ -275,7 +275,8 @@ class StoreFacts:
             ) from None
         if facts.format != STORE_FORMAT:
             raise TiprError(
-                f"{where}: of format {facts.format}, this version reads {STORE_FORMAT}; update tipr_nb"
+                f"{where}: of format {facts.format}, this version reads {STORE_FORMAT}; update "
+                "tipr_nb"
             )
         return facts
 
@@ -481,7 +482,8 @@ def open_store(
         facts = StoreFacts.of(collection_text(client, collection), where)
         if fingerprint is not None and facts.fingerprint != fingerprint:
             raise TiprError(
-                f"{where}: made by another model ({facts.more.get('model') or facts.fingerprint[:12]}); "
+                f"{where}: made by another model "
+                f"({facts.more.get('model') or facts.fingerprint[:12]}); "
                 "search with that model, or index again with --rebuild"
             )
         client.load_collection(collection)
@@ -501,7 +503,8 @@ def check_name(name: str) -> str:
     "A name that Milvus takes."
     if not re.fullmatch(r"[A-Za-z_]\w{0,99}", name):
         raise TiprError(
-            f"Milvus name {name[:100]!r}: letters, digits and underscores, at most 100, no digit first"
+            f"Milvus name {name[:100]!r}: letters, digits and underscores, at most 100, no digit "
+            "first"
         )
     return name
 

@@ -78,15 +78,18 @@ def sentence_notes(
     negated = next((m[0] for m in map(_NEGATION.search, texts) if m), None)
     if negated:
         out.append(
-            f'"{negated}" inside a sentence is read as a wish for what follows; say what should be absent apart: --without (without=)'
+            f'"{negated}" inside a sentence is read as a wish for what follows; say what should be '
+            'absent apart: --without (without=)'
         )
     if any(map(is_foreign, texts)):
         out.append(
-            "this does not look like English; a model trained on English captions will not understand it"
+            "this does not look like English; a model trained on English captions will not "
+            "understand it"
         )
     if any(cut):
         out.append(
-            f"the sentence is too long for the text tower: its last {max(cut)} tokens were left out; give several shorter ones"
+            f"the sentence is too long for the text tower: its last {max(cut)} tokens were left "
+            "out; give several shorter ones"
         )
     return out
 

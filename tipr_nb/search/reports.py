@@ -46,7 +46,8 @@ def read_picture(
         data = Path(path).read_bytes()
     except OSError as e:
         raise TiprError(
-            f"{shown_name(str(path))}: cannot be read ({e.strerror}); was it moved since the gallery was indexed?"
+            f"{shown_name(str(path))}: cannot be read ({e.strerror}); was it moved since the "
+            "gallery was indexed?"
         ) from None
     return open_picture(data)
 

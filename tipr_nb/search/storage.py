@@ -119,7 +119,8 @@ def read_manifest(folder: str | Path) -> dict:
     if not path.is_file():
         if (folder / ".work").is_dir():
             raise TiprError(
-                f"{folder}: its indexing was not finished; run the same `tipr index` again, it goes on where it stopped"
+                f"{folder}: its indexing was not finished; run the same `tipr index` again, it "
+                "goes on where it stopped"
             )
         raise TiprError(
             f"{folder}: no gallery there; build one with `tipr index PHOTOS --gallery {folder}`"
@@ -352,7 +353,8 @@ def check_sums(
             raise Damaged(f"{path}: missing; {_AGAIN}") from None
         if different:
             raise Damaged(
-                f"{path}: its content has changed since it was written (a damaged disk or copy?); {_AGAIN}"
+                f"{path}: its content has changed since it was written (a damaged disk or copy?); "
+                f"{_AGAIN}"
             )
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-029
@@ -561,7 +563,8 @@ def indexing_lock(
             lock.acquire()
         except Timeout:
             raise TiprError(
-                f"{folder}: another process is indexing into this gallery; wait for it, or use another folder"
+                f"{folder}: another process is indexing into this gallery; wait for it, or use "
+                "another folder"
             ) from None
     try:
         yield
@@ -584,7 +587,8 @@ def _check_folder(folder):
     ]
     if other:
         raise TiprError(
-            f"{folder}: holds other files ({sorted(other)[0]}) and no gallery; choose a new folder for the gallery"
+            f"{folder}: holds other files ({sorted(other)[0]}) and no gallery; choose a new folder "
+            "for the gallery"
         )
 
 

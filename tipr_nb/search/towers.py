@@ -293,7 +293,8 @@ def tower_facts(
     size = network.stat().st_size if network.is_file() else 0
     if size != facts["n_bytes"]:
         raise TiprError(
-            f"{network}: {size} bytes instead of {facts['n_bytes']} (cut short?); run `tipr index` again"
+            f"{network}: {size} bytes instead of {facts['n_bytes']} (cut short?); run `tipr index` "
+            "again"
         )
     return facts
 

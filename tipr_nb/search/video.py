@@ -573,7 +573,8 @@ def find_media(
         attach_pattern(photos, pattern)
     if not photos.items and not photos.problems:
         raise TiprError(
-            f"{gathered.shown}: neither pictures nor films there ({gathered.others.total()} other files)"
+            f"{gathered.shown}: neither pictures nor films there ({gathered.others.total()} other "
+            "files)"
         )
     return photos
 

@@ -532,7 +532,8 @@ class Trainer:
         if not self.epoch_steps:
             raise TiprError(
                 f"recipe {recipe.name}: accumulate {recipe.accumulate} x "
-                f"batch_size {recipe.batch_size} is more than the {len(dataset.train)} training captions; make one smaller"
+                f"batch_size {recipe.batch_size} is more than the {len(dataset.train)} training "
+                "captions; make one smaller"
             )
         self.total_steps = recipe.epochs * self.epoch_steps
         self.train_step = TrainStep(recipe, start, dataset.train.n_ids, self.accelerator)

@@ -92,8 +92,10 @@ def check_cacheable(
         chunked = objective.chunked
         if chunked is None:
             raise TiprError(
-                f"{who}: {name} compares more than the batch's image and caption features, so gradient "
-                "caching cannot split it; set grad_cache=0 and use grad_checkpoint=True or a smaller batch_size"
+                f"{who}: {name} compares more than the batch's image and caption features, so "
+                "gradient "
+                "caching cannot split it; set grad_cache=0 and use grad_checkpoint=True or a "
+                "smaller batch_size"
             )
         if chunked not in ("features", "pairs"):
             raise TiprError(f"{who}: {name}.chunked = {chunked!r}; use 'features', 'pairs' or None")
