@@ -21,7 +21,7 @@ from tipr_nb.evaluation.metrics import (HEADLINE, TITLES, Metrics, bootstrap, co
 # %% ../../nbs/06_evaluation/04_comparison.ipynb #cell-008
 @dataclass
 class Comparison:
-    "For each metric (and group) the difference b - a in points, its interval, p and the smallest detectable difference."
+    "For each metric (and group) the difference b - a in points, its interval, p, and the smallest detectable one."
 
     table: pd.DataFrame  # a, b, difference, lo, hi, p, detectable
     n_ids: int

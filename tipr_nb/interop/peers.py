@@ -300,9 +300,11 @@ def nearest_peer(tensors: dict[str, Tensor], where: str) -> str:
     missing = lacking(best)
     has = ", ".join(n[:60] for n in list(tensors)[:3])
     if len(missing) == len(_NEEDED):
-        return f"{where}: no CLIP in it (its tensors are named {has}, ...); known are {', '.join(p.name for p in PEERS)}"
+        known = ", ".join(p.name for p in PEERS)
+        return f"{where}: no CLIP in it (its tensors are named {has}, ...); known are {known}"
     lacks = _some(missing) or "some of its marks"
-    return f"{where}: unknown layout; the nearest is {best.name}, but {lacks} missing (its tensors are named {has}, ...)"
+    nearest = f"the nearest is {best.name}, but {lacks} missing"
+    return f"{where}: unknown layout; {nearest} (its tensors are named {has}, ...)"
 
 # %% ../../nbs/09_interop/03_peers.ipynb #cell-029
 _NEEDED_SIGLIP = (

@@ -90,7 +90,7 @@ def consensus(
 # %% ../../nbs/05_methods/11_ccd.ipynb #cell-019
 @register_objective("CCD")
 class CCD(Objective):
-    "Confident consensus division: TAL on both branches, over the pairs that both take for clean (RDE, arXiv 2308.09911)."
+    "Confident consensus division: TAL over the pairs that both branches take for clean (RDE, arXiv 2308.09911)."
 
     lr_scale = 5.0
     record: Tensor  # (2, n) each pair's latest loss in both branches, NaN where it was not met

@@ -23,7 +23,7 @@ class Objective(nn.Module):
     lr_scale: float = 1.0  # learning rate of its own parameters relative to the towers'
     needs_tokens: bool = False  # whether it reads token features
     chunked: str | None = (
-        None  # for gradient caching: "features", it reads unit and raw features only; "pairs", a mean over pairs; None, the whole batch
+        None  # gradient caching: "features" (unit and raw only), "pairs" (a mean over pairs), None (the whole batch)
     )
 
     def __init__(self, encoder: PersonCLIP, n_ids: int):  # training identities

@@ -492,8 +492,10 @@ _CSS = """
 .note a{margin-left:8px}
 .wrong{margin:4px 0;color:#c0392b!important;font-weight:600}
 table.facts{border:0!important;border-collapse:collapse;font-size:13px;width:100%;margin:0!important}
-table.facts tbody,table.facts tr,table.facts th,table.facts td{border:0!important;padding:3px 0!important;text-align:left;vertical-align:top}
-table.facts th{font-weight:500!important;color:var(--body-text-color-subdued)!important;padding-right:12px!important;white-space:nowrap}
+table.facts tbody,table.facts tr,table.facts th,table.facts td{border:0!important;padding:3px 0!important;
+  text-align:left;vertical-align:top}
+table.facts th{font-weight:500!important;color:var(--body-text-color-subdued)!important;
+  padding-right:12px!important;white-space:nowrap}
 table.facts td{overflow-wrap:anywhere}
 #closer{position:sticky;top:12px;align-self:flex-start;max-height:96vh;overflow:auto}
 #closer .image-container img{max-height:300px!important;object-fit:contain}
@@ -552,7 +554,7 @@ def search_page(
 
 # %% ../../nbs/08_search/20_app.ipynb #cell-033
 def _private_folder():
-    "Gradio keeps thumbnails and uploads as files: in a folder that this user alone can read and that goes with the process."
+    "Gradio keeps thumbnails and uploads as files: in a folder of this user alone that goes with the process."
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="tipr-page-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -562,7 +564,7 @@ def _private_folder():
 
 
 def _import_onnxruntime(folder):
-    "When it is first imported, ONNX Runtime leaves a session file in the folder for temporary files: in ours, so that it goes with the process."
+    "On import ONNX Runtime leaves a session file among the temporary files: in ours, so that it goes with us."
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = folder
     try:

@@ -903,7 +903,7 @@ class Indexer:
         self.report.encoded = encoder.encoded
 
     def _encoded_before(self, films=False):
-        "(sha256, box) of what the journal holds features of; with frames of films, also of the last snapshot's, since a film is recognised frame by frame."
+        "(sha256, box) of what the journal holds; with films also of the last snapshot: frames are known one by one."
         seen = set()
         for table in [*self.journal.tables, *([self.old_rows] if films and self.old else [])]:
             columns = [table[c].to_pylist() for c in ("sha256", "x0", "y0", "x1", "y1", "feature")]

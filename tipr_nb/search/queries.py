@@ -63,9 +63,12 @@ def query_words(
 # %% ../../nbs/08_search/13_queries.ipynb #cell-013
 _NEGATION = re.compile(r"\b(without|not|no|never|isn't|doesn't|lacks?)\b", re.IGNORECASE)
 _ENGLISH = frozenset(
-    """a an the and with in of on is are has have wearing wears carrying holding he she his her they their person man woman
-    boy girl people somebody someone child red blue green yellow white black grey gray pink purple orange brown dark light long short hair
-    coat jacket shirt trousers jeans pants shorts skirt dress shoes hat cap bag backpack sweater hoodie suit top""".split()
+    """a an the and with in of on is are has have wearing wears carrying holding
+    he she his her they their person man woman
+    boy girl people somebody someone child red blue green yellow white black grey gray pink purple orange brown
+    dark light long short hair
+    coat jacket shirt trousers jeans pants shorts skirt dress shoes hat cap bag
+    backpack sweater hoodie suit top""".split()
 )
 
 

@@ -305,7 +305,10 @@ def hits_html(
     body = f'<h1>{title}</h1><p>{len(hits)} people{where}</p>{notes}<div class="people">{imagined}{people}</div>'
     if inline:
         return f'<style>{_STYLE}</style><div class="tipr">{body}</div>'
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title>"
+    )
     return (
         f'<!doctype html><html lang="en"><head>{head}<style>body{{margin:0}}{_STYLE}</style></head>'
         f'<body><div class="tipr page">{body}</div></body></html>\n'

@@ -440,7 +440,7 @@ class Snapshot:
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-035
 def journal_schema() -> "pa.Schema":
-    "Item rows, plus where the feature lies in the entry (-1: the same content is encoded elsewhere), why a file was skipped, and a detector's confidence."
+    "Item rows, with the feature's place in the entry (-1: encoded elsewhere), why a file was skipped, and confidence."
     pa = need("pyarrow", "search", "a gallery")
     return (
         item_schema(["feature"])
