@@ -87,7 +87,7 @@ def light(path: Path):
     book = json.loads(tidy(path.read_text(encoding="utf-8")))
     for cell in book["cells"]:
         if cell["cell_type"] == "markdown":
-            cell["source"] = described("".join(cell["source"]))
+            cell["source"] = described("".join(cell["source"])).splitlines(keepends=True)
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             shrink(data)

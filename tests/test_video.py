@@ -265,3 +265,11 @@ def test_a_real_film_and_the_detector_without_download(tmp_path):
         max(p.box[0], walker[0]) < min(p.box[2], walker[2]) and abs(p.box[3] - walker[3]) < 12
         for p in people
     )
+
+
+def test_detectors_without_confidence_are_not_asked_twice():
+    from tipr_nb.search.video import is_frame
+
+    assert is_frame({"t": 0.0, "people": [[1, 2, 3, 4, None], [1, 2, 3, 4, 0.5]]})
+    assert not is_frame({"t": 0.0, "people": [[1, 2, None, 4, 0.5]]})
+    assert not is_frame({"t": 0.0, "people": [[1, 2, 3, 4, "high"]]})

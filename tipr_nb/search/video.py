@@ -268,12 +268,13 @@ class FilmPeople(NamedTuple):
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-037
 def is_frame(record: dict) -> bool:
-    "Whether a line of the log holds a time and people: four corners and a confidence each."
+    "Whether a line of the log holds a time and people: four corners and a confidence, or none, each."
     people = record.get("people")
     if not isinstance(record["t"], (int, float)) or not isinstance(people, list):
         return False
     rows = [p for p in people if isinstance(p, list) and len(p) == 5]
-    numbers = [v for p in rows for v in p]
+    numbers = [v for p in rows for v in p[:4]]
+    numbers += [p[4] for p in rows if p[4] is not None]  # most detectors say how sure they are
     return len(rows) == len(people) and all(isinstance(v, (int, float)) for v in numbers)
 
 
