@@ -342,7 +342,7 @@ def image_tag(
     height: int,  # pixels shown; twice as many are kept
     words: str,  # what it shows, for those who cannot see it
 ) -> str:
-    "An <img> with the picture inside."
+    "An `<img>` with the picture inside."
     small = picture.copy()
     small.thumbnail((2 * height, 2 * height))
     out = io.BytesIO()
@@ -352,7 +352,7 @@ def image_tag(
 
 
 def thumbnail(hit: Hit, height: int = 200) -> str:
-    "The person as an <img>, or a placeholder that says what became of the photo."
+    "The person as an `<img>`, or a placeholder that says what became of the photo."
     try:
         return image_tag(hit.picture(), height, f"person at rank {hit.rank}")
     except TiprError as e:
