@@ -137,7 +137,7 @@ class TokenMasker:
         rates = FLAVOURS[known_name(flavour, FLAVOURS, "flavour of masking")]
         self.flavour = flavour
         self.rates = rates
-        given = dict(fraction=fraction, content=content, labels=labels)
+        given: dict[str, Any] = dict(fraction=fraction, content=content, labels=labels)
         changed = replace(rates, **{k: v for k, v in given.items() if v is not None})
         self.fraction = changed.fraction
         self.content = changed.content
