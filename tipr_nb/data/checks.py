@@ -46,7 +46,7 @@ _EXAMPLES = 3  # shown of each finding
 def _cell(text: str, style: str = "") -> str:
     return f"<td style='text-align:left;vertical-align:top;{style}'>{text}</td>"
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-010
+# %% ../../nbs/01_data/05_checks.ipynb #cell-009
 def _html_row(c: Check) -> str:
     "A finding as a row of an HTML table."
     examples = "".join(f"<br><small>{escape(e)}</small>" for e in c.examples)
@@ -62,7 +62,7 @@ def _text_lines(c: Check) -> list[str]:
         lines.append(f"{'':29} -> {c.remedy}")
     return lines
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-012
+# %% ../../nbs/01_data/05_checks.ipynb #cell-011
 @dataclass(repr=False)
 class Report:
     "What `check_dataset` found."
@@ -136,7 +136,7 @@ class Report:
         "Caption lengths in CLIP tokens, and the length at which CLIP cuts."
         return plot_lengths(self.lengths, ax, limit)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-013
+# %% ../../nbs/01_data/05_checks.ipynb #cell-012
 def plot_lengths(lengths: dict[str, np.ndarray], ax=None, limit: int = 77) -> Any:  # Axes
     "A histogram of caption lengths for each split, with a line where CLIP cuts."
     import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
@@ -180,13 +180,13 @@ def plot_lengths(lengths: dict[str, np.ndarray], ax=None, limit: int = 77) -> An
     sns.despine(ax=ax)
     return ax
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-016
+# %% ../../nbs/01_data/05_checks.ipynb #cell-015
 def _parts(e: DatasetError | str) -> tuple[str, str]:
     "A message as what was found and the remedy."
     found, _, remedy = str(e).partition("; ")
     return found, remedy
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-018
+# %% ../../nbs/01_data/05_checks.ipynb #cell-016
 @dataclass
 class Gathered:
     "What could be parsed of a dataset, and what could not."
@@ -209,7 +209,7 @@ class Gathered:
             else:
                 self.empty.append(where)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-020
+# %% ../../nbs/01_data/05_checks.ipynb #cell-018
 def gather(
     report: Report, name: str, root: str | Path
 ) -> tuple[Path, list[Row]] | None:  # the dataset's folder, its rows
@@ -254,7 +254,7 @@ def gather(
         )
     return home, found.rows
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-021
+# %% ../../nbs/01_data/05_checks.ipynb #cell-019
 def _gather_layout(layout: Layout, root: str | Path, found: Gathered) -> tuple[Path, list[str]]:
     "Records of a public layout; its folder and the names of its files."
     annotation = find_annotation(layout, root)
@@ -262,7 +262,7 @@ def _gather_layout(layout: Layout, root: str | Path, found: Gathered) -> tuple[P
         found.take(partial(parse_record, record, where, layout, split=split), where)
     return annotation.home, [p.name for p in annotation.files.values()]
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-022
+# %% ../../nbs/01_data/05_checks.ipynb #cell-020
 def _gather_table(root: str | Path, found: Gathered) -> tuple[Path, list[str]]:
     "Records of somebody's table; its folder and name."
     tables = find_tables(root)
@@ -273,7 +273,7 @@ def _gather_table(root: str | Path, found: Gathered) -> tuple[Path, list[str]]:
         raise DatasetError(f"{path}: no rows in it; the table needs image, caption and id")
     return path.parent, [path.name]
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-024
+# %% ../../nbs/01_data/05_checks.ipynb #cell-022
 def check_own(report: Report, rows: list[Row]) -> list[Row]:
     "What only people's own tables can have wrong: an image under two people, splits for some rows only."
     try:
@@ -284,7 +284,7 @@ def check_own(report: Report, rows: list[Row]) -> list[Row]:
         report.add("error", "table", *_parts(e))
     return rows
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-027
+# %% ../../nbs/01_data/05_checks.ipynb #cell-025
 Count = tuple[int, int, int]  # identities, images, captions
 
 
@@ -293,7 +293,7 @@ def count_rows(rows: Iterable[Row]) -> Count:
     part = list(rows)
     return len({r.id for r in part}), len(part), sum(len(r.captions) for r in part)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-029
+# %% ../../nbs/01_data/05_checks.ipynb #cell-027
 def check_counts(report: Report, name: str, rows: list[Row], counts: dict[str, Count]):
     "Counts against the official ones."
     official = LAYOUTS[name].official if name in LAYOUTS else {}
@@ -314,7 +314,7 @@ def check_counts(report: Report, name: str, rows: list[Row], counts: dict[str, C
             published = "{:,} ids, {:,} images, {:,} captions".format(*wanted)
             report.add("warning", title, f"{said}; published: {published}", why)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-030
+# %% ../../nbs/01_data/05_checks.ipynb #cell-028
 def check_splits(report: Report, name: str, rows: list[Row]):
     "Splits, identities in two of them, and counts."
     splits = dict.fromkeys(r.split for r in rows)
@@ -351,7 +351,7 @@ def check_splits(report: Report, name: str, rows: list[Row]):
     if single:
         report.add("note", "single photos", f"{single:,} training identities have one photo only")
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-033
+# %% ../../nbs/01_data/05_checks.ipynb #cell-031
 @dataclass
 class ImageFacts:
     "What reading an image file gave."
@@ -360,7 +360,7 @@ class ImageFacts:
     size: tuple[int, int] = (0, 0)  # (w, h)
     error: str = ""
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-035
+# %% ../../nbs/01_data/05_checks.ipynb #cell-033
 def image_facts(path: Path, verify: bool = True) -> ImageFacts:
     "Read (and decode) a file."
     if os.path.exists(path) and not os.path.isfile(path):
@@ -380,7 +380,7 @@ def image_facts(path: Path, verify: bool = True) -> ImageFacts:
     except Exception as e:
         return ImageFacts(digest, error=one_line(e))  # Pillow's plugins raise all kinds
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-037
+# %% ../../nbs/01_data/05_checks.ipynb #cell-035
 def check_missing(
     report: Report, images: Path, rows: list[Row], allowed: int = 0
 ) -> list[str]:  # images that are there
@@ -401,7 +401,7 @@ def check_missing(
     )
     return [p for p in paths if p in there]
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-039
+# %% ../../nbs/01_data/05_checks.ipynb #cell-037
 def check_unreadable(report: Report, facts: dict[str, ImageFacts], verify: bool):
     "Images that cannot be decoded."
     report.unreadable = [p for p, f in facts.items() if f.error]
@@ -417,7 +417,7 @@ def check_unreadable(report: Report, facts: dict[str, ImageFacts], verify: bool)
     else:
         report.add("ok", "unreadable images", "none" if verify else "none, by their headers")
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-041
+# %% ../../nbs/01_data/05_checks.ipynb #cell-040
 def check_sizes(report: Report, rows: list[Row], facts: dict[str, ImageFacts]):
     "Whether the images look like crops of people."
     whole = [facts.get(r.path) for r in rows if not r.box]
@@ -504,7 +504,7 @@ def token_lengths(captions: Sequence[str]) -> np.ndarray:  # (n,)
     known = {c: len(encode(c)) + 2 for c in progress(different, "counting tokens")}
     return np.array([known[c] for c in captions], dtype=np.int64)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-050
+# %% ../../nbs/01_data/05_checks.ipynb #cell-051
 def check_wording(report: Report, rows: list[Row]):
     "Odd numbers of captions; duplicate, foreign, odd and short ones."
     captions = [c for r in rows for c in r.captions]
@@ -541,7 +541,7 @@ def check_wording(report: Report, rows: list[Row]):
         if found:
             report.add("note", check, f"{len(found):,} {what}", "", examples)
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-052
+# %% ../../nbs/01_data/05_checks.ipynb #cell-053
 def check_captions(
     report: Report,
     rows: list[Row],
@@ -571,7 +571,7 @@ def check_captions(
             "CLIP cuts them: take an encoder with a longer context, or live with it",
         )
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-055
+# %% ../../nbs/01_data/05_checks.ipynb #cell-056
 def rows_of(data: PersonDataset) -> list[Row]:
     "A loaded dataset as rows, with the dataset's own identity numbers."
     rows = []
@@ -586,7 +586,7 @@ def rows_of(data: PersonDataset) -> list[Row]:
             )
     return rows
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-057
+# %% ../../nbs/01_data/05_checks.ipynb #cell-058
 _TABLE_NAMES = ("folder", "csv", "jsonl")
 _OWN_IMAGE_DIRS = (".", "imgs", "images")
 
@@ -622,7 +622,7 @@ def check_dataset(
     check_captions(report, rows, lengths)
     return report
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-058
+# %% ../../nbs/01_data/05_checks.ipynb #cell-059
 def _check_loaded(
     report: Report, load: Callable[..., PersonDataset], root: str | Path | None
 ) -> list[Row]:
@@ -636,7 +636,7 @@ def _check_loaded(
     check_splits(report, report.name, rows)
     return rows
 
-# %% ../../nbs/01_data/05_checks.ipynb #cell-059
+# %% ../../nbs/01_data/05_checks.ipynb #cell-060
 def _check_files(
     report: Report, kind: str, root: str | Path, skip: list[str]
 ) -> tuple[list[Row], Path | None]:

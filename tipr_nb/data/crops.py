@@ -98,7 +98,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:  # RGB, upright
         picture = _eight_bits(picture)
     return picture.convert("RGB")
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-018
+# %% ../../nbs/01_data/03_crops.ipynb #cell-019
 def _crop_box(im: Image.Image, box: Sequence[float], path: str | Path) -> Image.Image:
     "The part of a picture inside x, y, w, h."
     x, y, w, h = box
@@ -114,7 +114,7 @@ def _crop_box(im: Image.Image, box: Sequence[float], path: str | Path) -> Image.
         )
     return im.crop((left, top, right, bottom))
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-019
+# %% ../../nbs/01_data/03_crops.ipynb #cell-020
 def read_image(
     path: str | Path,  # file
     box: Sequence[float] | None = None,  # x, y, w, h in pixels to cut out
@@ -137,7 +137,7 @@ def read_image(
         return im
     return _crop_box(im, box, path)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-022
+# %% ../../nbs/01_data/03_crops.ipynb #cell-023
 def resize_image(
     im: Image.Image,  # any size and mode
     image_size: tuple[int, int],  # (h, w)
@@ -149,7 +149,7 @@ def resize_image(
         im = im.resize((w, h), Image.Resampling.BILINEAR)
     return np.asarray(im).transpose(2, 0, 1)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-024
+# %% ../../nbs/01_data/03_crops.ipynb #cell-025
 def stack_images(
     images: Sequence[Image.Image | str | Path],  # pictures or files
     image_size: tuple[int, int],  # (h, w)
@@ -161,7 +161,7 @@ def stack_images(
         row[...] = resize_image(picture, image_size)
     return out
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-027
+# %% ../../nbs/01_data/03_crops.ipynb #cell-028
 def rectangles(erase: Tensor, h: int, w: int) -> Tensor:  # (b, 1, h, w) bool
     "Rectangles (b, 4) of top, left, bottom, right as a mask."
 
@@ -172,7 +172,7 @@ def rectangles(erase: Tensor, h: int, w: int) -> Tensor:  # (b, 1, h, w) bool
     top, left, bottom, right = erase.unbind(1)
     return (inside(h, top, bottom)[:, :, None] & inside(w, left, right)[:, None, :])[:, None]
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-029
+# %% ../../nbs/01_data/03_crops.ipynb #cell-030
 def blank(images: Tensor, erase: Tensor) -> Tensor:
     "Set each image's rectangle to 0, in place; on a GPU without asking it where the rectangles are."
     if images.is_cuda:
@@ -181,7 +181,7 @@ def blank(images: Tensor, erase: Tensor) -> Tensor:
         image[:, top:bottom, left:right] = 0.0
     return images
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-031
+# %% ../../nbs/01_data/03_crops.ipynb #cell-032
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _CACHE_PIXELS = 2**18  # numbers that fit into a processor's cache
@@ -207,7 +207,7 @@ def normalise(
         out[part].copy_(raw[part]).mul_(scale).sub_(shift)
     return out if erase is None else blank(out, erase)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-034
+# %% ../../nbs/01_data/03_crops.ipynb #cell-035
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # the increment of SplitMix64
 
 
@@ -236,7 +236,7 @@ def uniforms(
         bits = _mix(key + counter * _GAMMA) >> np.uint64(11)
     return bits.astype(np.float64) * 2**-53
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-037
+# %% ../../nbs/01_data/03_crops.ipynb #cell-038
 @dataclass
 class Draw:
     "What was drawn for a batch of images."
@@ -385,7 +385,7 @@ def cache_file(
     home = Path(folder) if folder else cache_dir() / "images"
     return home / f"{key.hexdigest()[:24]}.u8"
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-051
+# %% ../../nbs/01_data/03_crops.ipynb #cell-050
 def file_stamps(paths: list[Path]) -> np.ndarray:  # (n, 2) int64
     "Size in bytes and modification time of each file."
     out = np.empty((len(paths), 2), np.int64)
@@ -432,7 +432,7 @@ def check_room(folder: Path, n_bytes: int):
         "TIPR_CACHE to another disk, or do without (cache=False)"
     )
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-056
+# %% ../../nbs/01_data/03_crops.ipynb #cell-055
 def write_cache(
     file: Path,
     paths: list[Path],
@@ -468,7 +468,7 @@ def write_cache(
             pool.shutdown(cancel_futures=True)
     return np.memmap(file, np.uint8, "r", shape=shape)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-058
+# %% ../../nbs/01_data/03_crops.ipynb #cell-057
 def _files(source) -> list:
     return source.images if isinstance(source, Split) else list(source)
 
@@ -476,7 +476,7 @@ def _files(source) -> list:
 def _boxes(source, boxes):
     return source.image_columns.get("box") if isinstance(source, Split) else boxes
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-059
+# %% ../../nbs/01_data/03_crops.ipynb #cell-058
 class ImageCache:
     "Decoded, resized images in one memory-mapped file, built once."
 
@@ -559,7 +559,7 @@ class ImageFiles:
         "These images."
         return stack_images([self.read(i) for i in index], self.image_size)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-063
+# %% ../../nbs/01_data/03_crops.ipynb #cell-064
 def image_batches(
     source: Split | Sequence[str | Path],  # a split, or image files
     image_size: tuple[int, int] = (384, 128),  # (h, w)

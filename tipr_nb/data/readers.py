@@ -104,7 +104,7 @@ class Row:
     columns: dict = field(default_factory=dict)  # name -> value of the image
     caption_columns: dict[str, list] = field(default_factory=dict)  # name -> value of each caption
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-011
+# %% ../../nbs/01_data/02_readers.ipynb #cell-010
 def _shown(value: Any) -> str:
     "A value for a message: on one line, and not longer than that."
     text = repr(value)
@@ -136,7 +136,7 @@ def parse_id(value: Any, where: str) -> int:
         "number the identities 0, 1, 2, ..."
     )
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-013
+# %% ../../nbs/01_data/02_readers.ipynb #cell-011
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -159,7 +159,7 @@ def parse_split(value: Any, where: str) -> str:
         f"{where}: split {_shown(value)} is not one of train, val, test; fix that field"
     )
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-015
+# %% ../../nbs/01_data/02_readers.ipynb #cell-012
 _LONGEST_NAME = 255  # of a file or folder, on all usual file systems
 
 
@@ -194,7 +194,7 @@ def parse_path(value: Any, where: str) -> str:
         )
     return os.path.normpath(path)
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-017
+# %% ../../nbs/01_data/02_readers.ipynb #cell-013
 def parse_captions(value: Any, where: str, drop_empty: bool = False) -> list[str]:
     "Captions as a list of non-empty strings."
     if isinstance(value, str):
@@ -216,7 +216,7 @@ def parse_captions(value: Any, where: str, drop_empty: bool = False) -> list[str
         f"{where}: empty caption; write one, or pass drop_empty=True to leave it out"
     )
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-019
+# %% ../../nbs/01_data/02_readers.ipynb #cell-015
 def parse_record(
     record: Any, where: str, layout: Layout, drop_empty: bool = False, split: str = ""
 ) -> Row:
@@ -262,7 +262,7 @@ _ALIASES = {
     "id": ("id", "identity", "person_id", "pid"),
 }
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-022
+# %% ../../nbs/01_data/02_readers.ipynb #cell-018
 _TOY = {
     "red": (200, 40, 40),
     "blue": (50, 70, 190),
@@ -296,7 +296,7 @@ def toy_person(
     d.rectangle((hand - 5, 0.52 * h, hand + 5, 0.62 * h), _BAG)
     return im
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-024
+# %% ../../nbs/01_data/02_readers.ipynb #cell-020
 def toy_records(n_train: int = 8, n_test: int = 4, photos: int = 2) -> list[dict]:
     "Annotation of toy people in CUHK-PEDES' form, two captions a photo."
     names = list(_TOY)
@@ -342,7 +342,7 @@ def toy_people(
     write_json(root / "reid_raw.json", records)
     return root
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-027
+# %% ../../nbs/01_data/02_readers.ipynb #cell-023
 def _letters(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
@@ -361,7 +361,7 @@ def entry_named(folder: Path, names: Iterable[str], want_dir: bool = False) -> P
             return alike[_letters(name)]
     return None
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-029
+# %% ../../nbs/01_data/02_readers.ipynb #cell-025
 @dataclass
 class Annotation:
     "What holds a dataset's records: one file, or one for each split."
@@ -448,7 +448,7 @@ def find_annotation(layout: Layout, root: str | Path) -> Annotation:
         f"the dataset comes {layout.access}"
     )
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-031
+# %% ../../nbs/01_data/02_readers.ipynb #cell-027
 def json_records(path: Path, what: str = "an annotation file") -> Iterator[tuple[str, Any]]:
     "Where each record of a JSON list stands, and the record."
     records = read_json(path, "download it again", error=DatasetError)
@@ -465,7 +465,7 @@ def annotation_records(layout: Layout, annotation: Annotation) -> Iterator[tuple
         for where, record in json_records(path, f"{layout.folder}'s {layout.annotation[0]}"):
             yield where, record, split
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-034
+# %% ../../nbs/01_data/02_readers.ipynb #cell-030
 _SAMPLE = 50  # rows, whose images are looked for
 
 
@@ -514,7 +514,7 @@ def near_name(path: Path) -> Path | None:
     wanted = _letters(path.stem)
     return next((p for p in sorted(path.parent.iterdir()) if _letters(p.stem) == wanted), None)
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-037
+# %% ../../nbs/01_data/02_readers.ipynb #cell-033
 def missing_error(missing: list[Row], images: Path) -> DatasetError:
     "What to say about images that are not there."
     first = missing[0]
@@ -531,7 +531,7 @@ def missing_error(missing: list[Row], images: Path) -> DatasetError:
         "`tipr data check` lists all"
     )
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-038
+# %% ../../nbs/01_data/02_readers.ipynb #cell-034
 def read_skip(skip: str | Path | Iterable[str]) -> list[str]:
     "Images to leave out: a list of paths, a text file with one a line, or the JSON report of `tipr data check`."
     if not isinstance(skip, (str, Path)):
@@ -550,7 +550,7 @@ def read_skip(skip: str | Path | Iterable[str]) -> list[str]:
         )
     return found
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-040
+# %% ../../nbs/01_data/02_readers.ipynb #cell-036
 def leave_out(rows: list[Row], images: Path, skip: Sequence[str], notes: list[str]) -> list[Row]:
     "The rows whose images are not in `skip`; says in the notes how many were, and what of `skip` is no image here."
     if not skip:
@@ -581,7 +581,7 @@ def leave_out_missing(rows: list[Row], images: Path, allowed: int, notes: list[s
         )
     return [r for r in rows if r.path in there]
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-043
+# %% ../../nbs/01_data/02_readers.ipynb #cell-039
 def _restarted(rows: list[Row]) -> bool:
     "Whether every split numbers its own people from 0 or 1 on, in folders of their own."
     ids: dict[str, set[int]] = {}
@@ -625,7 +625,7 @@ def hold_out(rows: list[Row], fraction: float, seed: int) -> list[int]:
     drawn = np.random.default_rng([seed, 5]).permutation(ids)[:n]
     return sorted(drawn.tolist())
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-045
+# %% ../../nbs/01_data/02_readers.ipynb #cell-042
 _INTEGER = re.compile(r"[+-]?\d{1,15}")
 _ZEROS_FIRST = re.compile(r"[+-]?0\d")  # a badge 007 is no number
 
@@ -655,7 +655,7 @@ def as_column(values: list) -> np.ndarray:
         out[i] = v
     return out
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-047
+# %% ../../nbs/01_data/02_readers.ipynb #cell-045
 def build_split(name: str, rows: list[Row], images: Path, relabel: bool = False) -> Split:
     "Columns from rows; with `relabel` identities become 0..n_ids-1. What an image has, its captions have too."
     source = np.array([r.id for r in rows], dtype=np.int64)
@@ -691,7 +691,7 @@ def _caption_columns(rows: list[Row]) -> dict[str, np.ndarray]:
         out[name] = as_column(values)
     return out
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-049
+# %% ../../nbs/01_data/02_readers.ipynb #cell-047
 def assemble(
     name: str,
     root: Path,
@@ -748,7 +748,7 @@ def make_val(rows: list[Row], val: str, fraction: float, seed: int) -> str:  # t
         f"val: {100 * fraction:g} % of training identities held out ({len(held)} ids, seed {seed})"
     )
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-051
+# %% ../../nbs/01_data/02_readers.ipynb #cell-049
 _ALREADY_READ = ("id", "split", "captions")
 
 
@@ -772,7 +772,7 @@ def add_attributes(rows: list[Row], path: Path):
         names = dict.fromkeys(k for one in about for k in one if k != "caption")
         r.caption_columns |= {k: [one.get(k) for one in about] for k in names}
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-052
+# %% ../../nbs/01_data/02_readers.ipynb #cell-050
 def load_layout(
     layout: Layout, root: str | Path, drop_empty: bool = False, **kwargs
 ) -> PersonDataset:
@@ -812,7 +812,7 @@ def is_old_rstpreid(name: str, rows: list[Row]) -> bool:
         return False
     return all(len({r.id for r in rows if r.split == s}) == 100 for s in ("val", "test"))
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-055
+# %% ../../nbs/01_data/02_readers.ipynb #cell-053
 _USUAL_TABLES = ("captions", "data", "annotations", "metadata")
 
 
@@ -851,7 +851,7 @@ def table_records(tables: dict[str, Path]) -> Iterator[tuple[str, Any]]:
                 record = {"split": split} | record
             yield where, record
 
-# %% ../../nbs/01_data/02_readers.ipynb #cell-057
+# %% ../../nbs/01_data/02_readers.ipynb #cell-056
 _NOT_KEPT = ("split", "box", "x", "y", "w", "h")
 
 

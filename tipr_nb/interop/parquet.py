@@ -58,7 +58,7 @@ def split_features(
     }
     return datasets.Features(features), images, captions
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-010
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-011
 def _plain_values(column: np.ndarray) -> list:
     "A column as plain values; mixed objects as JSON text."
     values = [v.tolist() if hasattr(v, "tolist") else v for v in column]
@@ -69,7 +69,7 @@ def _plain_values(column: np.ndarray) -> list:
         for v in values
     ]
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-012
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-013
 def _image_bytes(path: Path) -> bytes:
     "A picture's file."
     try:
@@ -80,7 +80,7 @@ def _image_bytes(path: Path) -> bytes:
             "skip=[...]"
         ) from None
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-014
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-016
 def image_rows(
     split: Split,
     images: Sequence[str],
@@ -103,7 +103,7 @@ def image_rows(
         row |= {k: values[i] for k, values in columns.items()}
         yield row | {k: [values[j] for j in mine] for k, values in per_caption.items()}
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-016
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-019
 def write_split(
     split: Split,
     folder: str | Path,  # `data/NAME-00000-of-00001.parquet` goes into it
@@ -135,7 +135,7 @@ def write_split(
     bar.close()
     return files
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-019
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-022
 def data_card(dataset: PersonDataset, splits: dict[str, Split], repo: str) -> str:
     "The card of a dataset: what the hub reads, counts, notes."
     names = {"val": "validation"}
@@ -152,7 +152,7 @@ def data_card(dataset: PersonDataset, splits: dict[str, Split], repo: str) -> st
         "data_card", data, name=dataset.name, repo=repo, table=table, notes=f"{notes}\n"
     )
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-021
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-025
 def export_dataset(
     dataset: PersonDataset,
     out: str | Path,  # folder to write
@@ -183,7 +183,7 @@ def export_dataset(
         write_text(tmp / "README.md", data_card(dataset, chosen, repo or out.name))
     return out
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-026
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-030
 def lay_out(
     image: dict,  # `bytes` and `path`, as Parquet has them
     folder: Path,
@@ -203,7 +203,7 @@ def lay_out(
             tmp.write_bytes(data)
     return path
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-028
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-033
 def _as_column(values: list) -> np.ndarray:
     "Values of one column as an array; what is missing becomes NaN among numbers and '' among words."
     if values and isinstance(values[0], list):
@@ -214,7 +214,7 @@ def _as_column(values: list) -> np.ndarray:
     blank = np.nan if numbers else ""
     return np.array([blank if v is None else v for v in values])
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-030
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-036
 def parquet_rows(file: Path) -> Iterator[dict]:
     "The rows of a Parquet file that has pictures, identities and captions."
     pq = need("pyarrow.parquet", "hub", "importing a dataset")
@@ -239,7 +239,7 @@ def parquet_rows(file: Path) -> Iterator[dict]:
             f"{file}: damaged inside ({type(e).__name__}); download it again"
         ) from None
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-032
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-039
 def check_row(captions: Any, identity: Any, image: Any, where: str):
     "A `DatasetError` for a row whose fields are of other types than ours."
     if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
@@ -253,7 +253,7 @@ def check_row(captions: Any, identity: Any, image: Any, where: str):
             f"{where}: its image is no picture; export the dataset again with its pictures"
         )
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-034
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-042
 def read_split(
     name: str,
     files: Sequence[Path],
@@ -294,7 +294,7 @@ def read_split(
         caption_columns,
     )
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-036
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-045
 def _source_folder(source: str | Path) -> Path:
     "The folder on this machine, of a path or a hub id."
     path = Path(source).expanduser()
@@ -305,7 +305,7 @@ def _source_folder(source: str | Path) -> Path:
         raise DatasetError(f"{repo}: no such folder, and not a hub id; give a folder or owner/name")
     return hub_snapshot(repo, "dataset", DatasetError)
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-038
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-047
 def parquet_files(folder: Path) -> dict[str, list[Path]]:  # split -> its files
     "Parquet files by split, `validation` being val."
     names = {"validation": "val", "valid": "val"}
@@ -315,7 +315,7 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:  # split -> its files
         files.setdefault(names.get(key, key), []).append(p)
     return files
 
-# %% ../../nbs/09_interop/08_parquet.ipynb #cell-040
+# %% ../../nbs/09_interop/08_parquet.ipynb #cell-049
 def import_dataset(
     source: str | Path,  # folder in the hub's layout, or a hub id
     images: str | Path | None = None,  # where the pictures go; the cache when None
