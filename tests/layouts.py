@@ -8,6 +8,18 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+# A training of seconds: the smallest tower, two epochs, the first of them warm-up.
+NANO = dict(
+    arch="tipr-nano",
+    pretrained=None,
+    precision="no",
+    batch_size=16,
+    epochs=2,
+    warmup_epochs=1.0,
+    lr=1e-3,
+    log_every=2,
+)
+
 COLOURS = {
     "red": (200, 40, 40),
     "blue": (50, 70, 190),

@@ -16,22 +16,13 @@ from safetensors.torch import load_file
 
 from crash_points import count_changes, crashes
 from gallery_pictures import figure
+from layouts import NANO
 from tipr_nb.core import TiprError, read_json
 from tipr_nb.models import Checkpoints, PersonCLIP
 from tipr_nb.search import ColourModel, Gallery, find_photos, index_photos, read_manifest
 from tipr_nb.training import RECIPES, best_weights, has_best_weights, run_grid, train
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-NANO = dict(
-    arch="tipr-nano",
-    pretrained=None,
-    precision="no",
-    batch_size=16,
-    epochs=2,
-    warmup_epochs=1.0,
-    lr=1e-3,
-    log_every=2,
-)
 
 
 def some(step: int):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from layouts import NANO
 from parallel_run import drawn
 
 from tipr_nb.methods import OBJECTIVES, Objective, register_objective
@@ -40,16 +41,6 @@ from tipr_nb.training import (
 )
 
 HERE = Path(__file__).resolve().parent
-NANO = dict(
-    arch="tipr-nano",
-    pretrained=None,
-    precision="no",
-    batch_size=16,
-    epochs=2,
-    warmup_epochs=1,
-    lr=1e-3,
-    log_every=2,
-)
 
 
 @pytest.fixture(scope="module")
