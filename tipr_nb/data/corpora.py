@@ -136,14 +136,13 @@ class Split:
                 f"split {self.name}: wrong_pairs={fraction} takes captions of several people; give "
                 "more"
             )
-        captions = list(self.captions)
-        for to, source in zip(chosen, np.roll(chosen, step)):
-            captions[to] = self.captions[source]
-        wrong = np.zeros(len(self), bool)
-        wrong[chosen] = True
-        return replace(
-            self, captions=captions, caption_columns=self.caption_columns | {"wrong_pair": wrong}
-        )
+        source = np.arange(len(self))
+        source[chosen] = np.roll(chosen, step)
+        # what is known of a caption goes with it
+        columns = {name: values[source] for name, values in self.caption_columns.items()}
+        columns["wrong_pair"] = source != np.arange(len(self))
+        captions = [self.captions[i] for i in source]
+        return replace(self, captions=captions, caption_columns=columns)
 
     def summary(self) -> dict:
         "Counts, as one row of a table."

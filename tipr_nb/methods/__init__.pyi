@@ -2,7 +2,6 @@
 from .ccd import CCD as CCD
 from .ccd import clean_pairs as clean_pairs
 from .ccd import consensus as consensus
-from .ccd import inject_noise as inject_noise
 from .cmt import CMT as CMT
 from .cmt import cmt_loss as cmt_loss
 from .cmt import cmt_terms as cmt_terms
