@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from .core import TiprError
 from .models import overlay
 
-# %% ../nbs/10_figures.ipynb #cell-005
+# %% ../nbs/10_figures.ipynb #cell-004
 INK = "#1b1f24"  # text
 MUTED = "#667085"  # secondary text
 LINE = "#e4e7ec"  # grid lines
@@ -34,7 +34,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4B
 HIT = "#008a63"  # frames around a picture
 MISS = "#d1372a"
 
-# %% ../nbs/10_figures.ipynb #cell-009
+# %% ../nbs/10_figures.ipynb #cell-008
 _RC = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -86,7 +86,7 @@ def style():
     with matplotlib.rc_context(rc):
         yield
 
-# %% ../nbs/10_figures.ipynb #cell-012
+# %% ../nbs/10_figures.ipynb #cell-011
 class Plot(Figure):
     "A matplotlib figure that shows itself once in a notebook, and can be put into a page."
 
@@ -154,7 +154,7 @@ def canvas(
     fig = Plot(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(nrows, ncols, **kwargs)
 
-# %% ../nbs/10_figures.ipynb #cell-015
+# %% ../nbs/10_figures.ipynb #cell-014
 def sheet(
     width: float,  # inches
     height: float,  # inches
@@ -191,7 +191,7 @@ def as_picture(
         return a.astype(np.uint8)
     return (np.nan_to_num(a).clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
-# %% ../nbs/10_figures.ipynb #cell-018
+# %% ../nbs/10_figures.ipynb #cell-016
 def data_uri(
     picture,  # anything `as_picture` takes
     height: int | None = None,  # rows to scale to; as it is when None
@@ -206,7 +206,7 @@ def data_uri(
     im.save(buffer, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/10_figures.ipynb #cell-022
+# %% ../nbs/10_figures.ipynb #cell-020
 def text_width(text: str, points: float, bold: bool = False) -> float:  # inches
     "Width of one line of text."
     from matplotlib.font_manager import FontProperties
@@ -261,7 +261,7 @@ def _say(ax, text: str, x: float, y: float, points: float = 9, color: str = INK,
     settings = dict(fontsize=points, color=color, va="top", parse_math=False) | kwargs
     return ax.text(x, y, str(text), **settings)
 
-# %% ../nbs/10_figures.ipynb #cell-025
+# %% ../nbs/10_figures.ipynb #cell-023
 def place(
     ax,
     picture,
@@ -300,7 +300,7 @@ def _badge(ax, x: float, y: float, mark: str, r: float = 0.085):
     line = dict(color=PAPER, lw=1.6, solid_capstyle="round", zorder=5)
     ax.plot(x + stroke[:, 0], y + stroke[:, 1], **line)
 
-# %% ../nbs/10_figures.ipynb #cell-027
+# %% ../nbs/10_figures.ipynb #cell-025
 def contact_sheet(
     pictures: Sequence,  # paths, PIL images, arrays or tensors
     labels: Sequence[str] | None = None,  # a few words under each
@@ -336,7 +336,7 @@ def contact_sheet(
             y += h
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-030
+# %% ../nbs/10_figures.ipynb #cell-028
 def retrieval_grid(
     queries: Sequence[str],  # the sentences
     ranked: Sequence[Sequence],  # for each sentence its pictures, best first
@@ -398,7 +398,7 @@ def _paragraph(ax, text: tuple[list[str], list[str]], x: float, y: float, line: 
     for k, words in enumerate(text[1]):
         _say(ax, words, x, y + line * len(text[0]) + 0.05 + 0.14 * k, 7.5, MUTED)
 
-# %% ../nbs/10_figures.ipynb #cell-033
+# %% ../nbs/10_figures.ipynb #cell-031
 def learning_curve(
     history,  # a run, or a table: a step or epoch, losses, and in some rows scores on val
     x: str | None = None,  # column of the horizontal axis; step or epoch when None
@@ -531,7 +531,7 @@ def _label_ends(ax, lines: list[tuple[pd.DataFrame, str]]):
             **where,
         )
 
-# %% ../nbs/10_figures.ipynb #cell-037
+# %% ../nbs/10_figures.ipynb #cell-035
 def caption_lengths(
     lengths,  # tokens (or words) per caption; a mapping of name -> lengths draws several
     limit: int | None = 77,  # where the text tower cuts
@@ -571,7 +571,7 @@ def caption_lengths(
         ax.grid(axis="y")
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-040
+# %% ../nbs/10_figures.ipynb #cell-038
 def interval_bars(
     table,  # a row per bar, such as `Metrics.by[...]`; a mapping of name -> table draws groups of bars
     value: str = "r1",  # column; its interval is in `r1_lo` and `r1_hi`, where there are such
@@ -642,7 +642,7 @@ def _bar_label(ax, y: float, value: float, end: float, count: float | None):
     if count is not None and np.isfinite(count):
         ax.annotate(f"{int(count):,}", (end, y), xytext=(33, 0), fontsize=7.5, color=MUTED, **where)
 
-# %% ../nbs/10_figures.ipynb #cell-043
+# %% ../nbs/10_figures.ipynb #cell-041
 def score_curve(
     table,  # one row per point, or one per point and seed
     x: str,
@@ -695,7 +695,7 @@ def _groups(table: pd.DataFrame, hue: str | None) -> list[tuple[Any, pd.DataFram
         return [(None, table)]
     return list(table.groupby(hue, sort=False))
 
-# %% ../nbs/10_figures.ipynb #cell-046
+# %% ../nbs/10_figures.ipynb #cell-044
 def weight_sweep(
     table,  # one row per weight (and seed): weight and scores
     weight: str = "weight",
@@ -726,7 +726,7 @@ def weight_sweep(
         _title(fig, title)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-049
+# %% ../nbs/10_figures.ipynb #cell-047
 def seed_dots(
     table,  # one line per row of the ablation and seed
     row: str = "row",
@@ -785,7 +785,7 @@ def _row_canvas(width: float, rows: int, groups: int, title: str) -> tuple[Plot,
     height = 0.75 + (0.2 + 0.16 * groups) * rows
     return canvas(width, height + (0.3 if title else 0))
 
-# %% ../nbs/10_figures.ipynb #cell-052
+# %% ../nbs/10_figures.ipynb #cell-050
 def difference_plot(
     parts,  # table with difference, lo and hi (`training.grid_differences`), or name -> table
     title: str = "",
@@ -822,7 +822,7 @@ def difference_plot(
             ax.legend(ncols=2, **_LEGEND_ABOVE)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-055
+# %% ../nbs/10_figures.ipynb #cell-053
 def joint_tsne(
     features: Mapping[str, Any],  # kind -> (n, d) features, all kinds with the same d
     perplexity: float | None = None,  # about how many neighbours count; at most 30 when None
@@ -898,7 +898,7 @@ def _legend_dot(label: str, marker: str, color: str):
     "An entry of a legend."
     return matplotlib.lines.Line2D([], [], ls="", marker=marker, ms=6, color=color, label=label)
 
-# %% ../nbs/10_figures.ipynb #cell-058
+# %% ../nbs/10_figures.ipynb #cell-056
 def word_patch_maps(
     patches,  # (n, d) patch tokens of one picture, without the class token
     words,  # (L, d) word tokens of one caption
@@ -921,7 +921,7 @@ def _unit(a: np.ndarray) -> np.ndarray:
     "Rows of length one."
     return a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-8)
 
-# %% ../nbs/10_figures.ipynb #cell-060
+# %% ../nbs/10_figures.ipynb #cell-058
 def heatmap_grid(
     pictures: Sequence,  # one per row
     maps: Mapping[str, Sequence],  # column title -> one (rows, columns) map per picture
@@ -957,7 +957,7 @@ def heatmap_grid(
                 place(ax, hot, left + c * step, y, *cell)
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-064
+# %% ../nbs/10_figures.ipynb #cell-062
 def word_weights(
     sentences: Sequence[Sequence[str]],  # words of each sentence
     weights: Sequence[Sequence[float]],  # a number per word, e.g. the score's fall without the word
@@ -993,10 +993,10 @@ def word_weights(
             _say(ax, word, x + w / 2, y + line * 0.37, points, ha="center", va="center")
     return fig
 
-# %% ../nbs/10_figures.ipynb #cell-067
+# %% ../nbs/10_figures.ipynb #cell-064
 _WORN = ("upper", "lower", "shoes", "hat", "hair", "scarf", "bag", "held", "inner", "sleeves")
 _COLOUR = {"shoes": "shoe_colour", "sleeves": "sleeve_colour"}
-_MISSING = (214, 39, 40)  # red
+_MISSING = (255, 0, 200)  # magenta: the palette of rendered clothes has none
 
 
 def left_out(
@@ -1007,7 +1007,7 @@ def left_out(
     visible: Sequence[str],  # the attributes that can be seen
     mentioned: Mapping[str, str],  # attribute -> what a caption says
 ) -> tuple[np.ndarray, list[str]]:  # (h, w, 3) uint8, the regions that were painted
-    "A photo with what a caption leaves out in red: garments of which kind or colour can be seen and is not said."
+    "A photo with what a caption leaves out in magenta: garments of which kind or colour can be seen and is not said."
     shown = as_picture(photo).copy()
     missing = []
     for name in _WORN:
@@ -1017,7 +1017,7 @@ def left_out(
             shown[regions[name]] = 0.25 * shown[regions[name]] + 0.75 * np.array(_MISSING)
     return shown, missing
 
-# %% ../nbs/10_figures.ipynb #cell-070
+# %% ../nbs/10_figures.ipynb #cell-067
 def diagram(
     boxes: Mapping[
         str, tuple
