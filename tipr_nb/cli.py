@@ -1631,7 +1631,7 @@ def tipr_app(
     opened = Gallery(gallery, model, root, loader=open_model)
     if generator:
         resolve_model(generator, ("model_index.json",))
-    shipped = opened.manifest.get("model") in ("synth-pedes", "synth-world")
+    shipped = opened.manifest.get("model") in ("clip-synth-pedes", "clip-synth-world")
     offered = imagine or generator or (imagine is None and shipped)
     imagining = functools.partial(enriched, opened, generator) if offered else None
     blocks, address = serve(

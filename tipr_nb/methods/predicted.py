@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/05_methods/12_predicted.ipynb #cell-003
-from ..core import TiprError, resolve_model, shipped_weights
+from ..core import TiprError, resolve_model
 from .objectives import Objective, register_objective
 from .tgte import enhance
 from ..models import (Features, PersonCLIP, fingerprint, load_strict, read_metadata,
@@ -208,8 +208,7 @@ class PredictedQuery(nn.Module):
         "A checkpoint with its predictor."
         name = str(source).removesuffix(PREDICTED_SUFFIX)
         model = PersonCLIP.from_pretrained(name)
-        alias = f"clip-{name}"
-        folder = resolve_model(alias if alias in shipped_weights() else name)
+        folder = resolve_model(name)
         predictor, usual = load_predictor(folder, model)
         found = cls(model, predictor, usual if weight is None else weight)
         if weight is None:
