@@ -270,8 +270,8 @@ class Answering:
         asked = self.question.min_probability is not None
         if self.best >= NOBODY:
             return [known.words()] if asked else []
-        doubt = f"probably nobody here is meant: the best probability is {self.best:.2f}"
-        return [doubt, known.words()]
+        doubt = "probably nobody here is meant, or the sentence fits too many"
+        return [f"{doubt}: the best probability is {self.best:.2f}", known.words()]
 
     def _notes(self, hits):
         "What must be known of this answer, one line each."

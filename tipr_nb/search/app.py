@@ -379,20 +379,23 @@ class Page:
         key: str,
         query: np.ndarray | None,  # (d,) unit
         best: float | None = None,  # score of the answer's first person, for the probability
+        explain: bool = True,  # with what matched, which takes the model a moment
     ) -> tuple[Image.Image | None, Image.Image | None, str]:  # person, what matched, facts as HTML
         "One person closer up."
-        found = self._safely(self._look, key, query, best)
+        found = self._safely(self._look, key, query, best, explain)
         if not isinstance(found, Answer):
             return found
         return None, None, f"<p class='wrong'>{html.escape(found.note)}</p>"
 
-    def _look(self, key, query, best):
+    def _look(self, key, query, best, explain):
         hit = self.gallery.find(key)
         picture = _enlarged(hit.picture(), 384)
         if query is None or len(query) != self.gallery.manifest["dim"]:
             return picture, None, facts_html(hit)
         score = float(np.asarray(self.gallery.features[hit.row], np.float32) @ query)
         facts = facts_html(hit, score, self._probability(score, best))
+        if not explain:
+            return picture, None, facts
         try:
             heat = match_map(self.gallery.encode_image, picture, query)
             return picture, warmed(picture, heat), facts
@@ -579,6 +582,8 @@ table.facts td{overflow-wrap:anywhere}
 #closer{position:sticky;top:12px;align-self:flex-start;max-height:96vh;overflow:auto}
 #closer .image-container img{max-height:300px!important;object-fit:contain}
 #closer [role=tab]{padding:6px 9px}
+#closer [role=tab].selected{color:#1d4ed8}
+.dark #closer [role=tab].selected{color:#93c5fd}
 #deeds button{white-space:nowrap;flex:1 0 auto;padding:5px 9px}
 #take{border:1px solid var(--border-color-primary);border-radius:6px;padding:8px 12px;gap:6px}
 @media (max-width:1023px){
@@ -592,6 +597,11 @@ _SCRIPT = """() => {
   const close = () => document.querySelector('#close');
   const tiles = () => [...document.querySelectorAll('#people .thumbnail-item')];
   window.tiprPage = {tile: null, keys: false};
+  const words = {person: 'the person', heat: 'what matched', near: 'surroundings', whole: 'whole photo',
+    liked: 'the person that others resemble', imagined: 'imagined from the sentence'};
+  new MutationObserver(() => document.querySelectorAll('.image-frame img[alt=""]').forEach(img => {
+    img.alt = words[(img.closest('.block') || {}).id] || 'picture';
+  })).observe(document.body, {childList: true, subtree: true});
   window.addEventListener('popstate', () => location.reload());
   document.addEventListener('pointerdown', () => tiprPage.keys = false, true);
   document.addEventListener('click', e => {
@@ -610,10 +620,6 @@ _SCRIPT = """() => {
   });
 }"""
 _OPENED = """() => {
-  document.querySelectorAll('#closer img').forEach(img => {
-    img.alt = {person: 'the person', heat: 'what matched', near: 'surroundings', whole: 'whole photo'}[
-      img.closest('.block').id] || '';
-  });
   const close = document.querySelector('#close');
   if (window.tiprPage && tiprPage.keys && close) close.focus();
 }"""
@@ -933,28 +939,40 @@ def _wire_closer(gr, page, parts, folder, silent):
 
     def clicked(event: SelectData, keys, query, best, picked):
         key = keys[event.index]
-        button = gr.Button("Unselect" if key in picked else "Select")
-        return [gr.Column(visible=True), *page.look(key, query, best), key, button]
+        label = "Unselect" if key in picked else "Select"
+        seen = page.look(key, query, best, explain=False)
+        return (
+            gr.Column(visible=True),
+            *seen,
+            key,
+            gr.Button(label),
+            gr.DownloadButton(interactive=False),
+        )
+
+    def explained(key, query, best):
+        return page.look(key, query, best)[1:]
 
     def original(key):
         file = page.original(key, folder)
         return gr.DownloadButton(value=file, interactive=file is not None)
 
     known = [parts[n] for n in ("keys", "query", "best", "picked")]
-    details = [parts[n] for n in ("closer", "person", "heat", "facts", "chosen", "pick")]
+    details = [parts[n] for n in ("closer", "person", "heat", "facts", "chosen", "pick", "open")]
     busy = dict(api_visibility="private", show_progress_on=[parts["heat"]])
     chosen = [parts["chosen"]]
-    event = parts["people"].select(clicked, known, details, **busy)
-    event = event.then(page.around, chosen, [parts["near"], parts["whole"]], **silent)
-    event = event.then(original, chosen, [parts["open"]], **silent)
+    event = parts["people"].select(clicked, known, details, **silent)
     event.then(None, js=_OPENED, **silent)
+    event.then(original, chosen, [parts["open"]], **silent)
+    event.then(page.around, chosen, [parts["near"], parts["whole"]], **silent)
+    asked = [parts[n] for n in ("chosen", "query", "best")]
+    event.then(explained, asked, [parts["heat"], parts["facts"]], **busy)
 
     def closed():
         return gr.Column(visible=False), gr.Gallery(selected_index=None)
 
     parts["close"].click(closed, None, [parts["closer"], parts["people"]], **silent)
 
-# %% ../../nbs/08_search/20_app.ipynb #cd8e980b
+# %% ../../nbs/08_search/20_app.ipynb #cell-035
 def _wire_selection(gr, page, parts, folder, silent):
     "Selecting people, and taking them along."
 
@@ -981,7 +999,7 @@ def _wire_selection(gr, page, parts, folder, silent):
         result = [parts["file"], parts["selection"]]
         parts[kind].click(partial(written, kind), known, result, **silent).then(**mark)
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-035
+# %% ../../nbs/08_search/20_app.ipynb #cell-036
 def _shown(gr, answer, question, picked):
     "An answer as the values of the page's components."
     tiles = [(picture, words.replace(" · ", "\n")) for picture, words in answer.tiles]
@@ -1006,7 +1024,7 @@ def _shown(gr, answer, question, picked):
     )
     return [new[name] for name in _SHOWN]
 
-# %% ../../nbs/08_search/20_app.ipynb #357c5289
+# %% ../../nbs/08_search/20_app.ipynb #cell-037
 def _note(answer, question=None):
     "The sentence above the people, with the link that asks again, and the search's own notes."
     link = ""
@@ -1019,7 +1037,7 @@ def _note(answer, question=None):
         lines.append(f'<p class="{kind}">{html.escape(advice)}</p>')
     return "".join(lines)
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-038
+# %% ../../nbs/08_search/20_app.ipynb #cell-040
 def is_loopback(host: str) -> bool:
     "Whether an address is this computer's own."
     if host == "localhost":
@@ -1029,7 +1047,7 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return False
 
-# %% ../../nbs/08_search/20_app.ipynb #73d3ff14
+# %% ../../nbs/08_search/20_app.ipynb #cell-041
 def own_names(
     host: str,
     names: Sequence[str] = (),  # further names of the page
@@ -1047,7 +1065,7 @@ def own_names(
         out += [f"[{n}]" if ":" in str(n) else str(n) for n in found]
     return list(dict.fromkeys(out))
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-040
+# %% ../../nbs/08_search/20_app.ipynb #cell-043
 class OwnNames:
     "ASGI middleware: requests under another host name, or from another site's page, get a one-line refusal."
 
@@ -1082,7 +1100,7 @@ class OwnNames:
         await send(dict(type="http.response.start", status=421, headers=headers))
         await send(dict(type="http.response.body", body=body))
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-042
+# %% ../../nbs/08_search/20_app.ipynb #cell-045
 def check_port(host: str, port: int):
     "Raise a one-line `TiprError` when nothing can listen there."
     if not 0 < port < 65_536:
@@ -1098,7 +1116,7 @@ def check_port(host: str, port: int):
                 f"port {port} on {host}: {why}; choose another with port= (--port)"
             ) from None
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-044
+# %% ../../nbs/08_search/20_app.ipynb #cell-047
 def serve(
     gallery: Gallery,
     *,
@@ -1194,7 +1212,7 @@ def _warm(gallery):
     except TiprError:
         pass
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-046
+# %% ../../nbs/08_search/20_app.ipynb #cell-049
 def find_chromium() -> str | None:
     "Debian's Chromium, or another that is installed."
     found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
