@@ -1,14 +1,19 @@
 import errno, os, subprocess, sys, time
 import pytest
 from tipr_nb.core import (
+    FORMER_NAMES,
     TiprError,
     atomic_path,
     cache_dir,
+    current_name,
     ensure_torchvision,
+    load_object,
     locked,
     os_errors,
     read_json,
+    recorded_name,
     resolve_model,
+    shipped_weights,
     write_json,
     write_text,
 )
@@ -798,3 +803,26 @@ time.sleep(60)
     start = time.time()
     parent.stdout.read()  # until nobody holds the pipe open
     assert time.time() - start < 4
+
+
+class TestFormerNames:
+    def test_both_directions(self):
+        for kind, names in FORMER_NAMES.items():
+            for former, today in names.items():
+                assert current_name(kind, former) == today == current_name(kind, today)
+                assert recorded_name(kind, today) == former == recorded_name(kind, former)
+
+    def test_a_suffix_stays_and_folders_are_left_alone(self):
+        assert current_name("weights", "synth-world+predicted") == "clip-synth-world+predicted"
+        assert current_name("weights", "runs/synth-world") == "runs/synth-world"
+
+    @pytest.mark.parametrize("name", ["synth-world", "synth-pedes"])
+    def test_the_name_of_a_dataset_is_no_weights(self, name):
+        with pytest.raises(TiprError, match=f"its weights are called clip-{name}") as said:
+            resolve_model(name)
+        assert "\n" not in str(said.value)
+
+    def test_todays_names_are_there(self):
+        assert set(FORMER_NAMES["weights"].values()) <= set(shipped_weights())
+        for hook in FORMER_NAMES["hook"].values():
+            assert callable(load_object(hook, "hook"))

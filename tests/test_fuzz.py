@@ -769,7 +769,7 @@ def moment_path(folder):
 def caption_text(folder):
     from tipr_nb.models import PersonCLIP
 
-    tokenize = PersonCLIP.from_pretrained("synth-world").tokenize
+    tokenize = PersonCLIP.from_pretrained("clip-synth-world").tokenize
     return Surface(
         lambda t: tokenize([t]),
         mutate_text,

@@ -859,6 +859,13 @@ def tipr_evaluate(
             help="Enrich the queries by predicted pictures, for weights that have a predictor.",
         ),
     ] = False,
+    msd: Annotated[
+        bool,
+        typer.Option(
+            "--msd",
+            help="Also mSD, the metric of UFine6926, in which similarities count, not ranks.",
+        ),
+    ] = False,
     skip: Skip = None,
     skip_missing: SkipMissing = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -894,6 +901,7 @@ def tipr_evaluate(
             batch_size=batch_size,
             breakdown=by,
             name=f"{data} {split}",
+            msd=msd,
         )
     if out:
         evaluation.save_metrics(m, out)
@@ -1623,7 +1631,7 @@ def tipr_app(
     opened = Gallery(gallery, model, root, loader=open_model)
     if generator:
         resolve_model(generator, ("model_index.json",))
-    shipped = opened.manifest.get("model") in ("synth-pedes", "synth-world")
+    shipped = opened.manifest.get("model") in ("clip-synth-pedes", "clip-synth-world")
     offered = imagine or generator or (imagine is None and shipped)
     imagining = functools.partial(enriched, opened, generator) if offered else None
     blocks, address = serve(

@@ -46,6 +46,7 @@ OBJECTIVES: dict[
     "IRR": "tipr_nb.methods.irr:IRR",
     "TSE": "tipr_nb.methods.tse:TSE",
     "CCD": "tipr_nb.methods.ccd:CCD",
+    "PredictedTGTE": "tipr_nb.methods.predicted:PredictedTGTE",
 }
 
 

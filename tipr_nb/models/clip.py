@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..core import (TiprError, atomic_path, load_object, read_json, resolve_model,
-    shipped_weights, write_json, write_text)
+    write_json, write_text)
 from ..data import CLIP_MEAN, CLIP_STD, EvalTransform
 
 # %% ../../nbs/03_models/09_clip.ipynb #cell-003
@@ -172,7 +172,7 @@ class PersonCLIP(
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str
-        | Path,  # folder, shipped alias such as `synth-world`, or hub id
+        | Path,  # folder, shipped alias such as `clip-synth-world`, or hub id
         *,
         arch: str | None = None,  # the architecture it has to be
         image_size: Sequence[int] | None = None,  # another (h, w): positions are resampled
@@ -182,8 +182,7 @@ class PersonCLIP(
     ) -> Self:
         "Load a checkpoint, in evaluation mode."
         source = str(pretrained_model_name_or_path)
-        alias = f"clip-{source}"
-        folder = resolve_model(alias if alias in shipped_weights() else source)
+        folder = resolve_model(source)
         cfg = read_json(folder / "config.json")
         _check_config(cfg, f"{folder.name}/config.json")
         if arch and arch != cfg["arch"]:

@@ -145,8 +145,7 @@ def calibration_files(
     "Where a gallery's calibration can be, the nearest first."
     model = str(manifest.get("model") or "")
     shipped = shipped_weights()
-    alias = "clip-" + model.removeprefix("clip-")
-    places = [folder, Path(model or folder), *(shipped[n] for n in shipped if n == alias)]
+    places = [folder, Path(model or folder), *(shipped[n] for n in shipped if n == model)]
     return [place / "calibration.json" for place in places]
 
 

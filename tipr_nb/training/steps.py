@@ -74,7 +74,7 @@ def build_encoder(r: Recipe) -> PersonCLIP:
     positions = r.positions
     if name is None or name.endswith(".safetensors"):
         return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
-    saved = "/" in name or name == "synth-world" or name in shipped_weights() or Path(name).is_dir()
+    saved = "/" in name or name in shipped_weights() or Path(name).is_dir()
     if saved:
         return PersonCLIP.from_pretrained(name, arch=r.arch, image_size=size, positions=positions)
     return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
