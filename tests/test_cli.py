@@ -390,6 +390,10 @@ def test_evaluate(run, few, tmp_path):
         )["direction"]
         == "i2t"
     )
+    assert "mSD" not in best
+    asked = json.loads(tipr("evaluate", run / "best", "--root", few, "--msd", "--json").stdout)
+    assert 0 < asked["mSD"] < 100 and asked["r1"] == best["r1"]
+    assert "mSD" in tipr("evaluate", run, "--root", few, "--msd").stdout
     refused(
         tipr("evaluate", run, "--root", few, "--split", "tset"),
         "unknown split",
@@ -398,6 +402,17 @@ def test_evaluate(run, few, tmp_path):
     refused(tipr("evaluate", run, "--root", few, "--by", "hue"), "hue")
     refused(tipr("evaluate", run, "--root", few, "--direction", "t2t"), "t2t")
     refused(tipr("evaluate", run, "--root", few, "--out", tmp_path / "m.txt"), ".json")
+
+
+def test_weights_with_a_longer_context_are_trained_and_read(few, tmp_path):
+    from tipr_nb.models import PersonCLIP
+
+    long = tmp_path / "long"
+    PersonCLIP("tipr-nano").resize_context(120).save_pretrained(long)
+    more = ["--set", f"pretrained={long}", "--set", "epochs=1"]
+    result = tipr("train", "clip-tiny", "--root", few, "--out", tmp_path / "run", *NANO, *more)
+    assert result.exit_code == 0, result.output
+    assert PersonCLIP.from_pretrained(tmp_path / "run" / "best").context_length == 120
 
 
 def test_evaluate_refuses_pickles_and_other_files(tmp_path, few):

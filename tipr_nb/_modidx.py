@@ -1872,6 +1872,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'tipr_nb.models.losses.tal_loss': ('03_models/losses.html#tal_loss', 'tipr_nb/models/losses.py'),
                                        'tipr_nb.models.losses.unit': ('03_models/losses.html#unit', 'tipr_nb/models/losses.py')},
             'tipr_nb.models.maps': { 'tipr_nb.models.maps._windows': ('03_models/maps.html#_windows', 'tipr_nb/models/maps.py'),
+                                     'tipr_nb.models.maps.attention_maps': ('03_models/maps.html#attention_maps', 'tipr_nb/models/maps.py'),
                                      'tipr_nb.models.maps.interaction_maps': ( '03_models/maps.html#interaction_maps',
                                                                                'tipr_nb/models/maps.py'),
                                      'tipr_nb.models.maps.overlay': ('03_models/maps.html#overlay', 'tipr_nb/models/maps.py')},

@@ -15,6 +15,7 @@ from .losses import itc_loss as itc_loss
 from .losses import sdm_loss as sdm_loss
 from .losses import tal_loss as tal_loss
 from .losses import unit as unit
+from .maps import attention_maps as attention_maps
 from .maps import interaction_maps as interaction_maps
 from .maps import overlay as overlay
 from .storage import Checkpoints as Checkpoints
