@@ -8,9 +8,9 @@ __all__ = ['app', 'data_app', 'Out', 'Seed', 'Name', 'NameArg', 'Root', 'Skip', 
            'left_out', 'data_synth', 'data_world', 'parse_size', 'data_check', 'length_bars', 'save_lengths',
            'data_stats', 'tipr_generate', 'generate_sentences', 'generate_captions', 'learn_to_generate', 'parse_value',
            'parse_settings', 'tipr_train', 'generated_extra', 'tipr_evaluate', 'open_model', 'predicted_name',
-           'open_predicted', 'tipr_grid', 'tipr_index', 'check_engine', 'threaded_loader', 'named_detector', 'enriched',
-           'check_served', 'named_numbers', 'predicting', 'row_or_key', 'tipr_search', 'tipr_app', 'tipr_models',
-           'tipr_convert', 'tipr_card', 'tipr_push', 'data_export', 'main']
+           'open_predicted', 'tipr_grid', 'tipr_index', 'ray_cluster', 'check_engine', 'threaded_loader',
+           'named_detector', 'enriched', 'check_served', 'named_numbers', 'predicting', 'row_or_key', 'tipr_search',
+           'tipr_app', 'tipr_models', 'tipr_convert', 'tipr_card', 'tipr_push', 'data_export', 'main']
 
 # %% ../nbs/13_cli.ipynb #cell-002
 import contextlib, dataclasses, functools, json, os, sys
@@ -1144,6 +1144,23 @@ def tipr_index(
     join: Annotated[
         bool, typer.Option("--join", help="Put parts that were encoded with --part together.")
     ] = False,
+    ray: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="ADDRESS",
+            help="Encode on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        Optional[int],
+        typer.Option(min=1, help="Workers of the cluster; as many as it has room for."),
+    ] = None,
+    ray_cpus: Annotated[
+        Optional[float], typer.Option(help="CPUs of each worker, and its threads; 1.")
+    ] = None,
+    ray_gpus: Annotated[
+        Optional[float], typer.Option(help="GPUs of each worker; 0.5: two workers share one.")
+    ] = None,
     wait: Annotated[
         float, typer.Option(min=0.0, help="Seconds to wait for another indexer of this gallery.")
     ] = 0.0,
@@ -1171,8 +1188,11 @@ def tipr_index(
     if predict:
         model = predicted_name(model or DEFAULT_MODEL)
     given = dict(dtype=dtype, workers=workers, max_pixels=max_pixels)
+    given["cluster"] = ray_cluster(ray, workers=ray_workers, cpus=ray_cpus, gpus=ray_gpus)
     more: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if part is not None:
+        if ray is not None:
+            raise TiprError("--ray divides the photos itself: leave --part out")
         if join or rebuild or engine:
             raise TiprError(
                 "--part only encodes: --join, --rebuild and --engine go with the run that joins"
@@ -1238,6 +1258,21 @@ def tipr_index(
             ]
         )
     )
+
+# %% ../nbs/13_cli.ipynb #ray-cluster-option
+def ray_cluster(
+    address: str | None,  # of --ray
+    **options,  # workers, cpus, gpus; None: as `RayCluster` has it
+) -> Any:  # `RayCluster`, or None
+    "The cluster that the options name."
+    given = {k: v for k, v in options.items() if v is not None}
+    if address is None and given:
+        raise TiprError(f"--ray-{min(given)} goes with --ray ADDRESS")
+    if address is None:
+        return None
+    from tipr_nb.search import RayCluster
+
+    return RayCluster(address, **given)
 
 # %% ../nbs/13_cli.ipynb #cell-037
 def check_engine(engine: str | None, options: dict) -> str | None:
