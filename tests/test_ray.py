@@ -249,9 +249,10 @@ def test_the_version_of_a_cluster_is_compared(monkeypatch):
 
 
 def test_the_command_line(photos, alone, tmp_path, monkeypatch):
-    import tipr_nb.cli as cli
+    from tipr_nb import cli
+    from tipr_nb.cli import search as commands
 
-    monkeypatch.setattr(cli, "threaded_loader", lambda stack: lambda name: ColourModel())
+    monkeypatch.setattr(commands, "threaded_loader", lambda stack: lambda name: ColourModel())
     base = ["index", str(photos), "--gallery", str(tmp_path / "g")]
     out = CliRunner().invoke(cli.app, [*base, "--ray", "local", "--ray-workers", "2", "--json"])
     assert out.exit_code == 0, out.output
