@@ -7,6 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from tipr_nb import cli
+from tipr_nb.cli.data import length_bars
 from tipr_nb.core import TiprError
 
 NANO = [
@@ -89,7 +90,7 @@ def toy(tmp_path_factory):
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
-    code = "import sys, tipr_nb.cli as c; heavy = [m for m in ('torch', 'pandas', 'matplotlib', 'numpy', 'open_clip') if m in sys.modules]; assert not heavy, heavy"
+    code = "import sys, tipr_nb.cli as c; c.app; heavy = [m for m in ('torch', 'pandas', 'matplotlib', 'numpy', 'open_clip') if m in sys.modules]; assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True)
     before = busy()
     done = subprocess.run(
@@ -309,12 +310,12 @@ def test_data_check_of_a_broken_set(tmp_path):
 
 
 def test_length_bars():
-    text = cli.length_bars({"train": [5, 6, 7, 80], "val": []})
+    text = length_bars({"train": [5, 6, 7, 80], "val": []})
     assert (
         "25.0 %" in text
         and sum(int(line.split()[-1].replace(",", "")) for line in text.splitlines()[1:]) == 4
     )
-    assert cli.length_bars({}) == "" and "0.0 %" in cli.length_bars({"train": [9]})
+    assert length_bars({}) == "" and "0.0 %" in length_bars({"train": [9]})
 
 
 def test_settings_are_typed():
@@ -1038,9 +1039,7 @@ def test_generate_refuses(words, says, few, toy):
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
 def test_threads_wait_asleep_unless_told_otherwise(monkeypatch, given):
-    from tipr_nb import cli
-
-    monkeypatch.setattr(cli, "app", lambda prog_name: None)
+    monkeypatch.setattr("tipr_nb.cli.commands.app", lambda prog_name: None)
     monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
     if given is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
@@ -1165,7 +1164,7 @@ def test_a_gallery_of_somebody_elses_weights(shelf, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_a_console_that_cannot_show_a_name(people, encoding):
-    code = "import sys; from tipr_nb import cli; sys.argv = ['tipr']; cli.app = lambda prog_name: (cli.say('żółw 北门'), cli.say_json({'name': '北😀'})); cli.main()"
+    code = "import sys; from tipr_nb import cli; from tipr_nb.cli import commands; sys.argv = ['tipr']; commands.app = lambda prog_name: (cli.say('żółw 北门'), cli.say_json({'name': '北😀'})); cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
