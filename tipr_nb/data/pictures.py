@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_FORMATS', 'picture_formats', 'picture_header', 'exif_notes', 'to_rgb']
 
-# %% ../../nbs/01_data/06_pictures.ipynb #f39a8276
+# %% ../../nbs/01_data/06_pictures.ipynb #cell-002
 import io, os
 from functools import cache
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-# %% ../../nbs/01_data/06_pictures.ipynb #cell-006
+# %% ../../nbs/01_data/06_pictures.ipynb #cell-005
 _PLUGINS = {  # format -> Pillow's module that reads it
     "JPEG": "JpegImagePlugin",
     "MPO": "MpoImagePlugin",
@@ -55,7 +55,7 @@ def picture_header(
         raise OSError("not a file")  # a folder, or a pipe that would be waited on for ever
     return Image.open(source, formats=picture_formats())
 
-# %% ../../nbs/01_data/06_pictures.ipynb #f55220f9
+# %% ../../nbs/01_data/06_pictures.ipynb #cell-011
 def exif_notes(picture: Image.Image) -> Any:  # `Image.Exif`, or an empty dict
     "What a picture's header says of it; a damaged header says nothing, and the picture counts all the same."
     try:
@@ -65,7 +65,7 @@ def exif_notes(picture: Image.Image) -> Any:  # `Image.Exif`, or an empty dict
     except Exception:  # Pillow's plugins raise all kinds
         return {}
 
-# %% ../../nbs/01_data/06_pictures.ipynb #cell-010
+# %% ../../nbs/01_data/06_pictures.ipynb #cell-013
 def _upright(picture: Image.Image) -> Image.Image:
     "Turned as its EXIF note says; a damaged note is none."
     try:
@@ -73,14 +73,14 @@ def _upright(picture: Image.Image) -> Image.Image:
     except Exception:
         return picture  # Pillow's plugins raise all kinds
 
-# %% ../../nbs/01_data/06_pictures.ipynb #cell-012
+# %% ../../nbs/01_data/06_pictures.ipynb #cell-015
 def _on_white(picture: Image.Image) -> Image.Image:
     "With white behind what is transparent."
     over = picture.convert("RGBA")
     white = Image.new("RGBA", over.size, "white")
     return Image.alpha_composite(white, over)
 
-# %% ../../nbs/01_data/06_pictures.ipynb #cell-014
+# %% ../../nbs/01_data/06_pictures.ipynb #cell-017
 def _eight_bits(picture: Image.Image) -> Image.Image:
     "Grey of 16 or 32 bits, or floats in [0, 1] or [0, 255], as 8 bits."
     values = np.asarray(picture, dtype=np.float32)
@@ -90,7 +90,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         scale = 1 / 256
     return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
 
-# %% ../../nbs/01_data/06_pictures.ipynb #cell-016
+# %% ../../nbs/01_data/06_pictures.ipynb #cell-020
 def to_rgb(picture: Image.Image) -> Image.Image:  # RGB, upright
     "Any picture as training, evaluation, galleries and queries see it."
     if picture.mode == "RGB" and "transparency" not in picture.info and not exif_notes(picture):

@@ -236,7 +236,7 @@ MAX_BYTES = 1 << 30
 class PhotoError(TiprError):
     "A picture that cannot be used, with the reason in a few words."
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-048
+# %% ../../nbs/08_search/01_photos.ipynb #cell-046
 class Decoded(NamedTuple):
     "A picture with what its header says."
 
@@ -244,7 +244,7 @@ class Decoded(NamedTuple):
     size: tuple[int, int]  # full (width, height), before any shrinking
     taken: datetime | None  # when it was taken, if the header says so
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-050
+# %% ../../nbs/08_search/01_photos.ipynb #cell-048
 def decode_picture(
     data: bytes,  # the file's bytes
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures
@@ -264,7 +264,7 @@ def decode_picture(
     except Exception as e:  # Pillow's plugins raise all kinds
         raise PhotoError(f"cannot be decoded ({first_line(e)})") from None
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-051
+# %% ../../nbs/08_search/01_photos.ipynb #cell-049
 def _decode(data, max_pixels, shrink_to):
     picture = picture_header(data)
     width, height = picture.size
@@ -279,13 +279,13 @@ def _decode(data, max_pixels, shrink_to):
     size = (height, width) if _is_turned(notes) else (width, height)
     return Decoded(to_rgb(picture), size, _taken(notes))
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-052
+# %% ../../nbs/08_search/01_photos.ipynb #cell-050
 def first_line(e: BaseException) -> str:
     "The first line of an error's text, or the error's name."
     lines = str(e).splitlines() or [""]
     return lines[0][:100] or type(e).__name__
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-054
+# %% ../../nbs/08_search/01_photos.ipynb #cell-052
 def _is_turned(exif):
     "Whether the camera was held upright, so that width and height change places."
     return exif.get(0x0112, 1) in (5, 6, 7, 8)
@@ -302,7 +302,7 @@ def _taken(exif):
             continue
     return None
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-057
+# %% ../../nbs/08_search/01_photos.ipynb #cell-054
 def open_picture(
     data: bytes,  # the file's bytes
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures
@@ -311,7 +311,7 @@ def open_picture(
     "The picture alone; raises `PhotoError`."
     return decode_picture(data, max_pixels, shrink_to).picture
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-060
+# %% ../../nbs/08_search/01_photos.ipynb #cell-057
 def picture_size(path: str | Path) -> tuple[int, int]:  # (width, height), upright
     "Size from the header; raises `PhotoError`."
     try:
