@@ -43,6 +43,7 @@ from .machine import free_threads as free_threads
 from .machine import native_bf16 as native_bf16
 from .machine import progress as progress
 from .machine import usable_precision as usable_precision
+from .outputs import check_output as check_output
 from .sources import fill_card as fill_card
 from .sources import hub_answers as hub_answers
 from .sources import hub_is_offline as hub_is_offline

@@ -29,5 +29,6 @@ from .storage import unpack_optimizer as unpack_optimizer
 from .storage import write_safetensors as write_safetensors
 from .timm_towers import register_tower as register_tower
 from .timm_towers import siglip_name as siglip_name
+from .tokens import tokenize_captions as tokenize_captions
 from .tokens import vocab_and_merges as vocab_and_merges
 from .weights import OpenClipFolder as OpenClipFolder

@@ -30,7 +30,7 @@ from tipr_nb.models.backbones import (arch_config, build_clip, can_trim, check_i
 from .features import Features
 from .losses import unit
 from .storage import load_strict, read_safetensors, write_safetensors
-from .tokens import make_tokenizer
+from .tokens import make_tokenizer, tokenize_captions
 from .weights import OpenClipFolder, fetch_tag, match_activation
 
 # %% ../../nbs/03_models/09_clip.ipynb #cell-004
@@ -289,13 +289,9 @@ class PersonCLIP(
         return 0 if pad is None else int(pad)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:  # (b, L)
-        "Token ids, padded only to the longest caption (where the tower allows it)."
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        tokens = self.tokenizer(captions)
-        if not len(tokens) or not self.trims:
-            return tokens
-        longest = int(self.token_mask(tokens).sum(1).max())
-        return tokens[:, :longest]
+        "Token ids by `tokenize_captions`, padded only to the longest caption (where the tower allows it)."
+        mask = self.token_mask if self.trims else None
+        return tokenize_captions(captions, self.tokenizer, mask)
 
     def token_mask(self, tokens: Tensor) -> Tensor:  # (b, L) -> (b, L) True at real tokens
         "Which tokens are start, words and end of text, and which padding."
