@@ -435,6 +435,65 @@ def test_output_that_cannot_be_written(few, tmp_path):
     )
 
 
+LATE = {  # command: what would be loaded or computed before anything is written
+    ("demo", "--out", "OUT"): "tipr_nb.demo:demo_data",
+    ("data", "synth", "--ids", "40", "--root", "OUT"): "tipr_nb.synth:make_synth_pedes",
+    ("data", "world", "--images", "40", "--root", "OUT"): "tipr_nb.synth:make_synth_world",
+    ("data", "export", "synth-pedes", "OUT"): "tipr_nb.data:load_dataset",
+    ("train", "sdm-id-tiny", "--out", "OUT"): "tipr_nb.data:load_dataset",
+    ("generate", "a man", "--out", "OUT"): "tipr_nb.generation:PersonGenerator",
+    ("generate", "--out", "OUT"): "tipr_nb.generation:PersonGenerator",
+    ("generate", "--train", "--out", "OUT"): "tipr_nb.generation.training:train_small",
+    ("index", "PHOTOS", "--gallery", "OUT"): "tipr_nb.search:Gallery",
+    ("index", "PHOTOS", "--part", "1/2", "--gallery", "OUT"): "tipr_nb.search:index_part",
+    ("convert", "clip-synth-world", "OUT"): "tipr_nb.interop.exports:open_weights",
+    ("convert", "clip-synth-world", "OUT", "--to", "onnx"): "tipr_nb.interop.exports:open_weights",
+    ("grid", "GRID", "--runs", "OUT"): "tipr_nb.training.grid:GridRunner",
+}
+LATE_FILES = {
+    ("evaluate", "clip-synth-world", "--out", "OUT"): "tipr_nb.interop:open_weights",
+    ("grid", "GRID", "--out", "OUT"): "tipr_nb.training.grid:GridRunner",
+    ("data", "check", "synth-pedes", "--plot", "OUT"): "tipr_nb.data:check_dataset",
+    ("search", "a man", "--gallery", "PHOTOS", "--html", "OUT"): "tipr_nb.search:Gallery",
+    ("search", "a man", "--gallery", "PHOTOS", "--csv", "OUT"): "tipr_nb.search:Gallery",
+    ("search", "a man", "--gallery", "PHOTOS", "--zip", "OUT"): "tipr_nb.search:Gallery",
+}
+
+
+@pytest.mark.parametrize(
+    "words, late, folder",
+    [(w, late, True) for w, late in LATE.items()]
+    + [(w, late, False) for w, late in LATE_FILES.items()],
+    ids=lambda value: "-".join(value).replace("/", "") if isinstance(value, tuple) else None,
+)
+def test_an_output_is_refused_before_the_work(tmp_path, monkeypatch, words, late, folder):
+    import importlib
+
+    module, name = late.split(":")
+
+    def too_late(*args, **kwargs):
+        raise AssertionError("began to work")
+
+    monkeypatch.setattr(importlib.import_module(module), name, too_late)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "grid.toml").write_text('[[rows]]\nname = "a"\nrecipe = "sdm-id-tiny"\n')
+    outputs = {
+        "x" * 300: "longer than this file system allows",
+        "file.txt/run": "a part of this path is a file",
+        "file.txt" if folder else "photos": "of that name is in the way",
+    }
+    if words[:2] == ("convert", "clip-synth-world") or words[:2] == ("data", "export"):
+        outputs["file.txt"] = ""  # said in words of its own
+    for output, says in outputs.items():
+        places = dict(
+            OUT=tmp_path / output, PHOTOS=tmp_path / "photos", GRID=tmp_path / "grid.toml"
+        )
+        refused(tipr(*(places.get(w, w) for w in words)), says, str(tmp_path / output)[:80])
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["file.txt", "grid.toml", "photos"]
+
+
 def test_grid(few, tmp_path):
     settings = dict(w.split("=") for w in NANO[1::2]) | dict(
         epochs=1, batch_size=16, lr=2e-3, pretrained=None

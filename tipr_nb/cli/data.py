@@ -15,7 +15,7 @@ import typer
 from .frame import say, say_json
 from .options import (AsJson, DatasetArgument, Root, Seed, Skip, SkipMissing,
     check_place, left_out, open_dataset, parse_size)
-from ..core import TiprError
+from ..core import TiprError, check_output
 
 # %% ../../nbs/13_cli/03_data.ipynb #cell-005
 Size = Annotated[str, typer.Option(help="Height x width in pixels, up to 384x128.")]
@@ -51,6 +51,7 @@ def data_synth(
         return say(repr(load_dataset("synth-pedes")))
     from tipr_nb.synth import make_synth_pedes
 
+    check_output(root, folder=True)
     say(
         repr(
             load_dataset(
@@ -76,6 +77,7 @@ def data_world(
     """
     from tipr_nb.synth import make_synth_world
 
+    check_output(root, folder=True)
     make_synth_world(root, images, seed=seed, image_size=parse_size(size))
     say(repr(open_dataset("synth-world", root)))
 
@@ -138,6 +140,8 @@ def data_check(
     from tipr_nb.data import check_dataset
 
     check_place(name, root)
+    if plot:
+        check_output(plot)
     report = check_dataset(name, root, verify=not fast, **left_out(skip, skip_missing))
     if as_json:
         say_json(report.to_dict())
@@ -178,6 +182,7 @@ def data_export(
     """
     from tipr_nb.interop import export_dataset
 
+    check_output(out, folder=True)
     folder = export_dataset(open_dataset(name, root, need=()), out, split or None)
     say(f"written: {folder} ({', '.join(sorted(p.name for p in folder.rglob('*.parquet')))})")
 

@@ -16,7 +16,7 @@ import typer
 from .frame import say
 from tipr_nb.cli.options import (DatasetName, Device, GeneratorName, Root, Seed, open_dataset,
     parse_size)
-from ..core import TiprError
+from ..core import TiprError, check_output
 
 # %% ../../nbs/13_cli/05_generation.ipynb #cell-005
 def generate_sentences(sentences: list[str], generator: Any, out: Path, per_caption: int):
@@ -174,13 +174,17 @@ def tipr_generate(
 
     Example: tipr generate "a woman in a red coat with a black backpack" --out drawn
     """
+    default = Path("runs") / "generator" if learn else Path("drawn")
+    folder = out or default
+    if out or learn or text:
+        check_output(folder, folder=True)
     if learn:
         return learn_to_generate(
             text,
             data,
             root,
             (split or ["train"])[0],
-            out or Path("runs") / "generator",
+            folder,
             generator=generator,
             rank=rank,
             size=parse_size(size) if size else None,
@@ -213,7 +217,7 @@ def tipr_generate(
 
     with free_threads():
         if text:
-            generate_sentences(text, load_generator(), out or Path("drawn"), per_caption)
+            generate_sentences(text, load_generator(), folder, per_caption)
         else:
             generate_captions(data, root, split or ["train"], load_generator, out, per_caption)
 
@@ -239,5 +243,6 @@ def tipr_demo(
     """
     from tipr_nb.demo import DemoPlan, QUICK, run_demo
 
+    check_output(out, folder=True)
     page = run_demo(out, DemoPlan(**QUICK, seed=seed) if quick else DemoPlan(seed=seed), say=say)
     say(f"\nnumbers: {out / 'metrics.json'}\npage:    {page}   <- open this in a browser")

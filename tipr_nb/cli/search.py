@@ -17,7 +17,7 @@ import typer
 from .frame import say, say_json
 from .options import (PREDICTED, AsJson, GalleryFolder, GeneratorName, MovedPhotos,
     MovedWeights, Predict, open_model, open_predicted, predicted_name)
-from ..core import TiprError, known_name
+from ..core import TiprError, check_output, known_name
 
 # %% ../../nbs/13_cli/06_search.ipynb #cell-005
 def check_engine(engine: str | None, options: dict) -> str | None:
@@ -273,6 +273,7 @@ def tipr_index(
     )
     options = {k: v for k, v in asked.items() if v is not None}
     engine = check_engine(engine, options)
+    check_output(gallery, folder=True)
     from tipr_nb.search import DEFAULT_MODEL, Gallery
 
     if predict:
@@ -557,6 +558,10 @@ def tipr_search(
         check_served(gallery, local_only)
     elif gallery is None:
         raise TiprError("say where to search: --gallery DIR or --milvus-uri ADDRESS")
+    written = dict(html=page, csv=table, zip=archive)
+    for path in written.values():
+        if path:
+            check_output(path)
     from tipr_nb.search import Gallery, ServedGallery
 
     examples = [*(row_or_key(one) for one in like or ()), *(image or ())]
@@ -592,7 +597,6 @@ def tipr_search(
     if imagine or generator:
         opened = enriched(opened, generator, weight)
     hits = opened.search(text or None, k, **question)
-    written = dict(html=page, csv=table, zip=archive)
     for kind, path in written.items():
         if path:
             getattr(hits, f"to_{kind}")(path)

@@ -16,7 +16,7 @@ import typer
 from .frame import say, say_json
 from .options import (AsJson, DatasetName, Device, Pictures, Predict, Root, Skip,
     SkipMissing, check_place, left_out, open_dataset, open_model, open_predicted)
-from ..core import TiprError, known_name
+from ..core import TiprError, check_output, known_name
 
 # %% ../../nbs/13_cli/04_training.ipynb #cell-005
 def parse_value(written: str) -> Any:
@@ -204,6 +204,7 @@ def tipr_train(
     seeds = [] if seed is None else [f"seed={seed}"]
     chosen = parse_settings([*(settings or []), *seeds], training.get_recipe(recipe))
     folder = out or Path("runs") / chosen.name
+    check_output(folder, folder=True)
     dataset = open_dataset(
         data, root, need=("train",), wrong_pairs=wrong_pairs, **left_out(skip, skip_missing)
     )
@@ -295,6 +296,8 @@ def tipr_evaluate(
     if predict and pictures is not None:
         raise TiprError("--predict takes the place of --pictures; give one of them")
     check_place(data, root)
+    if out:
+        check_output(out)
     # a slip in the checkpoint's name is said before the benchmark is drawn
     model = open_predicted(checkpoint, weight) if predict else open_model(checkpoint)
     dataset = open_dataset(data, root, need=(), **left_out(skip, skip_missing))

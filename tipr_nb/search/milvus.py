@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LIKE_PATTERNS', 'MILVUS_INDICES', 'NUMBER_LIMITS', 'MILVUS_TYPES', 'KEY', 'FEATURE', 'STATE_FIELD', 'MAX_TEXT',
            'MAX_HITS', 'STORE_FORMAT', 'FACTS_PROPERTY', 'milvus_literal', 'like_pattern', 'tree_expression',
-           'milvus_expression', 'is_server', 'check_uri', 'public_uri', 'Milvus', 'last_words', 'milvus_errors',
-           'IndexKind', 'index_kind', 'StoreFacts', 'StoreHit', 'cut_text', 'row_state', 'MilvusStore', 'alias_target',
-           'open_store', 'collection_text', 'check_name', 'create_store', 'store_schema', 'store_index', 'SyncReport',
-           'sync_store', 'StoreEngine', 'build_milvus', 'MilvusEngine']
+           'milvus_expression', 'is_server', 'check_uri', 'public_uri', 'Milvus', 'last_words', 'milvus_reason',
+           'milvus_errors', 'IndexKind', 'index_kind', 'StoreFacts', 'StoreHit', 'cut_text', 'row_state', 'MilvusStore',
+           'alias_target', 'open_store', 'collection_text', 'check_name', 'new_collection', 'create_store',
+           'store_schema', 'store_index', 'SyncReport', 'sync_store', 'StoreEngine', 'build_milvus', 'MilvusEngine']
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-003
 import contextlib, hashlib, json, logging, os, re
@@ -128,11 +128,9 @@ class Milvus:
         try:
             cls.clients[uri, token] = pymilvus.MilvusClient(uri, token=token, timeout=10)
         except Exception as e:  # of pymilvus, grpc, and plain ones
-            why = f"Milvus cannot be opened ({last_words(e)})"
-            remedy = (
-                f"is the address right, and no other process using the file?{cls.hint(uri, token)}"
-            )
-            raise TiprError(f"{public_uri(uri)}: {why}; {remedy}") from None
+            why = f"Milvus cannot be opened ({milvus_reason(e)})"
+            remedy = "" if is_server(uri) else "; is another process using the file?"
+            raise TiprError(f"{public_uri(uri)}: {why}{remedy}{cls.hint(uri, token)}") from None
         return cls.clients[uri, token]
 
     @staticmethod
@@ -166,6 +164,21 @@ def last_words(e: BaseException) -> str:
     lines = text.splitlines() or [type(e).__name__]
     return lines[-1][:160]
 
+# %% ../../nbs/08_search/08_milvus.ipynb #milvus-reason
+def milvus_reason(e: BaseException) -> str:
+    "What Milvus, pymilvus or gRPC complain about, in one line."
+    one: BaseException | None = e
+    for _ in range(20):
+        if one is None:
+            break
+        if "UNAUTHENTICATED" in str(one) or "auth check failure" in str(one):
+            return "user and password, or the token, are not accepted; set TIPR_MILVUS_TOKEN=USER:PASSWORD"
+        one = one.__cause__ or one.__context__
+    words = last_words(e)
+    if "server unavailable" in words or "Connection refused" in words:
+        return "the server does not answer; is it running, and is the address right?"
+    return words
+
 
 @contextlib.contextmanager
 def milvus_errors(uri: str) -> Iterator[None]:
@@ -177,7 +190,7 @@ def milvus_errors(uri: str) -> Iterator[None]:
     except Exception as e:
         if not type(e).__module__.startswith(("pymilvus", "grpc", "milvus_lite")):
             raise
-        raise TiprError(f"{public_uri(uri)}: Milvus refused ({last_words(e)})") from e
+        raise TiprError(f"{public_uri(uri)}: Milvus refused ({milvus_reason(e)})") from e
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-028
 class IndexKind(NamedTuple):
@@ -255,7 +268,7 @@ class StoreFacts:
 
     def can_hold(self, other: "StoreFacts") -> bool:
         "Whether a collection of this kind can take the rows of that one: the same model and index, no fewer columns."
-        for name in ("fingerprint", "dim", "index", "half", "format"):
+        for name in ("fingerprint", "dim", "index", "format"):
             if getattr(self, name) != getattr(other, name):
                 return False
         return other.kinds.items() <= self.kinds.items()
@@ -450,8 +463,13 @@ class MilvusStore:
                 self.client.create_alias(self.collection, self.name)
             else:
                 self.client.alter_alias(self.collection, self.name)
-            if drop_old and before is not None:
-                self.client.drop_collection(before)
+        if drop_old and before is not None:
+            self.drop(before)
+
+    def drop(self, collection: str) -> None:
+        "Remove a collection that searchers no longer see."
+        with milvus_errors(self.uri):
+            self.client.drop_collection(collection)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-039
 def alias_target(client: Any, name: str) -> str | None:
@@ -508,6 +526,21 @@ def check_name(name: str) -> str:
         )
     return name
 
+# %% ../../nbs/08_search/08_milvus.ipynb #new-collection
+def new_collection(client: Any, collection: str, facts: StoreFacts, kind: IndexKind):
+    "Make a collection; in single precision where the server knows no other."
+    how = dict(index_params=store_index(client, kind), consistency_level="Strong")
+    try:
+        about = {FACTS_PROPERTY: facts.text()}
+        client.create_collection(
+            collection, schema=store_schema(client, facts), properties=about, **how
+        )
+    except Exception as e:
+        if not (facts.half and "float16" in str(e).lower()):
+            raise
+        facts.half = False
+        new_collection(client, collection, facts, kind)
+
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-044
 def create_store(
     uri: str,
@@ -535,13 +568,13 @@ def create_store(
                 return MilvusStore(client, uri, name, collection, known)
         number = max((int(c.rpartition("_")[2]) for c in there), default=0) + 1
         collection = f"{start}{number}"
-        client.create_collection(
-            collection,
-            schema=store_schema(client, facts),
-            index_params=store_index(client, kind),
-            consistency_level="Strong",
-            properties={FACTS_PROPERTY: facts.text()},
-        )
+        try:
+            new_collection(client, collection, facts, kind)
+        except Exception:
+            if not client.has_collection(collection):
+                raise
+            # another writer was faster
+            return create_store(uri, name, facts, token, trusted, index_params, rebuild)
         client.load_collection(collection)
     return MilvusStore(client, uri, name, collection, facts)
 

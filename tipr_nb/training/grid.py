@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np, pandas as pd, torch
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-004
-from ..core import (TiprError, atomic_path, current_name, known_name, load_object, locked,
-    one_line, os_errors, read_json, read_text, read_toml, reading, recorded_name)
+from ..core import (TiprError, atomic_path, check_output, current_name, known_name,
+    load_object, locked, one_line, os_errors, read_json, read_text, read_toml, reading,
+    recorded_name)
 from ..data import PersonDataset, load_dataset
 from ..evaluation import Metrics, evaluate, save_metrics
 from ..models import PersonCLIP
@@ -409,6 +410,8 @@ def run_grid(
         out_csv = Path(spec).with_suffix(".csv")
     out = Path(out_csv)
     folder = out.with_name(f"{out.stem}-runs") if runs is None else Path(runs)
+    check_output(out)
+    check_output(folder, folder=True)
     runner = GridRunner(out, folder, dataset, device)
     keys = [runner.key(job) for job in jobs]
     waiting = []
