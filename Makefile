@@ -9,7 +9,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-ALL := dev,search,detect,video,app,milvus,onnx,peft,hub
+ALL := dev,search,detect,video,app,milvus,ray,onnx,peft,hub
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 

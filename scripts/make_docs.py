@@ -1,16 +1,17 @@
 """Build the site from the notebooks' stored outputs. Without Quarto on the PATH only nbdev's own processing runs, so that broken notebooks are still found."""
 
-import ast, inspect, json, os, re, shutil, subprocess, sys, warnings
+import ast, inspect, json, os, re, shutil, subprocess, sys, textwrap, types, typing, warnings
 from pathlib import Path
 
 import fastcore.docments
 import nbdev.processors
 
 ROOT = Path(__file__).resolve().parent.parent
-_would_run, _annotations, _parse = (
+_would_run, _annotations, _parse, _signature = (
     nbdev.processors._do_eval,
     inspect.get_annotations,
     fastcore.docments._parses,
+    fastcore.docments.DocmentText.__str__,
 )
 
 
@@ -46,12 +47,57 @@ def parses(source):
         return ast.parse("def unreadable(): ...")
 
 
+def type_name(kind) -> str:
+    "A type as a signature says it: with what it holds, without modules. fastcore's says `dict` where we say `dict[str, float]`."
+    if kind is inspect.Parameter.empty:
+        return ""
+    if kind in (None, types.NoneType):
+        return "None"
+    if kind is Ellipsis:
+        return "..."
+    if isinstance(kind, (list, tuple)):
+        return f"[{', '.join(map(type_name, kind))}]"
+    origin, held = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return type_name(held[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(type_name, held))
+    if origin is typing.Literal:
+        return f"Literal[{', '.join(map(repr, held))}]"
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(type_name, held))}]"
+    return getattr(kind, "__name__", None) or str(kind)
+
+
+def gives_nothing(function) -> bool:
+    "Whether a function has no `return` of a value and no `yield`."
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    inner = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Lambda))][1:]
+    within = {id(n) for i in inner for n in ast.walk(i)}
+    gives = (ast.Return, ast.Yield, ast.YieldFrom)
+    found = [n for n in ast.walk(tree) if isinstance(n, gives) and id(n) not in within]
+    return not any(n.value is not None or not isinstance(n, ast.Return) for n in found)
+
+
+def signature(shown: fastcore.docments.DocmentText) -> str:
+    "As fastcore's, but a class is called one and has no return type, and a function that gives nothing says so."
+    text = _signature(shown)
+    if inspect.isclass(shown.obj):
+        return re.sub(r"\)->None:$", "):", re.sub("^def ", "class ", text))
+    if inspect.isfunction(shown.obj) and text.endswith("):") and gives_nothing(shown.obj):
+        return text[:-1] + "->None:"
+    return text
+
+
 # At the top level: nbdev's worker processes import this script.
-nbdev.processors._do_eval, inspect.get_annotations, fastcore.docments._parses = (
-    runs,
-    annotations,
-    parses,
-)
+nbdev.processors._do_eval = runs
+inspect.get_annotations = annotations
+fastcore.docments._parses = parses
+fastcore.docments._maybe_nm = type_name
+fastcore.docments.DocmentText.__str__ = signature
 
 
 def notebooks() -> list[Path]:
@@ -78,6 +124,21 @@ def quoted(text: str) -> str:
         parts[i] = "".join(spans)
     parts[1::2] = [re.sub(r":Annotated(?=[=,)\n])", "", part) for part in parts[1::2]]
     return "".join(parts)
+
+
+def api_faults(text: str) -> list[str]:
+    "What of a definition's documentation cannot be read or copied: half a type, no return type, an option that Pandoc writes with a long dash."
+    found = []
+    for code in re.findall(r"```python\n((?:async )?(?:def|class) .*?)\n```", text, flags=re.S):
+        plain = re.sub(r" # .*", "", code)
+        name = re.split(r"[ (]", plain.removeprefix("async "))[1]
+        halves = re.findall(r"(?::|->)(?:typing\.)?(Annotated|Union|Optional)\b", plain)
+        found += [f"{name}: {half} without what it holds" for half in halves]
+        if "def " in plain and "->" not in plain.rpartition(")")[2]:
+            found.append(f"{name}: no return type")
+    outside = "".join(re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)[::2])
+    options = re.findall(r"(?<![\w-])--[a-z][\w-]*", outside)
+    return found + [f"{option} outside of back-ticks" for option in options]
 
 
 def light(path: Path):

@@ -157,3 +157,29 @@ def crashes(
         raise AssertionError(f"more than {most} changes")
     finally:
         shutil.rmtree(before, ignore_errors=True)
+
+
+def kill_after(job: Callable[[], object], seconds: float) -> bool:
+    "Run `job` in a child that is killed after some seconds; True if it came to its end before."
+    if child := os.fork():
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                assert os.waitstatus_to_exitcode(status) == 0, "the job failed by itself"
+                return True
+            time.sleep(0.002)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        wait_for_group(child)
+        return False
+    code = 1
+    try:
+        os.setsid()
+        job()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)

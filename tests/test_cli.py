@@ -7,6 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from tipr_nb import cli
+from tipr_nb.cli.data import length_bars
 from tipr_nb.core import TiprError
 
 NANO = [
@@ -89,7 +90,7 @@ def toy(tmp_path_factory):
 
 
 def test_help_is_quick_and_loads_nothing_heavy():
-    code = "import sys, tipr_nb.cli as c; heavy = [m for m in ('torch', 'pandas', 'matplotlib', 'numpy', 'open_clip') if m in sys.modules]; assert not heavy, heavy"
+    code = "import sys, tipr_nb.cli as c; c.app; heavy = [m for m in ('torch', 'pandas', 'matplotlib', 'numpy', 'open_clip') if m in sys.modules]; assert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True)
     before = busy()
     done = subprocess.run(
@@ -309,12 +310,12 @@ def test_data_check_of_a_broken_set(tmp_path):
 
 
 def test_length_bars():
-    text = cli.length_bars({"train": [5, 6, 7, 80], "val": []})
+    text = length_bars({"train": [5, 6, 7, 80], "val": []})
     assert (
         "25.0 %" in text
         and sum(int(line.split()[-1].replace(",", "")) for line in text.splitlines()[1:]) == 4
     )
-    assert cli.length_bars({}) == "" and "0.0 %" in cli.length_bars({"train": [9]})
+    assert length_bars({}) == "" and "0.0 %" in length_bars({"train": [9]})
 
 
 def test_settings_are_typed():
@@ -389,6 +390,10 @@ def test_evaluate(run, few, tmp_path):
         )["direction"]
         == "i2t"
     )
+    assert "mSD" not in best
+    asked = json.loads(tipr("evaluate", run / "best", "--root", few, "--msd", "--json").stdout)
+    assert 0 < asked["mSD"] < 100 and asked["r1"] == best["r1"]
+    assert "mSD" in tipr("evaluate", run, "--root", few, "--msd").stdout
     refused(
         tipr("evaluate", run, "--root", few, "--split", "tset"),
         "unknown split",
@@ -397,6 +402,17 @@ def test_evaluate(run, few, tmp_path):
     refused(tipr("evaluate", run, "--root", few, "--by", "hue"), "hue")
     refused(tipr("evaluate", run, "--root", few, "--direction", "t2t"), "t2t")
     refused(tipr("evaluate", run, "--root", few, "--out", tmp_path / "m.txt"), ".json")
+
+
+def test_weights_with_a_longer_context_are_trained_and_read(few, tmp_path):
+    from tipr_nb.models import PersonCLIP
+
+    long = tmp_path / "long"
+    PersonCLIP("tipr-nano").resize_context(120).save_pretrained(long)
+    more = ["--set", f"pretrained={long}", "--set", "epochs=1"]
+    result = tipr("train", "clip-tiny", "--root", few, "--out", tmp_path / "run", *NANO, *more)
+    assert result.exit_code == 0, result.output
+    assert PersonCLIP.from_pretrained(tmp_path / "run" / "best").context_length == 120
 
 
 def test_evaluate_refuses_pickles_and_other_files(tmp_path, few):
@@ -417,6 +433,65 @@ def test_output_that_cannot_be_written(few, tmp_path):
     refused(
         tipr("train", "clip-tiny", "--root", few, "--out", tmp_path / "file" / "run", *NANO), "file"
     )
+
+
+LATE = {  # command: what would be loaded or computed before anything is written
+    ("demo", "--out", "OUT"): "tipr_nb.demo:demo_data",
+    ("data", "synth", "--ids", "40", "--root", "OUT"): "tipr_nb.synth:make_synth_pedes",
+    ("data", "world", "--images", "40", "--root", "OUT"): "tipr_nb.synth:make_synth_world",
+    ("data", "export", "synth-pedes", "OUT"): "tipr_nb.data:load_dataset",
+    ("train", "sdm-id-tiny", "--out", "OUT"): "tipr_nb.data:load_dataset",
+    ("generate", "a man", "--out", "OUT"): "tipr_nb.generation:PersonGenerator",
+    ("generate", "--out", "OUT"): "tipr_nb.generation:PersonGenerator",
+    ("generate", "--train", "--out", "OUT"): "tipr_nb.generation.training:train_small",
+    ("index", "PHOTOS", "--gallery", "OUT"): "tipr_nb.search:Gallery",
+    ("index", "PHOTOS", "--part", "1/2", "--gallery", "OUT"): "tipr_nb.search:index_part",
+    ("convert", "clip-synth-world", "OUT"): "tipr_nb.interop.exports:open_weights",
+    ("convert", "clip-synth-world", "OUT", "--to", "onnx"): "tipr_nb.interop.exports:open_weights",
+    ("grid", "GRID", "--runs", "OUT"): "tipr_nb.training.grid:GridRunner",
+}
+LATE_FILES = {
+    ("evaluate", "clip-synth-world", "--out", "OUT"): "tipr_nb.interop:open_weights",
+    ("grid", "GRID", "--out", "OUT"): "tipr_nb.training.grid:GridRunner",
+    ("data", "check", "synth-pedes", "--plot", "OUT"): "tipr_nb.data:check_dataset",
+    ("search", "a man", "--gallery", "PHOTOS", "--html", "OUT"): "tipr_nb.search:Gallery",
+    ("search", "a man", "--gallery", "PHOTOS", "--csv", "OUT"): "tipr_nb.search:Gallery",
+    ("search", "a man", "--gallery", "PHOTOS", "--zip", "OUT"): "tipr_nb.search:Gallery",
+}
+
+
+@pytest.mark.parametrize(
+    "words, late, folder",
+    [(w, late, True) for w, late in LATE.items()]
+    + [(w, late, False) for w, late in LATE_FILES.items()],
+    ids=lambda value: "-".join(value).replace("/", "") if isinstance(value, tuple) else None,
+)
+def test_an_output_is_refused_before_the_work(tmp_path, monkeypatch, words, late, folder):
+    import importlib
+
+    module, name = late.split(":")
+
+    def too_late(*args, **kwargs):
+        raise AssertionError("began to work")
+
+    monkeypatch.setattr(importlib.import_module(module), name, too_late)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "grid.toml").write_text('[[rows]]\nname = "a"\nrecipe = "sdm-id-tiny"\n')
+    outputs = {
+        "x" * 300: "longer than this file system allows",
+        "file.txt/run": "a part of this path is a file",
+        "file.txt" if folder else "photos": "of that name is in the way",
+    }
+    if words[:2] == ("convert", "clip-synth-world") or words[:2] == ("data", "export"):
+        outputs["file.txt"] = ""  # said in words of its own
+    for output, says in outputs.items():
+        places = dict(
+            OUT=tmp_path / output, PHOTOS=tmp_path / "photos", GRID=tmp_path / "grid.toml"
+        )
+        refused(tipr(*(places.get(w, w) for w in words)), says, str(tmp_path / output)[:80])
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["file.txt", "grid.toml", "photos"]
 
 
 def test_grid(few, tmp_path):
@@ -1023,9 +1098,7 @@ def test_generate_refuses(words, says, few, toy):
 
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
 def test_threads_wait_asleep_unless_told_otherwise(monkeypatch, given):
-    from tipr_nb import cli
-
-    monkeypatch.setattr(cli, "app", lambda prog_name: None)
+    monkeypatch.setattr("tipr_nb.cli.commands.app", lambda prog_name: None)
     monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
     if given is None:
         monkeypatch.delenv("OMP_WAIT_POLICY")
@@ -1150,7 +1223,7 @@ def test_a_gallery_of_somebody_elses_weights(shelf, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 def test_a_console_that_cannot_show_a_name(people, encoding):
-    code = "import sys; from tipr_nb import cli; sys.argv = ['tipr']; cli.app = lambda prog_name: (cli.say('żółw 北门'), cli.say_json({'name': '北😀'})); cli.main()"
+    code = "import sys; from tipr_nb import cli; from tipr_nb.cli import commands; sys.argv = ['tipr']; commands.app = lambda prog_name: (cli.say('żółw 北门'), cli.say_json({'name': '北😀'})); cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1479,3 +1479,16 @@ def test_interaction_maps():
             interaction_maps(nano, x, "a man", ["man"], window=bad)
     with pytest.raises(TiprError, match="no part of the caption"):
         interaction_maps(nano, x, "a man", ["coat"])
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_a_model_tokenises_by_the_one_call(nano, monkeypatch, trims):
+    monkeypatch.setattr(type(nano), "trims", trims)
+    captions = ["a man in a red coat", "a woman"]
+    mask = nano.token_mask if trims else None
+    ids = nano.tokenize(captions)
+    assert torch.equal(ids, T.tokenize_captions(captions, nano.tokenizer, mask))
+    assert (ids.shape[1] < nano.tokenizer.context_length) == trims
+    whole = nano.tokenizer(captions)
+    assert torch.equal(whole[:, : ids.shape[1]], ids) and not whole[:, ids.shape[1] :].any()
+    assert nano.tokenize("a woman").shape[0] == 1 and len(nano.tokenize([])) == 0

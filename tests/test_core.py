@@ -1,14 +1,20 @@
 import errno, os, subprocess, sys, time
 import pytest
 from tipr_nb.core import (
+    FORMER_NAMES,
     TiprError,
     atomic_path,
     cache_dir,
+    check_output,
+    current_name,
     ensure_torchvision,
+    load_object,
     locked,
     os_errors,
     read_json,
+    recorded_name,
     resolve_model,
+    shipped_weights,
     write_json,
     write_text,
 )
@@ -154,6 +160,31 @@ def test_bf16_where_the_processor_has_it(monkeypatch, features, native):
         "bf16" if native else "no"
     )
     assert usable_precision("no", "cpu") == "no" and usable_precision("fp16", "cpu") == "fp16"
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize(
+    "limit, native",
+    [
+        ("AVX2", False),
+        ("avx512_core", False),
+        ("AVX512_CORE_BF16", True),
+        ("AVX512_CORE_AMX", True),
+        ("ALL", True),
+        ("", True),
+    ],
+)
+def test_bf16_that_onednn_may_not_use(monkeypatch, name, limit, native):
+    "The processor has it, and it would be emulated all the same."
+    import torch
+    from tipr_nb.core import native_bf16
+
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv(name, limit)
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False
+    )
+    assert native_bf16("cpu") is native
 
 
 def test_bf16_without_torchs_probe(monkeypatch):
@@ -798,3 +829,94 @@ time.sleep(60)
     start = time.time()
     parent.stdout.read()  # until nobody holds the pipe open
     assert time.time() - start < 4
+
+
+class TestFormerNames:
+    def test_both_directions(self):
+        for kind, names in FORMER_NAMES.items():
+            for former, today in names.items():
+                assert current_name(kind, former) == today == current_name(kind, today)
+                assert recorded_name(kind, today) == former == recorded_name(kind, former)
+
+    def test_a_suffix_stays_and_folders_are_left_alone(self):
+        assert current_name("weights", "synth-world+predicted") == "clip-synth-world+predicted"
+        assert current_name("weights", "runs/synth-world") == "runs/synth-world"
+
+    @pytest.mark.parametrize("name", ["synth-world", "synth-pedes"])
+    def test_the_name_of_a_dataset_is_no_weights(self, name):
+        with pytest.raises(TiprError, match=f"its weights are called clip-{name}") as said:
+            resolve_model(name)
+        assert "\n" not in str(said.value)
+
+    def test_todays_names_are_there(self):
+        assert set(FORMER_NAMES["weights"].values()) <= set(shipped_weights())
+        for hook in FORMER_NAMES["hook"].values():
+            assert callable(load_object(hook, "hook"))
+
+
+# outputs
+
+
+@pytest.mark.parametrize(
+    "path, folder, says",
+    [
+        ("x" * 300, True, "longer than this file system allows"),
+        ("new/" + "x" * 300, False, "longer than this file system allows"),
+        ("new/" + "x" * 300 + "/metrics.json", False, "longer than this file system allows"),
+        ("/".join(["x" * 100] * 50), True, "longer than this file system allows"),
+        ("é" * 200, True, "longer than this file system allows"),  # two bytes each
+        ("file.txt/run", True, "a part of this path is a file"),
+        ("file.txt/new/metrics.json", False, "a part of this path is a file"),
+        ("file.txt", True, "a file of that name is in the way"),
+        ("folder", False, "a folder of that name is in the way"),
+        ("a\0b", False, "no file can have that name"),
+        ("circle/run", True, "links lead round in a circle"),
+        ("nowhere/run", True, "a part of this path is a file"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, path, folder, says):
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(TiprError, match=says):
+        check_output(tmp_path / path, folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "path, folder",
+    [
+        ("new", True),
+        ("new/deep/metrics.json", False),
+        ("folder", True),
+        ("folder/metrics.json", False),
+        ("file.txt", False),
+        ("linked/new", True),
+        ("nowhere", False),  # a link to nothing is replaced
+        ("x" * 255, True),
+    ],
+)
+def test_an_output_that_can_be_written_leaves_no_trace(tmp_path, path, folder):
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "folder")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    check_output(tmp_path / path, folder)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "code, says", [(errno.EROFS, "read-only"), (errno.EACCES, "no permission")]
+)
+def test_an_output_on_a_disk_that_takes_nothing(tmp_path, monkeypatch, code, says):
+    import tipr_nb.core.outputs as outputs
+
+    def refuse(dir):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(TiprError, match=says):
+        check_output(tmp_path / "new" / "run", folder=True)

@@ -5,7 +5,9 @@
 
 import json
 import os
+import random
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from crash_points import count_changes, crashes
-from gallery_pictures import figure
+from crash_points import count_changes, crashes, kill_after
+from gallery_pictures import ByColour, figure, walking
 from layouts import NANO
 from tipr_nb.core import TiprError, read_json
 from tipr_nb.models import Checkpoints, PersonCLIP
@@ -359,3 +361,77 @@ def test_a_gallery(tmp_path, towers, run, before, every, tried):
     if every == 1:
         assert len(seen) == 2  # both sides of the switch were met
     tried(run.__name__, points)
+
+
+# films
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    "Six seconds of two people who pass each other."
+    pytest.importorskip("av", reason="films need the extra `video`")
+    from tipr_nb.search.video import write_film
+
+    path = tmp_path_factory.mktemp("films") / "gate_2024-05-01_10-00-00.mp4"
+    write_film(path, (walking(i / 5) for i in range(30)), rate=5)
+    return path
+
+
+def from_film(film: Path, folder: Path, delay: float = 0.0) -> Gallery:
+    "A gallery of a film's people, made or brought to its end; a checkpoint after every batch."
+    options = dict(every="1s", detector=ByColour(delay=delay), batch_size=2, checkpoint=0.0)
+    return Gallery.build(film, ColourModel(delay / 10), folder, **options)
+
+
+def contents(folder: Path) -> tuple:
+    "All that a gallery holds, without names of generations and times of day."
+    gallery = Gallery(folder, ColourModel())
+    hits = gallery.hits(range(len(gallery)), [0.0] * len(gallery))
+    rows = [hit.to_dict() for hit in hits]
+    frames = sorted(p.name for p in folder.rglob("*.jsonl"))
+    count = len(list(folder.iterdir()))
+    return rows, gallery.features.tobytes(), gallery.skipped, frames, count, ranking(gallery)
+
+
+@some(6)
+def test_a_film(film, tmp_path, every, tried):
+    from_film(film, tmp_path / "calm")
+    want = contents(tmp_path / "calm")
+    assert len(want[0]) == 12 and want[0][0]["track"]  # two people in each of six frames
+    trial = tmp_path / "t"
+    trial.mkdir()
+    points = 0
+    for n in crashes(lambda: from_film(film, trial / "g"), trial, every):
+        points += 1
+        try:
+            found = contents(trial / "g")
+        except TiprError as e:
+            assert "\n" not in str(e), (n, e)
+            found = None
+        assert found is None or found[:3] == want[:3], n  # whole, or not there
+        from_film(film, trial / "g")
+        assert contents(trial / "g") == want, n
+    assert points > (20 if every == 1 else 2)
+    tried("film", points)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.full)])
+def test_a_film_killed_at_random_moments(film, tmp_path, kills, tried):
+    "Killed again and again, each time at another moment, until it comes to its end."
+    started = time.perf_counter()
+    from_film(film, tmp_path / "calm", delay=0.02)
+    took = time.perf_counter() - started
+    want = contents(tmp_path / "calm")
+    moments = random.Random(kills)
+    killed = 0
+    round = 0
+    while killed < kills:
+        round += 1
+        folder = tmp_path / f"g{round}"
+        for _ in range(3):
+            if kill_after(lambda: from_film(film, folder, delay=0.02), moments.uniform(0, took)):
+                break
+            killed += 1
+        from_film(film, folder, delay=0.02)
+        assert contents(folder) == want, round
+    tried("film, at random moments", killed)

@@ -33,6 +33,7 @@ from tipr_nb.data import (
     load_dataset,
     make_loader,
     normalise,
+    picture_formats,
     read_image,
     stack_images,
     swap_sides,
@@ -1316,7 +1317,7 @@ def test_only_pictures_are_opened(tmp_path, monkeypatch):
         with pytest.raises(DatasetError, match="not a readable image") as e:
             read_image(tmp_path / name)
         assert "\n" not in str(e.value)
-    assert not {"EPS", "PDF", "WMF", "FPX", "MIC"} & set(crops.picture_formats())
+    assert not {"EPS", "PDF", "WMF", "FPX", "MIC"} & set(picture_formats())
 
 
 def test_damaged_notes_of_orientation(tmp_path):

@@ -1,7 +1,9 @@
 """The site's sources: no dead link, nothing of one machine in an output, a map and a citation in step, the address filled in and taken out again."""
 
 import base64, configparser, json, os, re, shutil, subprocess, sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 
@@ -226,6 +228,49 @@ def test_documentation_can_be_copied(monkeypatch):
     assert quoted(given) == wanted
 
 
+def measured(
+    values: dict[str, list[float] | None], most: Annotated[int, "limit"] = 3
+) -> dict[str, Path]:
+    return {name: Path(name) for name in values if most}
+
+
+def writes(path: str | Path):
+    Path(path)
+
+    def inner():
+        return 1
+
+
+class Counter:
+    def __init__(self, kind: Literal["a", "b"] | None = None):
+        self.kind = kind
+
+
+def test_signatures_say_whole_types(monkeypatch):
+    "fastcore alone shows `dict` for a dict of paths, `Annotated=3` for an option, and classes as functions."
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from fastcore.docments import DocmentText
+    from make_docs import api_faults, type_name
+
+    shown = {f: " ".join(str(DocmentText(f)).split()) for f in (measured, writes, Counter)}
+    assert (
+        shown[measured]
+        == "def measured( values:dict[str, list[float] | None], most:int=3 )->dict[str, Path]:"
+    )
+    assert shown[writes] == "def writes( path:str | Path )->None:"
+    assert shown[Counter] == "class Counter( kind:Literal['a', 'b'] | None=None ):"
+    assert type_name(Callable[[list[str]], Path]) == "Callable[[list[str]], Path]"
+    assert type_name(tuple[int, ...]) == "tuple[int, ...]"
+    for f in shown:
+        assert not api_faults(f"```python\n{DocmentText(f)}\n```")
+    faulty = "```python\ndef demo(\n    quick:Annotated=False\n):\n```\n\nWith --quick less."
+    assert api_faults(faulty) == [
+        "demo: Annotated without what it holds",
+        "demo: no return type",
+        "--quick outside of back-ticks",
+    ]
+
+
 def dead_anchors(root: Path) -> list[str]:
     "Links within the processed site to headings that no page has."
     dead = []
@@ -263,7 +308,7 @@ def ids(path: Path) -> set[str]:
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_site_is_processed(tmp_path):
+def test_site_is_processed(tmp_path, monkeypatch):
     "Three minutes: every notebook comes out of nbdev's processing, and where Quarto is there, of its rendering; no link of the outcome is dead."
     pytest.importorskip("nbdev", reason="the development tools are not installed")
     root = tmp_path / "site"
@@ -289,8 +334,15 @@ def test_site_is_processed(tmp_path):
         and len(done.stdout.strip().splitlines()) == 1
         or shutil.which("quarto")
     )
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_docs import api_faults
+
     dead, pages = [], {page(p.relative_to(ROOT / "nbs")) for p in notebooks()}
     for path in (root / "_proc").rglob("*.ipynb"):
+        for out in (o for c in cells(path) for o in c.get("outputs", [])):
+            text = "".join(out.get("data", {}).get("text/markdown", ""))
+            faults = api_faults(text) if "```python\n" in text else []
+            assert not faults, f"{path.name}: {'; '.join(faults[:5])}"
         named = re.search(r"output-file: (.+)", "".join(cells(path)[0]["source"]))
         assert "](/blob/" not in path.read_text(encoding="utf-8"), (
             f"{path.name}: a link to source files of a repository without an address"

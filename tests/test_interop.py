@@ -489,7 +489,7 @@ def test_convert_and_load_our_own(irra, tmp_path):
     )
     for model in (PersonCLIP.from_pretrained(tmp_path / "ours"), load_peer(tmp_path / "ours")):
         assert same(model.encode_text(TEXTS), load_peer(irra, say=None).encode_text(TEXTS), 1e-7)
-    assert load_peer("synth-world").arch == "tipr-tiny"
+    assert load_peer("clip-synth-world").arch == "tipr-tiny"
     with pytest.raises(TiprError, match="something in it"):
         convert_file(irra, tmp_path / "ours", say=None)
     with pytest.raises(TiprError, match="choose tipr, open_clip, hf, onnx"):
@@ -900,7 +900,7 @@ def test_one_name_for_every_kind_of_weights(irra, reference, tmp_path, monkeypat
         assert same(open_weights(name).encode_image(pixels()), model.encode_image(pixels()), 1e-6)
     assert (
         open_weights(tmp_path / "hf").image_size == (48, 48)
-        and open_weights("synth-world").arch == "tipr-tiny"
+        and open_weights("clip-synth-world").arch == "tipr-tiny"
     )
     torch.save(reference.state_dict(), tmp_path / "bare.pt")
     with pytest.raises(TiprError, match="quick_gelu"):

@@ -24,7 +24,7 @@ WORDS = ["a woman in a red coat", "a man with a blue bag, seen from behind"]
 
 @pytest.fixture(scope="module")
 def shipped():
-    return PredictedQuery.from_pretrained("synth-pedes")
+    return PredictedQuery.from_pretrained("clip-synth-pedes")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_same_seed_same_network_and_the_global_seed_is_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 
-@pytest.mark.parametrize("name", ["synth-world", "synth-pedes"])
+@pytest.mark.parametrize("name", ["clip-synth-world", "clip-synth-pedes"])
 def test_shipped_ones_load_and_are_small(name):
-    folder = shipped_weights()[f"clip-{name}"]
+    folder = shipped_weights()[name]
     predictor, weight = load_predictor(folder, PersonCLIP.from_pretrained(name))
     assert 0 < weight < 1 and predictor.hidden
     assert (folder / "picture_predictor.safetensors").stat().st_size < 2**20
@@ -79,7 +79,7 @@ def test_shipped_weights_stay_small():
 def test_another_models_file_is_refused(tmp_path, shipped):
     save_predictor(shipped.predictor, tmp_path, shipped.model, 0.2)
     with pytest.raises(TiprError, match="learned for other weights"):
-        load_predictor(tmp_path, PersonCLIP.from_pretrained("synth-world"))
+        load_predictor(tmp_path, PersonCLIP.from_pretrained("clip-synth-world"))
     with pytest.raises(TiprError, match="fit_predictor"):
         load_predictor(tmp_path / "none", shipped.model)
     kept, weight = load_predictor(tmp_path, shipped.model)
@@ -129,11 +129,11 @@ def test_a_gallery_remembers_it_and_its_tower_predicts(photos, shipped, tmp_path
 
 
 def test_a_plain_gallery_can_be_asked_with_it(photos, shipped, tmp_path):
-    Gallery.build(photos, "synth-pedes", tmp_path / "g")
+    Gallery.build(photos, "clip-synth-pedes", tmp_path / "g")
     asked = Gallery(tmp_path / "g", shipped).search(WORDS[1], 6)
     plain = Gallery(tmp_path / "g").search(WORDS[1], 6)
     assert [h.score for h in asked] != [h.score for h in plain]
-    other = PredictedQuery.from_pretrained("synth-world")
+    other = PredictedQuery.from_pretrained("clip-synth-world")
     with pytest.raises(TiprError, match="made by another model"):
         Gallery(tmp_path / "g", other).search(WORDS[1], 1)
 
@@ -166,6 +166,6 @@ def test_in_the_terminal(photos, tmp_path):
 
 def test_the_name_says_it():
     assert (
-        PredictedQuery.from_pretrained("synth-pedes" + PREDICTED_SUFFIX).source
-        == "synth-pedes+predicted"
+        PredictedQuery.from_pretrained("clip-synth-pedes" + PREDICTED_SUFFIX).source
+        == "clip-synth-pedes+predicted"
     )

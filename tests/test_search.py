@@ -10,7 +10,8 @@ from PIL import Image
 from gallery_pictures import archive, figure
 from tipr_nb.core import TiprError, shipped_weights
 from tipr_nb.search import FIGURE_COLOURS, ColourModel
-from tipr_nb.search import Page, Question
+from tipr_nb.search import Page, Question, read_manifest
+from tipr_nb.search.storage import write_manifest
 from tipr_nb.search import (
     DEFAULT_MODEL,
     Gallery,
@@ -525,7 +526,7 @@ def real(shelf, tmp_path_factory):
 
 
 def test_the_model_of_a_gallery_comes_before_the_default(real, tmp_path):
-    assert f"clip-{DEFAULT_MODEL}" in shipped_weights()
+    assert DEFAULT_MODEL in shipped_weights()
     assert (
         model_for()
         == model_for(tmp_path / "none")
@@ -536,6 +537,16 @@ def test_the_model_of_a_gallery_comes_before_the_default(real, tmp_path):
         model_for(real.folder) == real.manifest["model"]
         and model_for(real.folder, "another") == "another"
     )
+
+
+def test_a_gallery_that_names_its_model_as_it_was_called_once(real, tmp_path):
+    old = shutil.copytree(real.folder, tmp_path / "old")
+    for former, today in (
+        ("synth-pedes", "clip-synth-pedes"),
+        ("synth-world+predicted", "clip-synth-world+predicted"),
+    ):
+        write_manifest(old, read_manifest(old) | dict(model=former))
+        assert read_manifest(old)["model"] == today == model_for(old) == Gallery(old).manifest["model"]
 
 
 def test_a_cold_search_needs_no_torch(real):
@@ -851,7 +862,7 @@ def test_shipped_probabilities_are_those_of_the_shipped_weights():
     from tipr_nb.search import model_fingerprint
 
     known = HitProbabilities.load(shipped_weights()["clip-synth-pedes"] / "calibration.json")
-    assert known.fingerprint == model_fingerprint(PersonCLIP.from_pretrained("synth-pedes")), (
+    assert known.fingerprint == model_fingerprint(PersonCLIP.from_pretrained("clip-synth-pedes")), (
         "run nbs/08_search/15_probabilities.ipynb with --flags slow"
     )
     assert "rendered people" in known.fitted_on

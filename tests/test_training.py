@@ -31,6 +31,7 @@ from tipr_nb.training import (
 from tipr_nb.figures import learning_curve
 from tipr_nb.models import Checkpoints
 from tipr_nb.training import best_weights, data_hash
+from tipr_nb.training.runs import check_same_run
 from tipr_nb.training import (
     GridTable,
     grid_differences,
@@ -253,11 +254,37 @@ class TestRecipe:
             == Recipe("x", caption_transform="prune").hash()
         )
 
+    @pytest.mark.parametrize("name", ["clip-tiny", "sen-tiny", "gea-sen-tiny"])
+    def test_a_recipe_file_with_the_former_name_of_weights_is_the_same_recipe(self, name, tmp_path):
+        today = RECIPES[name]
+        old = today.to_dict() | dict(pretrained="synth-world")
+        (tmp_path / "recipe.json").write_text(json.dumps(old))
+        read = Recipe.load(tmp_path / "recipe.json")
+        assert read == today and read.pretrained == "clip-synth-world"
+        assert read.hash() == today.hash()
+        check_same_run(tmp_path, today, {})  # a run of that time goes on
+
+    def test_a_grid_row_with_the_former_name_of_its_hook_is_the_same_row(self):
+        rows = [
+            dict(
+                dataset="synth-pedes",
+                rows=[dict(name="GEA", recipe="gea-tiny", hook=hook)],
+            )
+            for hook in (
+                "tipr_nb.tgte:with_pictures",
+                "tipr_nb.training.controls:with_pictures",
+            )
+        ]
+        (old,), (new,) = map(read_grid, rows)
+        assert old.setup == new.setup
+
     def test_shipped_weights_say_how_they_were_made(self):
         made = Recipe.load(shipped_weights()["clip-synth-world"] / "recipe.json")
         assert (
             made.hash() == RECIPES["pretrain-tiny"].hash() == RECIPES["synth-world-pretrain"].hash()
         )
+        tuned = Recipe.load(shipped_weights()["clip-synth-pedes"] / "recipe.json")
+        assert tuned.pretrained == "clip-synth-world"
 
 
 class TestParts:

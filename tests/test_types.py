@@ -61,7 +61,7 @@ def mypy(*args: str):
 USER = """
 from tipr_nb import PersonCLIP, Recipe, TiprError, evaluate, load_dataset
 data = load_dataset("synth-pedes")
-model = PersonCLIP.from_pretrained("synth-pedes")
+model = PersonCLIP.from_pretrained("clip-synth-pedes")
 reveal_type(data.test)
 reveal_type(evaluate(model, data.test).r1)
 reveal_type(model.encode_text(["a man in a red coat"]))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gallery_pictures import figure
+from gallery_pictures import ByColour, figure, walking as scene
 from tipr_nb.core import TiprError
 from tipr_nb.search import find_media, open_ahead, read_moment
 
@@ -25,39 +25,6 @@ from tipr_nb.search.video import (
     write_film,
 )
 from tipr_nb.search.detectors import Found
-
-COATS = {coat: figure(coat, "black").getpixel((24, 40)) for coat in ("red", "blue")}
-
-
-def scene(seconds):
-    "Red walks right, blue walks left; blue leaves after eight seconds."
-    picture = Image.new("RGB", (320, 160), "#dfe6ea")
-    picture.paste(figure("red", "black", (32, 96)), (int(10 + 20 * seconds), 10))
-    if seconds < 8:
-        picture.paste(figure("blue", "black", (32, 96)), (int(280 - 20 * seconds), 60))
-    return picture
-
-
-class ByColour:
-    "Boxes around coats; counts its calls, and stops when told to."
-
-    name = "by-colour"
-
-    def __init__(self, stop=None):
-        self.calls, self.stop = 0, stop
-
-    def __call__(self, picture):
-        if self.calls == self.stop:
-            raise KeyboardInterrupt
-        self.calls += 1
-        pixels, boxes = np.asarray(picture, int), []
-        for coat in COATS.values():
-            rows, columns = np.nonzero((np.abs(pixels - coat) < 45).all(2))
-            if len(rows) > 100:
-                boxes.append(
-                    (columns.min() - 6, rows.min() - 18, columns.max() + 6, rows.min() + 78, 0.8)
-                )
-        return boxes
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,9 @@ from .files import sync_tree as sync_tree
 from .files import user_path as user_path
 from .files import write_json as write_json
 from .files import write_text as write_text
+from .former import FORMER_NAMES as FORMER_NAMES
+from .former import current_name as current_name
+from .former import recorded_name as recorded_name
 from .machine import FreeThreads as FreeThreads
 from .machine import LineWriter as LineWriter
 from .machine import cpu_features as cpu_features
@@ -40,6 +43,7 @@ from .machine import free_threads as free_threads
 from .machine import native_bf16 as native_bf16
 from .machine import progress as progress
 from .machine import usable_precision as usable_precision
+from .outputs import check_output as check_output
 from .sources import fill_card as fill_card
 from .sources import hub_answers as hub_answers
 from .sources import hub_is_offline as hub_is_offline

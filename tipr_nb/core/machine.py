@@ -83,7 +83,24 @@ def cpu_features() -> set[str]:
     flags = [line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))]
     return set(" ".join(flags).split())
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-014
+# %% ../../nbs/00_core/03_machine.ipynb #cell-015
+_ISA_WITHOUT_BF16 = (
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+)
+
+
+def _bf16_forbidden() -> bool:
+    "Whether oneDNN was told to use instructions that multiply no bf16 numbers."
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+    return limit.upper() in _ISA_WITHOUT_BF16
+
+# %% ../../nbs/00_core/03_machine.ipynb #cell-017
 def native_bf16(
     device: Any = "cpu",  # a torch device, or its name
 ) -> bool:
@@ -92,12 +109,12 @@ def native_bf16(
 
     kind = torch.device(device).type
     if kind == "cpu":
-        return any(name in cpu_features() for name in _CPU_BF16)
+        return not _bf16_forbidden() and any(name in cpu_features() for name in _CPU_BF16)
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return False
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-016
+# %% ../../nbs/00_core/03_machine.ipynb #cell-019
 def usable_precision(
     wanted: str,  # "no" (fp32), "bf16" or "fp16"
     device: Any = "cpu",  # where it is to be computed
@@ -107,7 +124,7 @@ def usable_precision(
         return "no"
     return wanted
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-020
+# %% ../../nbs/00_core/03_machine.ipynb #cell-023
 class FreeThreads:
     "As many threads of PyTorch as processors are free of other programs' work, looked at again every few seconds."
 
@@ -154,7 +171,7 @@ class FreeThreads:
         self.idle = idle
         self.own = own
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-023
+# %% ../../nbs/00_core/03_machine.ipynb #cell-026
 _following: list[FreeThreads] = []  # of this process: none, or one
 
 
@@ -180,13 +197,13 @@ def free_threads(
         _following.clear()
         torch.set_num_threads(before)
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-024
+# %% ../../nbs/00_core/03_machine.ipynb #cell-027
 def fit_threads():
     "Between two steps or batches: follow what is free, inside a `free_threads` block and in the main thread."
     if _following and threading.current_thread() is threading.main_thread():
         _following[0].follow()
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-028
+# %% ../../nbs/00_core/03_machine.ipynb #cell-031
 _LOOK_SECONDS = 0.5  # between two looks for the parent
 
 
@@ -203,7 +220,7 @@ def exit_with_parent():
 
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-032
+# %% ../../nbs/00_core/03_machine.ipynb #cell-035
 _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -216,7 +233,7 @@ def _declared(name: str) -> bool:
 
     return any(s.name == f"torchvision::{name}" for s in torch._C._jit_get_all_schemas())
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-034
+# %% ../../nbs/00_core/03_machine.ipynb #cell-037
 def _compiled_ops_load() -> bool:
     "Whether torchvision's own library loads into this torch."
     import torch
@@ -232,7 +249,7 @@ def _compiled_ops_load() -> bool:
         return False
     return True
 
-# %% ../../nbs/00_core/03_machine.ipynb #cell-035
+# %% ../../nbs/00_core/03_machine.ipynb #cell-038
 def ensure_torchvision():
     "Make `import torchvision` work beside a torch that its operators were not built for; call it before that import."
     if "torchvision" in sys.modules:

@@ -105,6 +105,19 @@ def _looks_local(path: Path, text: str) -> bool:
     )
 
 # %% ../../nbs/00_core/04_sources.ipynb #cell-017
+def _not_here(source: str) -> TiprError:
+    "Neither a folder nor shipped weights; a dataset's name is answered with its weights'."
+    shipped = shipped_weights()
+    known = ", ".join(shipped) or "none here"
+    meant = [name for name in shipped if name.partition("-")[2] == source]
+    remedy = "give a folder or a hub id like owner/name"
+    if meant:
+        remedy = f"that is a dataset; its weights are called {' or '.join(meant)}"
+    return TiprError(
+        f"{source}: no such folder, and no shipped weights of that name ({known}); {remedy}"
+    )
+
+
 def resolve_model(
     source: str | Path,  # a folder, the alias of shipped weights, or a hub id `owner/name`
     needs: Iterable[str] = ("config.json",),  # files the folder must hold
@@ -117,11 +130,7 @@ def resolve_model(
         if text in shipped:
             path = shipped[text]
         elif _looks_local(path, text):
-            known = ", ".join(shipped) or "none here"
-            raise TiprError(
-                f"{source}: no such folder, and no shipped weights of that name ({known}); "
-                "give a folder or a hub id like owner/name"
-            )
+            raise _not_here(text)
         else:
             path = hub_snapshot(text)
     for name in needs:

@@ -15,17 +15,13 @@ from .crops import CLIP_STD as CLIP_STD
 from .crops import EvalTransform as EvalTransform
 from .crops import ImageCache as ImageCache
 from .crops import ImageFiles as ImageFiles
-from .crops import PICTURE_FORMATS as PICTURE_FORMATS
 from .crops import TrainTransform as TrainTransform
 from .crops import has_side as has_side
 from .crops import image_batches as image_batches
 from .crops import normalise as normalise
-from .crops import picture_formats as picture_formats
-from .crops import picture_header as picture_header
 from .crops import read_image as read_image
 from .crops import stack_images as stack_images
 from .crops import swap_sides as swap_sides
-from .crops import to_rgb as to_rgb
 from .crops import uniforms as uniforms
 from .loaders import Batch as Batch
 from .loaders import CAPTION_TRANSFORMS as CAPTION_TRANSFORMS
@@ -42,3 +38,7 @@ from .loaders import dataset_from_arrays as dataset_from_arrays
 from .loaders import keep_memory as keep_memory
 from .loaders import make_loader as make_loader
 from .checks import check_dataset as check_dataset
+from .pictures import exif_notes as exif_notes
+from .pictures import picture_formats as picture_formats
+from .pictures import picture_header as picture_header
+from .pictures import to_rgb as to_rgb

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from ..core import ensure_torchvision, one_line, progress
 from .corpora import DatasetError, PersonDataset
-from .crops import picture_header
+from .pictures import picture_header
 from .readers import (LAYOUTS, Layout, Row, annotation_records, check_ids,
     complete_rows, files_there, find_annotation, find_dataset, find_images, find_tables,
     is_old_rstpreid, leave_out, near_name, parse_record, parse_table_row, read_skip,

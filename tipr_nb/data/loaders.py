@@ -385,7 +385,7 @@ def pad_rows(rows: Sequence[np.ndarray], fill: int = 0) -> Tensor:  # (b, L)
 
 # %% ../../nbs/01_data/04_loaders.ipynb #cell-031
 class TokenTable:
-    "Token ids of captions, made once for each wording."
+    "Keeps the token ids of captions by their wording, so that a tokenizer makes them once."
 
     def __init__(
         self,

@@ -229,11 +229,8 @@ class PersonGenerator:
 
         if "prompt" in settings:
             check_prompt(settings["prompt"])
-        alias = f"generator-{source}"
         if source is None:
             source = SHIPPED
-        elif alias in shipped_weights():
-            source = alias
         if source == SHIPPED and SHIPPED not in shipped_weights():
             raise TiprError(
                 "the embedded generator: its weights are not in this installation; give a "

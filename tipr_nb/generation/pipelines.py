@@ -8,10 +8,8 @@ __all__ = ['hf_text_tower', 'quiet_libraries', 'make_scheduler', 'make_pipeline'
 
 # %% ../../nbs/04_generation/02_pipelines.ipynb #cell-002
 import contextlib
-import importlib
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from .codec import (ModelMixin, PatchCodec)  # also for folders that call this module the codec's home
+from .codec import ModelMixin, PatchCodec
 
 # %% ../../nbs/04_generation/02_pipelines.ipynb #cell-007
 @torch.no_grad()
@@ -291,9 +289,6 @@ def _only_variant(folder: Path, parts: dict) -> bool:
     return bool(names) and all(".fp16." in n for n in names)
 
 # %% ../../nbs/04_generation/02_pipelines.ipynb #cell-031
-_FORMER_HOME = "tipr_nb.pipelines"  # what folders of the first version call the codec's module
-
-
 def load_pipeline(
     source: str | Path,  # folder, alias of shipped weights, or hub id
     lora: str | Path | None = None,  # LoRA weights to put on top: folder, file or hub id
@@ -316,8 +311,6 @@ def load_pipeline(
         options |= dict(safety_checker=None, requires_safety_checker=False)
     if _only_variant(folder, parts):
         options["variant"] = "fp16"
-    # diffusers takes classes only from modules that are already imported
-    sys.modules.setdefault(_FORMER_HOME, importlib.import_module("tipr_nb.generation.codec"))
     with quiet_libraries():
         try:
             pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
@@ -331,7 +324,7 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), folder
 
-# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-041
+# %% ../../nbs/04_generation/02_pipelines.ipynb #cell-039
 def add_pipeline_lora(
     pipeline: Any,  # of diffusers
     source: str | Path,  # folder or file of LoRA weights, or a hub id

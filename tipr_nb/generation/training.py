@@ -38,7 +38,7 @@ _HEAD = 32  # channels of an attention head
 
 def small_pipeline(
     pictures: np.ndarray,  # (n, 3, h, w) uint8: what the codec is fitted on; a thousand will do
-    clip: PersonCLIP | str = "synth-world",  # its text tower reads the captions
+    clip: PersonCLIP | str = "clip-synth-world",  # its text tower reads the captions
     width: int = 96,  # channels of the UNet, a multiple of 32
     patch_size: int = 8,
     latent_channels: int = 40,

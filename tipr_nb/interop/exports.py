@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import TiprError, atomic_path, write_json, write_text
+from ..core import TiprError, atomic_path, check_output, write_json, write_text
 from .peers import to_hf
 from .weights import open_weights
 from ..models import (PersonCLIP, arch_config, load_strict, own_archs, resize_positions,
@@ -214,6 +214,7 @@ def convert_file(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TiprError(f"{out}: there is something in it already; choose another folder")
+    check_output(out, folder=True)
     model = open_weights(source, image_size, quick_gelu, say)
     if say is not None and model.readout is not None and to in ("open_clip", "hf"):
         say(

@@ -171,7 +171,7 @@ def check_shapes(
                 "here; choose a checkpoint of that architecture"
             )
 
-# %% ../../nbs/09_interop/04_loading.ipynb #e52fd3e3
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-026
 def fill(model: PersonCLIP, state: dict[str, Tensor], where: str) -> PersonCLIP:
     "Load tensors of open_clip's layout as float32."
     state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
@@ -184,7 +184,7 @@ def fill(model: PersonCLIP, state: dict[str, Tensor], where: str) -> PersonCLIP:
     load_strict(model.clip, state, where, model.arch)
     return model.eval()
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-028
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-029
 @dataclass
 class Blueprint:
     "What is built before the tensors go in."
@@ -195,7 +195,7 @@ class Blueprint:
     mean: Sequence[float]
     std: Sequence[float]
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-030
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-031
 def _from_named(
     found: Checkpoint,
     state: dict[str, Tensor],
@@ -227,7 +227,7 @@ def _from_named(
         arch, size, named, pixels.get("mean") or peer.mean, pixels.get("std") or peer.std
     )
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-031
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-032
 def _from_siglip(
     found: Checkpoint, state: dict[str, Tensor], peer: Peer, image_size: Sequence[int] | None
 ) -> Blueprint:
@@ -247,14 +247,14 @@ def _from_siglip(
         peer.std,
     )
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-032
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-033
 def has_tokenizer(folder: Path) -> bool:
     "Whether a folder holds a tokenizer of Hugging Face's."
     return any(
         (folder / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer.model")
     )
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-034
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-035
 def plan_model(
     found: Checkpoint,
     state: dict[str, Tensor],  # open_clip's layout
@@ -279,7 +279,7 @@ def plan_model(
     arch, model_cfg = name_arch(cfg, quick)
     return Blueprint(arch, (rows * patch, columns * patch), model_cfg, peer.mean, peer.std)
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-037
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-038
 def _origin(
     model: PersonCLIP,
     found: Checkpoint,
@@ -319,18 +319,18 @@ def _origin(
         notes,
     )
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-038
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-039
 def own_weights(path: str | Path, image_size: Sequence[int] | None = None) -> PersonCLIP | None:
     "The model, if these are weights of this package: shipped, a run's, or a folder of `save_pretrained`."
     name = str(path)
-    if name in shipped_weights() or f"clip-{name}" in shipped_weights():
+    if name in shipped_weights():
         return PersonCLIP.from_pretrained(name, image_size=image_size)
     run = Path(name).expanduser()
     if has_best_weights(run):
         return PersonCLIP.from_pretrained(best_weights(run), image_size=image_size)
     return None
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-040
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-041
 def load_peer(
     path: str | Path,  # checkpoint file, folder, or hub id
     image_size: Sequence[int]
@@ -369,7 +369,7 @@ def load_peer(
         say(repr(vars(model)["origin"]))
     return model
 
-# %% ../../nbs/09_interop/04_loading.ipynb #cell-041
+# %% ../../nbs/09_interop/04_loading.ipynb #cell-042
 def _is_timm_folder(found: Checkpoint) -> bool:
     "Whether it is an open_clip folder with an image tower of timm's: its tensors have open_clip's names already."
     return isinstance(found.config.get("model_cfg"), dict) and any(

@@ -30,8 +30,10 @@ from .predicted import PREDICTED_SUFFIX as PREDICTED_SUFFIX
 from .predicted import PREDICTED_WEIGHT as PREDICTED_WEIGHT
 from .predicted import PicturePredictor as PicturePredictor
 from .predicted import PredictedQuery as PredictedQuery
+from .predicted import PredictedTGTE as PredictedTGTE
 from .predicted import fit_predictor as fit_predictor
 from .predicted import load_predictor as load_predictor
+from .predicted import predictor_of as predictor_of
 from .predicted import save_predictor as save_predictor
 from .predicted import world_pairs as world_pairs
 from .pruning import CLOTHING as CLOTHING

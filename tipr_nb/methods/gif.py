@@ -118,6 +118,7 @@ class GIF(Objective):
         residual: bool = False,  # of `Fusion`
         paired: bool = False,  # the caption's own photo as input instead of another of the person
         photo_gradient: bool = False,  # gradient through the input photo (a third more time)
+        hide: float = 0.0,  # share of the caption's tokens that the fusion does not see
         keep: bool = False,  # save the fusion in the checkpoint
         log_every: int = 50,  # calls between measurements of the reliance; 0: never
         temperature: float = 0.015,
@@ -125,6 +126,9 @@ class GIF(Objective):
         reduction: str = "sum",
     ):
         super().__init__(encoder, n_ids)
+        if not 0 <= hide < 1:
+            raise TiprError(f"GIF: hide={hide} must lie in [0, 1)")
+        self.hide = hide
         self.paired = paired
         self.photo_gradient = photo_gradient
         self.kept = keep
@@ -146,7 +150,8 @@ class GIF(Objective):
         fusion: Any = encoder.addons[_FUSION] if self.kept else self.fusion
         _, drawn = drawn_features(features, batch, encoder)
         photo = self.photo(features, batch, encoder)
-        parts: tuple[Any, ...] = (drawn, photo, features.text_tokens, features.text_mask)
+        seen = self.seen(features.text_mask)
+        parts: tuple[Any, ...] = (drawn, photo, features.text_tokens, seen)
         u = gather_rows(fusion(*parts))
         to_text = tal_loss(u, features.text, features.ids, **self.tal)
         to_image = tal_loss(features.image, u, features.ids, **self.tal)
@@ -157,6 +162,14 @@ class GIF(Objective):
                 self.logs[f"relies_on_{name}"] = torch.tensor(moved)
         self.calls += 1
         return to_text + to_image
+
+    def seen(self, mask: Any) -> Any:  # (b, L) bool, both
+        "The caption's tokens that the fusion may attend to: the first, and a random part of the others."
+        if not self.hide or not self.training:
+            return mask
+        shown = torch.rand(mask.shape, device=mask.device) >= self.hide
+        shown[:, 0] = True
+        return mask & shown
 
     def photo(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:  # (b, n, d)
         "Tokens of the input photo: another of the same person, or the caption's own."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTOR_FILE', 'PREDICTED_WEIGHT', 'PREDICTED_SUFFIX', 'PicturePredictor', 'fit_predictor', 'world_pairs',
-           'save_predictor', 'load_predictor', 'PredictedQuery']
+           'save_predictor', 'load_predictor', 'PredictedQuery', 'predictor_of', 'PredictedTGTE']
 
 # %% ../../nbs/05_methods/12_predicted.ipynb #cell-002
 from collections.abc import Sequence
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/05_methods/12_predicted.ipynb #cell-003
-from ..core import TiprError, resolve_model, shipped_weights
+from ..core import TiprError, resolve_model
+from .objectives import Objective, register_objective
 from .tgte import enhance
-from ..models import (PersonCLIP, fingerprint, load_strict, read_metadata, read_safetensors,
-    unit, write_safetensors)
+from ..models import (Features, PersonCLIP, fingerprint, load_strict, read_metadata,
+    read_safetensors, tal_loss, unit, write_safetensors)
 
 # %% ../../nbs/05_methods/12_predicted.ipynb #cell-008
 class PicturePredictor(nn.Module):
@@ -207,8 +208,7 @@ class PredictedQuery(nn.Module):
         "A checkpoint with its predictor."
         name = str(source).removesuffix(PREDICTED_SUFFIX)
         model = PersonCLIP.from_pretrained(name)
-        alias = f"clip-{name}"
-        folder = resolve_model(alias if alias in shipped_weights() else name)
+        folder = resolve_model(name)
         predictor, usual = load_predictor(folder, model)
         found = cls(model, predictor, usual if weight is None else weight)
         if weight is None:
@@ -254,3 +254,55 @@ class PredictedQuery(nn.Module):
             return self.enrich(text)
         with torch.no_grad():
             return self.enrich(text)
+
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-035
+_PREDICTOR = "picture_predictor"
+
+
+def predictor_of(
+    encoder: PersonCLIP,
+    hidden: int = 256,  # of a new one, see `PicturePredictor`
+) -> PicturePredictor:
+    "The predictor add-on of a model: the one it has, the one from its checkpoint, or a new one."
+    if _PREDICTOR in encoder.addons:
+        return encoder.addons[_PREDICTOR]  # type: ignore[return-value]
+    made = PicturePredictor(encoder.dim, hidden)
+    return encoder.attach(_PREDICTOR, made)  # type: ignore[return-value]
+
+# %% ../../nbs/05_methods/12_predicted.ipynb #cell-037
+@register_objective("PredictedTGTE")
+class PredictedTGTE(Objective):
+    "TAL between photos and captions enriched by predicted pictures, which learn to be the photos."
+
+    lr_scale = 5.0
+
+    def __init__(
+        self,
+        encoder: PersonCLIP,
+        n_ids: int,  # unused
+        picture_weight: float = PREDICTED_WEIGHT,  # w
+        hidden: int = 256,  # see `PicturePredictor`
+        match: float = 1.0,  # factor of the prediction's own loss, per caption
+        temperature: float = 0.015,
+        margin: float = 0.1,
+        reduction: str = "sum",  # of TAL, and of the prediction's loss
+    ):
+        super().__init__(encoder, n_ids)
+        if not 0 <= picture_weight <= 1:
+            raise TiprError(f"PredictedTGTE: picture_weight={picture_weight} must lie in [0, 1]")
+        predictor_of(encoder, hidden)
+        self.picture_weight = picture_weight
+        self.match = match
+        self.tal: dict[str, Any] = dict(temperature=temperature, margin=margin, reduction=reduction)
+
+    def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:
+        "Scalar loss; `logs` holds the cosine of prediction and photo."
+        predictor = predictor_of(encoder)
+        query = enhance(features.text, predictor(features.text), self.picture_weight)
+        aligned = tal_loss(features.image, query, features.ids, **self.tal)
+        expected = predictor(features.text.detach())
+        cosine = (expected * features.image.detach()).sum(1)
+        apart = 1 - cosine
+        missed = apart.mean() if self.tal["reduction"] == "mean" else apart.sum()
+        self.logs = {"predicted_to_photo": cosine.mean().detach()}
+        return aligned + self.match * missed

@@ -66,7 +66,7 @@ def enhance(
         )
     return unit((1 - weight) * text.float() + weight * generated.float())
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-024
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-026
 class Gate(nn.Module):
     "How much to trust a picture, from the features of caption and picture."
 
@@ -111,7 +111,7 @@ def gate_of(encoder: PersonCLIP) -> nn.Module | None:
         else None
     )
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-028
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-030
 def picture_feature(
     encoder: PersonCLIP,
     images: Tensor,  # (b, 3, h, w) normalised pictures
@@ -134,7 +134,7 @@ def picture_feature(
         )
     return attend(text, tokens[:, 1:], share, temperature)
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-032
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-034
 def drawn_features(
     features: Features,  # of the batch; keeps the result for the next objective
     batch: Any,  # with extra['generated'] (b, 3, h, w), normalised pictures
@@ -154,7 +154,7 @@ def drawn_features(
     setattr(features, "drawn", (gather_rows(unit(raw)), tokens))
     return features.drawn  # type: ignore[attr-defined]
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-033
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-036
 @register_objective("TGTE")
 class TGTE(Objective):
     "TAL between enriched captions and photos (GEA, arXiv 2511.10154; reconstruction)."
@@ -169,6 +169,7 @@ class TGTE(Objective):
         gate: bool = False,  # learn w from caption and picture
         share: float = 0.0,  # above 0: the token form, over this share of the picture's patches
         as_photos: float = 0.0,  # weight of a further TAL, in which pictures stand for photos
+        random_weight: bool = False,  # draw w for each sample, evenly from 0 to 2 picture_weight
         temperature: float = 0.015,
         margin: float = 0.1,
         reduction: str = "sum",
@@ -183,12 +184,16 @@ class TGTE(Objective):
             )
         if as_photos < 0:
             raise TiprError(f"TGTE: as_photos={as_photos} must be 0 or more")
-        self.picture_weight, self.share, self.as_photos, self.tal = (
-            picture_weight,
-            share,
-            as_photos,
-            dict(temperature=temperature, margin=margin, reduction=reduction),
-        )
+        if random_weight and (gate or picture_weight > 0.5):
+            raise TiprError(
+                "TGTE: random_weight draws from 0 to 2 picture_weight; give a picture_weight of 0.5 "
+                "or less, and no gate"
+            )
+        self.picture_weight = picture_weight
+        self.share = share
+        self.as_photos = as_photos
+        self.random_weight = random_weight
+        self.tal: dict[str, Any] = dict(temperature=temperature, margin=margin, reduction=reduction)
         self.gated = gate
         if gate:
             attach_gate(encoder, picture_weight)
@@ -206,7 +211,7 @@ class TGTE(Objective):
             drawn = gather_rows(
                 attend(features.text[features.local], tokens[:, 1:], self.share, temperature=0.1)
             )
-        w = encoder.addons[_GATE](features.text, drawn) if self.gated else self.picture_weight
+        w = self.weights(features.text, drawn, encoder)
         self.logs = {
             "w": torch.as_tensor(w).detach().float().mean(),
             "text_to_drawn": (features.text * drawn).sum(-1).mean().detach(),
@@ -216,7 +221,17 @@ class TGTE(Objective):
             + further
         )
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-036
+    def weights(
+        self, text: Tensor, drawn: Tensor, encoder: PersonCLIP
+    ) -> float | Tensor:  # one for all, or (b, 1)
+        "The picture's weight in this step."
+        if self.gated:
+            return encoder.addons[_GATE](text, drawn)
+        if self.random_weight and self.training:
+            return 2 * self.picture_weight * torch.rand(len(text), 1, device=text.device)
+        return self.picture_weight
+
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-039
 @register_objective("PicturesAsPhotos")
 class PicturesAsPhotos(Objective):
     "TAL between captions and their generated pictures, which stand for further photos."

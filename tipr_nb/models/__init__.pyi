@@ -15,6 +15,7 @@ from .losses import itc_loss as itc_loss
 from .losses import sdm_loss as sdm_loss
 from .losses import tal_loss as tal_loss
 from .losses import unit as unit
+from .maps import attention_maps as attention_maps
 from .maps import interaction_maps as interaction_maps
 from .maps import overlay as overlay
 from .storage import Checkpoints as Checkpoints
@@ -28,5 +29,6 @@ from .storage import unpack_optimizer as unpack_optimizer
 from .storage import write_safetensors as write_safetensors
 from .timm_towers import register_tower as register_tower
 from .timm_towers import siglip_name as siglip_name
+from .tokens import tokenize_captions as tokenize_captions
 from .tokens import vocab_and_merges as vocab_and_merges
 from .weights import OpenClipFolder as OpenClipFolder

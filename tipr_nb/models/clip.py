@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..core import (TiprError, atomic_path, load_object, read_json, resolve_model,
-    shipped_weights, write_json, write_text)
+    write_json, write_text)
 from ..data import CLIP_MEAN, CLIP_STD, EvalTransform
 
 # %% ../../nbs/03_models/09_clip.ipynb #cell-003
@@ -30,7 +30,7 @@ from tipr_nb.models.backbones import (arch_config, build_clip, can_trim, check_i
 from .features import Features
 from .losses import unit
 from .storage import load_strict, read_safetensors, write_safetensors
-from .tokens import make_tokenizer
+from .tokens import make_tokenizer, tokenize_captions
 from .weights import OpenClipFolder, fetch_tag, match_activation
 
 # %% ../../nbs/03_models/09_clip.ipynb #cell-004
@@ -172,7 +172,7 @@ class PersonCLIP(
     def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str
-        | Path,  # folder, shipped alias such as `synth-world`, or hub id
+        | Path,  # folder, shipped alias such as `clip-synth-world`, or hub id
         *,
         arch: str | None = None,  # the architecture it has to be
         image_size: Sequence[int] | None = None,  # another (h, w): positions are resampled
@@ -182,8 +182,7 @@ class PersonCLIP(
     ) -> Self:
         "Load a checkpoint, in evaluation mode."
         source = str(pretrained_model_name_or_path)
-        alias = f"clip-{source}"
-        folder = resolve_model(alias if alias in shipped_weights() else source)
+        folder = resolve_model(source)
         cfg = read_json(folder / "config.json")
         _check_config(cfg, f"{folder.name}/config.json")
         if arch and arch != cfg["arch"]:
@@ -290,13 +289,9 @@ class PersonCLIP(
         return 0 if pad is None else int(pad)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:  # (b, L)
-        "Token ids, padded only to the longest caption (where the tower allows it)."
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        tokens = self.tokenizer(captions)
-        if not len(tokens) or not self.trims:
-            return tokens
-        longest = int(self.token_mask(tokens).sum(1).max())
-        return tokens[:, :longest]
+        "Token ids by `tokenize_captions`, padded only to the longest caption (where the tower allows it)."
+        mask = self.token_mask if self.trims else None
+        return tokenize_captions(captions, self.tokenizer, mask)
 
     def token_mask(self, tokens: Tensor) -> Tensor:  # (b, L) -> (b, L) True at real tokens
         "Which tokens are start, words and end of text, and which padding."

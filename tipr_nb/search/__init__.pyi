@@ -75,6 +75,7 @@ from .reports import Hit as Hit
 from .reports import Hits as Hits
 from .reports import hits_html as hits_html
 from .reports import printable as printable
+from .ray import RayCluster as RayCluster
 from .served import ServedGallery as ServedGallery
 from .storage import indexing_lock as indexing_lock
 from .storage import Journal as Journal

@@ -250,6 +250,11 @@ class Answering:
                 "min_probability: the scores of this gallery's model are not calibrated; "
                 "gallery.calibrate(split) does it with people whose names are known"
             )
+        if least is not None and self.view.encoder.enriches:
+            raise TiprError(
+                "min_probability: probabilities are calibrated for sentences alone, "
+                "not for those that a generated or predicted picture enriches"
+            )
         if known is None or not self.question.is_plain or self.view.encoder.enriches:
             return hits
         for hit, p in zip(hits, known.of([h.score for h in hits])):
@@ -263,10 +268,10 @@ class Answering:
         if self.best is None:
             return []
         asked = self.question.min_probability is not None
-        source = f"probabilities were fitted on {known.fitted_on}; elsewhere they are a rough guide"
         if self.best >= NOBODY:
-            return [source] if asked else []
-        return [f"probably nobody here is meant: the best probability is {self.best:.2f}", source]
+            return [known.words()] if asked else []
+        doubt = "probably nobody here is meant, or the sentence fits too many"
+        return [f"{doubt}: the best probability is {self.best:.2f}", known.words()]
 
     def _notes(self, hits):
         "What must be known of this answer, one line each."

@@ -9,7 +9,7 @@ __all__ = ['EXAMPLES', 'UPLOAD_BYTES', 'UPLOAD_PIXELS', 'NOTE', 'Question', 'mat
            'serve', 'find_chromium']
 
 # %% ../../nbs/08_search/20_app.ipynb #cell-003
-import atexit, html, ipaddress, os, secrets, shutil, socket, sys, tempfile, threading, traceback
+import atexit, html, ipaddress, os, re, secrets, shutil, socket, sys, tempfile, threading, traceback
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from .reports import Hit, Hits, framed, printable
 from .gallery import Gallery
 
 # %% ../../nbs/08_search/20_app.ipynb #cell-008
-_LIMITS = dict(k=(1, 200), page=(0, 1000), imagine=(0, 1))
+_LIMITS = dict(k=(1, 200), page=(0, 1000), imagine=(0, 1), probable=(0, 100))
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Question:
     rerank: str = ""  # neighbours, expand or nothing
     imagine: int = 0  # 1: search with an imagined picture too
     group: str = ""  # a column: one hit per value
+    probable: int = 0  # percent; people who are less probable are hidden
     page: int = 0  # further down the ranking
 
     def link(self) -> str:
@@ -100,20 +101,23 @@ def warmed(
 
 # %% ../../nbs/08_search/20_app.ipynb #cell-015
 def tile_words(hit: Hit) -> str:
-    "The caption of a tile: score, then what is known of the person, with its column's name."
-    known = [
-        f"{name} {printable(value)}" for name, value in hit.metadata.items() if value is not None
-    ]
+    "The caption of a tile: score, probability, then what is known of the person, a name before each."
+    facts = [f"score {round(hit.score, 3) + 0.0:.3f}"]  # never -0.000
+    if hit.probability is not None:
+        facts.append(f"probability {hit.probability:.2f}")
     if hit.frames > 1:
-        known.insert(0, f"{hit.frames} frames")
-    copies = f" · {len(hit.duplicates) + 1} copies" if hit.duplicates else ""
-    return " · ".join([f"{hit.score:.3f}", *known][:4]) + copies
+        facts.append(f"{hit.frames} frames")
+    known = [f"{k} {_shortly(v)}" for k, v in hit.metadata.items() if v is not None]
+    facts += known[: 4 - len(facts)]
+    if hit.duplicates:
+        facts.append(f"{len(hit.duplicates) + 1} copies")
+    return " · ".join(facts)
 
 
 def facts_table(rows: Mapping[str, Any]) -> str:
     "Names and values as an HTML table, everything escaped; values that are None are left out."
     cells = [
-        (html.escape(printable(k)), html.escape(printable(v)))
+        (html.escape(printable(k)), html.escape(_shortly(v)))
         for k, v in rows.items()
         if v is not None
     ]
@@ -124,14 +128,26 @@ def facts_table(rows: Mapping[str, Any]) -> str:
     )
 
 
-def facts_html(hit: Hit, score: float | None = None) -> str:
+def _shortly(value):
+    "A value for reading: numbers with fractions to five digits."
+    return f"{value:.5g}" if isinstance(value, float) else printable(value)
+
+
+def facts_html(
+    hit: Hit,
+    score: float | None = None,
+    probability: float | None = None,
+) -> str:
     "What is known of a person, as a small table."
-    rows: dict[str, Any] = dict(photo=hit.name or str(hit.path))
+    rows: dict[str, Any] = {}
+    if score is not None:
+        rows["score"] = f"{score:.3f}"
+    if probability is not None:
+        rows["probability"] = f"{probability:.2f}"
+    rows["photo"] = hit.name or str(hit.path)
     if hit.box:
         rows["box"] = hit.box
     rows |= hit.metadata
-    if score is not None:
-        rows["score"] = f"{score:.3f}"
     if hit.duplicates:
         rows["copies"] = ", ".join(d.name for d in hit.duplicates)
     return facts_table(rows)
@@ -229,6 +245,8 @@ class Answer:
     liked: Image.Image | None = None  # whom the others resemble
     linked: bool = True  # an address can ask the same again; not so with an uploaded picture
     more: bool = False  # there is a next page
+    best: float | None = None  # score of rank 1, where probabilities are known
+    words: dict = field(default_factory=dict)  # the question, as a search's answer carries it
     advice: list[str] = field(default_factory=list)  # notes of the search
 
 # %% ../../nbs/08_search/20_app.ipynb #cell-023
@@ -267,9 +285,11 @@ class Page:
         uploaded = uploaded_picture(picture) if isinstance(picture, (str, Path)) else picture
         pictures = [question.like] * bool(question.like) + [uploaded] * (uploaded is not None)
         if not texts and not pictures:
-            return Answer(note="Type a sentence about the person you are looking for.")
+            people = f"{len(self.gallery):,} people in this gallery."
+            return Answer(note=f"Type a sentence about the person you are looking for. {people}")
         gallery = self.imagining() if question.imagine and texts else self.gallery
         start = question.page * question.k
+        least = self.least(question, len(texts) == 1 and not pictures and not absent)
         hits = gallery.search(
             texts or None,
             start + question.k + 1,
@@ -278,7 +298,9 @@ class Page:
             where=question.where,
             rerank=question.rerank or None,
             group=question.group or None,
+            min_probability=least,
         )
+        known = bool(hits) and hits[0].probability is not None
         shown = hits[start : start + question.k]
         return Answer(
             [(self.tile(h), tile_words(h)) for h in shown],
@@ -289,12 +311,38 @@ class Page:
             liked=self.tile(gallery.find(question.like)) if question.like else None,
             linked=uploaded is None,
             more=len(hits) > start + question.k,
-            advice=[n for n in hits.notes if not n.startswith("only ")],
+            best=hits[0].score if known else None,
+            words=hits.query,
+            advice=[n for n in hits.notes if not n.startswith("only ")]
+            + self._unused(question, least),
         )
+
+    def least(
+        self,
+        question: Question,
+        plain: bool,  # one sentence and nothing else
+    ) -> float | None:  # `min_probability` of the search
+        "The wanted probability, where this gallery and this question have one."
+        calibrated = self.gallery.view.probabilities is not None
+        if not question.probable or not calibrated or not plain or question.imagine:
+            return None
+        return question.probable / 100
+
+    @staticmethod
+    def _unused(question, least):
+        "Why nobody was hidden although that was asked."
+        if not question.probable or least is not None:
+            return []
+        return ["probabilities are known for one sentence alone: nobody was hidden"]
 
     @staticmethod
     def _note(gallery, question, hits, shown):
         "How many were found among how many, in which order."
+        least = hits.query.get("min_probability")
+        if not shown and least is not None:
+            return (
+                f"Nobody here has a probability of {least:.2f} or more. Lower it to see the best."
+            )
         if not shown:
             return "Nobody found. " + ("The filter lets nobody through." if question.where else "")
         took = f"{1000 * sum(hits.seconds.values()):.0f} ms"
@@ -306,6 +354,10 @@ class Page:
                 if question.like
                 else "most like your picture first"
             )
+        if question.group:
+            order = f"one per {question.group}, {order}"
+        if least is not None:
+            order = f"probability {least:.2f} or more, {order}"
         if question.page:
             order = f"from rank {shown[0].rank}, {order}"
         if not question.where:
@@ -323,37 +375,44 @@ class Page:
         return picture
 
     def look(
-        self, key: str, query: np.ndarray | None
-    ) -> tuple[
-        Image.Image | None, Image.Image | None, str
-    ]:  # the person, what matched, facts as HTML
+        self,
+        key: str,
+        query: np.ndarray | None,  # (d,) unit
+        best: float | None = None,  # score of the answer's first person, for the probability
+        explain: bool = True,  # with what matched, which takes the model a moment
+    ) -> tuple[Image.Image | None, Image.Image | None, str]:  # person, what matched, facts as HTML
         "One person closer up."
-        found = self._safely(self._look, key, query)
+        found = self._safely(self._look, key, query, best, explain)
         if not isinstance(found, Answer):
             return found
         return None, None, f"<p class='wrong'>{html.escape(found.note)}</p>"
 
-    def _look(self, key, query):
+    def _look(self, key, query, best, explain):
         hit = self.gallery.find(key)
         picture = _enlarged(hit.picture(), 384)
         if query is None or len(query) != self.gallery.manifest["dim"]:
             return picture, None, facts_html(hit)
         score = float(np.asarray(self.gallery.features[hit.row], np.float32) @ query)
+        facts = facts_html(hit, score, self._probability(score, best))
+        if not explain:
+            return picture, None, facts
         try:
-            return (
-                picture,
-                warmed(picture, match_map(self.gallery.encode_image, picture, query)),
-                facts_html(hit, score),
-            )
+            heat = match_map(self.gallery.encode_image, picture, query)
+            return picture, warmed(picture, heat), facts
         except TiprError as e:
             why = f"<p class='note'>no map of what matched: {html.escape(str(e))}</p>"
-        return picture, None, facts_html(hit, score) + why
+        return picture, None, facts + why
+
+    def _probability(self, score, best):
+        known = self.gallery.view.probabilities
+        if best is None or known is None:
+            return None
+        return float(known.of([score], best)[0])
 
     def around(
-        self, key: str
-    ) -> tuple[
-        Image.Image | None, Image.Image | None
-    ]:  # surroundings; the whole photo with a frame around the person
+        self,
+        key: str,
+    ) -> tuple[Image.Image | None, Image.Image | None]:  # surroundings and whole photo, both framed
         "Where the person stands."
 
         def pictures():
@@ -372,10 +431,14 @@ class Page:
 
         def copied():
             hit = self.gallery.find(key)
+            usual = re.fullmatch(r"[\w .+-]{1,100}", hit.path.stem) is not None
+            name = hit.path.stem if usual else key[:12]
+            place = folder / key
+            place.mkdir(mode=0o700, exist_ok=True)
             if hit.path.is_file():
-                return shutil.copyfile(hit.path, folder / f"{key[:12]}{hit.path.suffix.lower()}")
-            hit.whole().save(folder / f"{key[:12]}.png")
-            return folder / f"{key[:12]}.png"
+                return shutil.copyfile(hit.path, place / f"{name}{hit.path.suffix.lower()}")
+            hit.whole().save(place / f"{key[:12]}.png")  # a moment of a film
+            return place / f"{key[:12]}.png"
 
         found = self._safely(copied)
         return None if isinstance(found, Answer) else str(found)
@@ -384,24 +447,32 @@ class Page:
         self,
         keys: Sequence[str],
         kind: str,  # csv, html or zip
-        query: np.ndarray | None,
+        query: np.ndarray | None,  # (d,) unit
         folder: Path,
-    ) -> str | None:  # a file in `folder`
+        best: float | None = None,  # score of the answer's first person, for probabilities
+        words: Mapping | None = None,  # the question, for the page's heading
+    ) -> tuple[str | None, str]:  # a file in `folder`, or why there is none
         "The people of these keys as a file."
 
         def written():
             rows = [self.gallery.view.row_of(key) for key in keys]
-            scores = (
-                None
-                if query is None
-                else [float(np.asarray(self.gallery.features[r], np.float32) @ query) for r in rows]
-            )
-            path = folder / f"people.{kind}"
-            getattr(Hits(self.gallery.hits(rows, scores)), f"to_{kind}")(path)
+            if not rows:
+                raise TiprError("nobody to write: search first")
+            hits = Hits(self.gallery.hits(rows, self._scores(rows, query)), dict(words or {}))
+            for hit in hits:
+                hit.probability = self._probability(hit.score, best)
+            path = Path(tempfile.mkdtemp(dir=folder)) / f"people.{kind}"
+            getattr(hits, f"to_{kind}")(path)
             return path
 
         found = self._safely(written)
-        return None if isinstance(found, Answer) else str(found)
+        return (None, found.note) if isinstance(found, Answer) else (str(found), "")
+
+    def _scores(self, rows, query):
+        "Cosines of rows and the question; none without a question."
+        if query is None:
+            return None
+        return np.asarray(self.gallery.features[rows], np.float32) @ query
 
     def _safely(self, f, *args):
         try:
@@ -484,13 +555,24 @@ def search_box(
 _CSS = """
 .gradio-container{max-width:1480px!important}
 #people .grid-wrap{max-height:none!important;overflow:visible}
-#people .grid-container{grid-template-columns:repeat(auto-fill,minmax(106px,1fr))!important}
-#people .thumbnail-item{aspect-ratio:auto;height:236px}
-#people .caption-label{left:0;right:0;max-width:none;white-space:normal;font-size:11px;text-align:center}
+#people .grid-container{grid-template-columns:repeat(auto-fill,minmax(124px,1fr))!important}
+#people .thumbnail-item{aspect-ratio:auto;height:auto;display:flex;flex-direction:column}
+#people .thumbnail-item img{height:190px;flex:none;object-fit:contain;background:var(--background-fill-secondary)}
+#people .caption-label{position:static;width:100%;max-width:none;box-sizing:border-box;flex:1;border:0;border-radius:0;
+  padding:5px 7px;background:none;color:var(--body-text-color);opacity:1!important;
+  white-space:pre-line;overflow-wrap:anywhere;font-size:12px;line-height:1.35;text-align:left}
+#people .thumbnail-item:focus-visible,#closer button:focus-visible{outline:3px solid var(--color-accent);outline-offset:1px}
+#people .picked{box-shadow:0 0 0 3px #1a7f4b}
+#people .picked::after{content:"selected";position:absolute;top:0;right:0;padding:1px 7px;font-size:12px;
+  background:#1a7f4b;color:#fff;border-bottom-left-radius:6px}
+#q textarea{min-height:64px;overflow-y:auto!important}
 #note{min-height:30px}
-.note{margin:4px 0;color:var(--body-text-color-subdued)}
+.note{margin:4px 0;color:var(--body-text-color-subdued)!important}
 .note a{margin-left:8px}
-.wrong{margin:4px 0;color:#c0392b!important;font-weight:600}
+.advice{margin:4px 0;font-size:12.5px;line-height:1.45;color:var(--body-text-color-subdued)!important}
+.doubt{margin:6px 0;padding:7px 10px;border-left:4px solid #d08700;background:#d0870018;font-weight:600}
+.wrong{margin:4px 0;color:#b42318!important;font-weight:600}
+.dark .wrong{color:#ff8a80!important}
 table.facts{border:0!important;border-collapse:collapse;font-size:13px;width:100%;margin:0!important}
 table.facts tbody,table.facts tr,table.facts th,table.facts td{border:0!important;padding:3px 0!important;
   text-align:left;vertical-align:top}
@@ -499,22 +581,59 @@ table.facts th{font-weight:500!important;color:var(--body-text-color-subdued)!im
 table.facts td{overflow-wrap:anywhere}
 #closer{position:sticky;top:12px;align-self:flex-start;max-height:96vh;overflow:auto}
 #closer .image-container img{max-height:300px!important;object-fit:contain}
+#closer [role=tab]{padding:6px 9px}
+#closer [role=tab].selected{color:#1d4ed8}
+.dark #closer [role=tab].selected{color:#93c5fd}
+#deeds button{white-space:nowrap;flex:1 0 auto;padding:5px 9px}
+#take{border:1px solid var(--border-color-primary);border-radius:6px;padding:8px 12px;gap:6px}
 @media (max-width:1023px){
   #closer{position:fixed;left:0;right:0;bottom:0;top:auto;z-index:50;max-height:72vh;padding:12px;
     background:var(--background-fill-primary);border-top:2px solid var(--color-accent);box-shadow:0 -8px 30px #0005}
   #closer .image-container img{max-height:190px!important}}
+@media (max-width:600px){#found{flex-direction:column} #people .grid-container{grid-template-columns:1fr 1fr!important}}
 """
 _SCRIPT = """() => {
+  const shown = e => e && e.offsetParent !== null;
+  const close = () => document.querySelector('#close');
+  const tiles = () => [...document.querySelectorAll('#people .thumbnail-item')];
+  window.tiprPage = {tile: null, keys: false};
+  const words = {person: 'the person', heat: 'what matched', near: 'surroundings', whole: 'whole photo',
+    liked: 'the person that others resemble', imagined: 'imagined from the sentence'};
+  new MutationObserver(() => document.querySelectorAll('.image-frame img[alt=""]').forEach(img => {
+    img.alt = words[(img.closest('.block') || {}).id] || 'picture';
+  })).observe(document.body, {childList: true, subtree: true});
   window.addEventListener('popstate', () => location.reload());
+  document.addEventListener('pointerdown', () => tiprPage.keys = false, true);
+  document.addEventListener('click', e => {
+    const tile = e.target.closest('#people .thumbnail-item');
+    if (tile) tiprPage.tile = tiles().indexOf(tile);
+    if (e.target.closest('#close') && tiles()[tiprPage.tile]) tiles()[tiprPage.tile].focus();
+  }, true);
   document.addEventListener('keydown', e => {
-    const close = document.querySelector('#close');
-    if (e.key === 'Escape' && close && close.offsetParent !== null) close.click();
+    tiprPage.keys = true;
+    if (!shown(close())) return;
+    if (e.key === 'Escape') return close().click();
+    const step = {ArrowRight: 1, ArrowLeft: -1}[e.key];
+    if (!step || e.target.closest('input,textarea,[role=tab],[role=listbox]')) return;
+    const next = tiles()[tiprPage.tile + step];
+    if (next) { e.preventDefault(); next.click(); next.scrollIntoView({block: 'nearest'}); }
   });
+}"""
+_OPENED = """() => {
+  const close = document.querySelector('#close');
+  if (window.tiprPage && tiprPage.keys && close) close.focus();
+}"""
+_MARK = """() => {
+  const holder = document.querySelector('#selection [data-marked]');
+  const marked = (holder ? holder.dataset.marked : '').split(' ');
+  document.querySelectorAll('#people .thumbnail-item').forEach(
+    (tile, i) => tile.classList.toggle('picked', marked.includes(String(i))));
 }"""
 _FOLLOW = """note => {
   const found = /href="([^"]*)"/.exec(note || '');
   const link = found ? found[1].replaceAll('&amp;', '&') : '';
   if (link && link !== location.search) history.pushState(null, '', link);
+  if (link && innerWidth < 1024) document.querySelector('#found').scrollIntoView({block: 'start'});
 }"""
 NOTE = (
     "Scores say how well a picture fits the words, not who somebody is. A person found here has "
@@ -523,6 +642,9 @@ NOTE = (
 )
 
 # %% ../../nbs/08_search/20_app.ipynb #cell-032
+_STATES = dict(keys=[], query=None, best=None, words={}, like="", page=0, chosen="", picked=[])
+
+
 def search_page(
     gallery: Gallery,  # to be searched
     enriched: Callable[[], Gallery]
@@ -538,7 +660,7 @@ def search_page(
     parts: dict[str, Any] = {}
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"## {html.escape(title)}")
-        for name, value in dict(keys=[], query=None, like="", page=0, chosen="", picked=[]).items():
+        for name, value in _STATES.items():
             parts[name] = gr.State(value)
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -578,12 +700,15 @@ def _import_onnxruntime(folder):
             os.environ["TMPDIR"] = before
 
 
+_STILL = dict(interactive=False, buttons=[])  # pictures that are looked at only
+
+
 def _question_column(gr, page, parts, examples):
     "The components of a question."
     parts["q"] = gr.Textbox(
         label="Sentence",
         info="Enter searches; Shift+Enter: another sentence about the same person",
-        lines=1,
+        lines=1,  # with more, Gradio takes Enter for a new line
         max_lines=5,
         elem_id="q",
         autofocus=True,
@@ -594,13 +719,23 @@ def _question_column(gr, page, parts, examples):
         visible=page.enriched is not None,
     )
     parts["search"] = gr.Button("Search", variant="primary", elem_id="search")
-    still = dict(interactive=False, buttons=[], height=200, visible=False)
-    parts["liked"] = gr.Image(label="Like this person", elem_id="liked", **still)
-    parts["unlike"] = gr.Button(
-        "Not like this person any more", size="sm", visible=False, elem_id="unlike"
+    parts["imagined"] = gr.Image(
+        label="Imagined from the sentence", elem_id="imagined", height=200, visible=False, **_STILL
     )
-    parts["imagined"] = gr.Image(label="Imagined from the sentence", elem_id="imagined", **still)
-    gr.Examples([[e] for e in examples], inputs=[parts["q"]], label="Try", elem_id="examples")
+    found = gr.Examples([[e] for e in examples], [parts["q"]], label="Try", elem_id="examples")
+    parts["examples"] = found
+    known = page.gallery.view.probabilities
+    parts["probable"] = gr.Slider(
+        0,
+        95,
+        0,
+        step=5,
+        label="Hide people less probable than (%)",
+        info=known.words().capitalize() if known else None,
+        visible=known is not None,
+        buttons=[],
+        elem_id="probable",
+    )
     for name in few_words(page.gallery):
         parts[f"list_{name}"] = gr.Dropdown(
             sorted(page.gallery.items[name].words),
@@ -641,8 +776,12 @@ def _more(gr, page, parts):
 
 
 def _people_column(gr, page, parts):
-    "What was found, page by page, and what can be taken along."
-    parts["note"] = gr.HTML(_note(page.ask(Question())), elem_id="note")
+    "What was found, page by page, and how to take it along."
+    with gr.Row(elem_id="found"):
+        with gr.Column(scale=0, min_width=130, visible=False) as parts["likeness"]:
+            parts["liked"] = gr.Image(label="Like this", elem_id="liked", height=150, **_STILL)
+            parts["unlike"] = gr.Button("Remove", size="sm", elem_id="unlike")
+        parts["note"] = gr.HTML(_note(page.ask(Question())), elem_id="note")
     parts["people"] = gr.Gallery(
         label="people",
         show_label=False,
@@ -657,78 +796,90 @@ def _people_column(gr, page, parts):
     with gr.Row():
         parts["back"] = gr.Button("Previous page", size="sm", visible=False, elem_id="back")
         parts["next"] = gr.Button("Next page", size="sm", visible=False, elem_id="next")
-    with gr.Accordion("Take along", open=False, elem_id="take"):
-        parts["selection"] = gr.HTML(_selected([]), elem_id="selection")
+    with gr.Column(visible=False, elem_id="take") as parts["take"]:
+        parts["selection"] = gr.HTML(_selected([], []), elem_id="selection")
         with gr.Row():
-            for kind in ("csv", "html", "zip"):
-                parts[kind] = gr.Button(kind.upper(), size="sm", elem_id=f"export_{kind}")
-            parts["nobody"] = gr.Button("Select nobody", size="sm")
-        parts["file"] = gr.File(label="Written", visible=False, interactive=False, elem_id="file")
+            for kind, label in _EXPORTS.items():
+                parts[kind] = gr.Button(label, size="sm", min_width=90, elem_id=f"export_{kind}")
+            parts["nobody"] = gr.Button(
+                "Clear selection", size="sm", min_width=90, elem_id="nobody"
+            )
+        parts["file"] = gr.File(label="Your file", visible=False, interactive=False, elem_id="file")
+
+
+_EXPORTS = dict(csv="CSV table", html="Web page", zip="ZIP with pictures")
 
 
 def _closer(gr, parts):
     "What appears on a click."
-    still = dict(show_label=False, interactive=False, buttons=[], container=False)
-    with gr.Column(scale=2, min_width=280, visible=False, elem_id="closer") as parts["closer"]:
+    still = _STILL | dict(show_label=False, container=False)
+    with gr.Column(scale=2, min_width=290, visible=False, elem_id="closer") as parts["closer"]:
         parts["close"] = gr.Button("Close (Esc)", size="sm", elem_id="close")
         with gr.Tab("Person"):
             with gr.Row():
                 for name in ("person", "heat"):
                     parts[name] = gr.Image(min_width=100, elem_id=name, **still)
-            gr.HTML("<p class='note'>Right: warm where hiding the spot lowers the score.</p>")
+            gr.HTML("<p class='advice'>Right: warm where hiding the spot lowers the score.</p>")
         with gr.Tab("Around", elem_id="tab_around"):
             parts["near"] = gr.Image(elem_id="near", **still)
-        with gr.Tab("Whole photo", elem_id="tab_whole"):
+        with gr.Tab("Photo", elem_id="tab_whole"):
             parts["whole"] = gr.Image(elem_id="whole", **still)
+        with gr.Row(elem_id="deeds"):
+            small = dict(size="sm", min_width=70)
+            parts["more_like"] = gr.Button("More like this", elem_id="more_like", **small)
+            parts["pick"] = gr.Button("Select", elem_id="pick", **small)
+            parts["open"] = gr.DownloadButton("Original", elem_id="original", **small)
         parts["facts"] = gr.HTML()
-        with gr.Row():
-            parts["more_like"] = gr.Button("More like this", size="sm", elem_id="more_like")
-            parts["pick"] = gr.Button("Select", size="sm", elem_id="pick")
-            parts["open"] = gr.DownloadButton("Original", size="sm", elem_id="original")
 
 
-def _selected(keys):
-    return (
-        f"<p class='note'>{len(keys) or 'Nobody'} selected"
-        + ("" if keys else ": all people shown are written")
-        + ".</p>"
+def _selected(
+    picked,  # keys of selected people
+    keys,  # keys of the people on the page
+    problem="",
+):
+    "How many are selected; where they are on the page is kept for the marks."
+    marked = " ".join(str(i) for i, key in enumerate(keys) if key in picked)
+    words = (
+        f"Export the {len(picked)} people selected"
+        if picked
+        else f"Export all {len(keys)} people shown"
     )
+    wrong = f"<p class='wrong'>{html.escape(problem)}</p>" if problem else ""
+    return f"<p class='note' data-marked='{marked}'>{words}:</p>{wrong}"
 
 # %% ../../nbs/08_search/20_app.ipynb #cell-034
+_TYPED = ("q", "without", "where", "k", "rerank", "group", "imagine", "probable")
+_SHOWN = (
+    *("people", "keys", "query", "best", "words", "note", "likeness", "liked", "imagined"),
+    *("closer", "take", "selection", "file", "like", "page", "back", "next"),
+)
+
+
 def _wire(gr, blocks, page, parts, folder):
     "Connect events to the page's answers."
-    from gradio import Request, SelectData  # Gradio reads these two annotations
+    from gradio import Request  # Gradio reads this annotation
 
     lists = [n.removeprefix("list_") for n in parts if n.startswith("list_")]
-    asked_of = [
-        "q",
-        "without",
-        "where",
-        "k",
-        "rerank",
-        "group",
-        "imagine",
-        "picture",
-        *[f"list_{n}" for n in lists],
-    ]
-    shown = [
-        "people",
-        "keys",
-        "query",
-        "note",
-        "liked",
-        "unlike",
-        "imagined",
-        "closer",
-        "like",
-        "page",
-        "back",
-        "next",
-    ]
-    inputs = [parts[n] for n in ("like", "page", *asked_of)]
-    outputs = [parts[n] for n in shown]
+    asked_of = [*_TYPED, "picture", *[f"list_{n}" for n in lists]]
+    inputs = [parts[n] for n in ("picked", "like", "page", *asked_of)]
+    outputs = [parts[n] for n in _SHOWN]
 
-    def ask(step, like, at, q, without, where, k, rerank, group, imagine, picture, *chosen):
+    def ask(
+        step,
+        picked,
+        like,
+        at,
+        q,
+        without,
+        where,
+        k,
+        rerank,
+        group,
+        imagine,
+        probable,
+        picture,
+        *chosen,
+    ):
         question = Question(
             q or "",
             without or "",
@@ -738,127 +889,155 @@ def _wire(gr, blocks, page, parts, folder):
             rerank or "",
             int(bool(imagine)),
             group or "",
+            int(probable or 0),
             0 if step == 0 else max(0, at + step),
         )
-        return _shown(gr, page.ask(question, picture), question)
+        return _shown(gr, page.ask(question, picture), question, picked)
 
-    def like_this(chosen, *values):
-        return [*ask(0, chosen, 0, "", "", *values), ""]
+    def like_this(picked, chosen, *values):
+        return [*ask(0, picked, chosen, 0, "", "", *values), ""]
 
     def opened(request: Request):
         question = Question.of(dict(request.query_params))
         if question == Question():
-            return [gr.skip()] * (len(outputs) + 7)
-        rerank = question.rerank if question.rerank in ("neighbours", "expand") else ""
-        group = question.group if question.group in page.gallery.items.own else ""
-        typed = [
-            question.q,
-            question.without,
-            question.where,
-            question.k,
-            rerank,
-            group,
-            bool(question.imagine),
-        ]
-        return [*_shown(gr, page.ask(question), question), *typed]
-
-    def clicked(event: SelectData, keys, query):
-        key = keys[event.index]
-        return [gr.Column(visible=True), *page.look(key, query), key]
+            return [gr.skip()] * (len(outputs) + len(_TYPED))
+        typed = vars(question) | dict(imagine=bool(question.imagine))
+        if question.rerank not in ("neighbours", "expand"):
+            typed["rerank"] = ""
+        if question.group not in page.gallery.items.own:
+            typed["group"] = ""
+        typed["probable"] = min(question.probable, 95)
+        return [*_shown(gr, page.ask(question), question, []), *(typed[n] for n in _TYPED)]
 
     # the busy sign only where people will appear
     quiet = dict(api_visibility="private", show_progress_on=[parts["people"]])
     silent = dict(api_visibility="private", show_progress="hidden")
-    follow = dict(fn=None, inputs=[parts["note"]], js=_FOLLOW, api_visibility="private")
-    starts = [
-        parts["search"].click,
-        parts["q"].submit,
-        parts["without"].submit,
-        parts["where"].submit,
-    ]
-    gr.on(starts, partial(ask, 0), inputs, outputs, **quiet).then(**follow)
-    parts["next"].click(partial(ask, 1), inputs, outputs, **quiet).then(**follow)
-    parts["back"].click(partial(ask, -1), inputs, outputs, **quiet).then(**follow)
-    same = [parts[n] for n in ("chosen", *asked_of[2:])]
-    parts["more_like"].click(like_this, same, [*outputs, parts["q"]], **quiet).then(**follow)
-    parts["unlike"].click(
-        lambda: ["", gr.Image(visible=False), gr.Button(visible=False)],
-        None,
-        [parts[n] for n in ("like", "liked", "unlike")],
-        **silent,
-    )
-    details = [parts[n] for n in ("closer", "person", "heat", "facts", "chosen")]
-    parts["people"].select(
-        clicked,
-        [parts["keys"], parts["query"]],
-        details,
-        api_visibility="private",
-        show_progress_on=[parts["heat"]],
-    ).then(page.around, [parts["chosen"]], [parts["near"], parts["whole"]], **silent).then(
-        partial(page.original, folder=folder), [parts["chosen"]], [parts["open"]], **silent
-    )
-    parts["close"].click(lambda: gr.Column(visible=False), None, [parts["closer"]], **silent)
+    script = dict(fn=None, api_visibility="private")
+
+    def follow(event):
+        event.then(inputs=[parts["note"]], js=_FOLLOW, **script).then(js=_MARK, **script)
+
+    starts = [parts["search"].click, *(parts[n].submit for n in ("q", "without", "where"))]
+    follow(gr.on(starts, partial(ask, 0), inputs, outputs, **quiet))
+    follow(parts["examples"].load_input_event.then(partial(ask, 0), inputs, outputs, **quiet))
+    follow(parts["probable"].release(partial(ask, 0), inputs, outputs, **quiet))
+    follow(parts["next"].click(partial(ask, 1), inputs, outputs, **quiet))
+    follow(parts["back"].click(partial(ask, -1), inputs, outputs, **quiet))
+    same = [parts[n] for n in ("picked", "chosen", *asked_of[2:])]
+    follow(parts["more_like"].click(like_this, same, [*outputs, parts["q"]], **quiet))
+    unlike = [parts[n] for n in ("like", "likeness")]
+    parts["unlike"].click(lambda: ["", gr.Column(visible=False)], None, unlike, **silent)
+    _wire_closer(gr, page, parts, folder, silent)
     _wire_selection(gr, page, parts, folder, silent)
-    typed = [parts[n] for n in ("q", "without", "where", "k", "rerank", "group", "imagine")]
-    blocks.load(opened, None, [*outputs, *typed], **quiet)
+    blocks.load(opened, None, [*outputs, *(parts[n] for n in _TYPED)], **quiet)
     blocks.load(None, js=_SCRIPT, api_visibility="private")
 
-# %% ../../nbs/08_search/20_app.ipynb #cd8e980b
+
+def _wire_closer(gr, page, parts, folder, silent):
+    "A click on somebody opens what is known of them."
+    from gradio import SelectData  # Gradio reads this annotation
+
+    def clicked(event: SelectData, keys, query, best, picked):
+        key = keys[event.index]
+        label = "Unselect" if key in picked else "Select"
+        seen = page.look(key, query, best, explain=False)
+        return (
+            gr.Column(visible=True),
+            *seen,
+            key,
+            gr.Button(label),
+            gr.DownloadButton(interactive=False),
+        )
+
+    def explained(key, query, best):
+        return page.look(key, query, best)[1:]
+
+    def original(key):
+        file = page.original(key, folder)
+        return gr.DownloadButton(value=file, interactive=file is not None)
+
+    known = [parts[n] for n in ("keys", "query", "best", "picked")]
+    details = [parts[n] for n in ("closer", "person", "heat", "facts", "chosen", "pick", "open")]
+    busy = dict(api_visibility="private", show_progress_on=[parts["heat"]])
+    chosen = [parts["chosen"]]
+    event = parts["people"].select(clicked, known, details, **silent)
+    event.then(None, js=_OPENED, **silent)
+    event.then(original, chosen, [parts["open"]], **silent)
+    event.then(page.around, chosen, [parts["near"], parts["whole"]], **silent)
+    asked = [parts[n] for n in ("chosen", "query", "best")]
+    event.then(explained, asked, [parts["heat"], parts["facts"]], **busy)
+
+    def closed():
+        return gr.Column(visible=False), gr.Gallery(selected_index=None)
+
+    parts["close"].click(closed, None, [parts["closer"], parts["people"]], **silent)
+
+# %% ../../nbs/08_search/20_app.ipynb #cell-035
 def _wire_selection(gr, page, parts, folder, silent):
     "Selecting people, and taking them along."
 
-    def picked(chosen, keys):
-        keys = [k for k in keys if k != chosen] + [chosen] * (chosen not in keys)
-        return keys, _selected(keys)
+    def picked(chosen, picked, keys):
+        rest = [k for k in picked if k != chosen]
+        found = rest if chosen in picked else [*rest, chosen]
+        label = "Unselect" if chosen in found else "Select"
+        return found, _selected(found, keys), gr.Button(label)
 
-    def written(kind, selected, shown, query):
-        path = page.export(selected or shown, kind, query, folder)
-        return gr.File(path, visible=path is not None)
+    def cleared(keys):
+        return [], _selected([], keys), gr.Button("Select")
 
-    parts["pick"].click(
-        picked, [parts["chosen"], parts["picked"]], [parts["picked"], parts["selection"]], **silent
-    )
-    parts["nobody"].click(
-        lambda: ([], _selected([])), None, [parts["picked"], parts["selection"]], **silent
-    )
-    for kind in ("csv", "html", "zip"):
-        parts[kind].click(
-            partial(written, kind),
-            [parts[n] for n in ("picked", "keys", "query")],
-            [parts["file"]],
-            **silent,
-        )
+    def written(kind, picked, keys, query, best, words):
+        path, problem = page.export(picked or keys, kind, query, folder, best, words)
+        return gr.File(path, visible=path is not None), _selected(picked, keys, problem)
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-035
-def _shown(gr, answer, question):
+    mark = dict(fn=None, js=_MARK, api_visibility="private")
+    changed = [parts[n] for n in ("picked", "selection", "pick")]
+    now = [parts[n] for n in ("chosen", "picked", "keys")]
+    parts["pick"].click(picked, now, changed, **silent).then(**mark)
+    parts["nobody"].click(cleared, [parts["keys"]], changed, **silent).then(**mark)
+    known = [parts[n] for n in ("picked", "keys", "query", "best", "words")]
+    for kind in _EXPORTS:
+        result = [parts["file"], parts["selection"]]
+        parts[kind].click(partial(written, kind), known, result, **silent).then(**mark)
+
+# %% ../../nbs/08_search/20_app.ipynb #cell-036
+def _shown(gr, answer, question, picked):
     "An answer as the values of the page's components."
-    return [
-        gr.Gallery(answer.tiles, selected_index=None),
-        answer.keys,
-        answer.query,
-        _note(answer, question),
-        gr.Image(_enlarged(answer.liked, 200), visible=answer.liked is not None),
-        gr.Button(visible=answer.liked is not None),
-        gr.Image(_enlarged(answer.imagined, 220), visible=answer.imagined is not None),
-        gr.Column(visible=False),
-        question.like,
-        question.page,
-        gr.Button(visible=question.page > 0),
-        gr.Button(visible=answer.more),
-    ]
+    tiles = [(picture, words.replace(" · ", "\n")) for picture, words in answer.tiles]
+    new = dict(
+        people=gr.Gallery(tiles, selected_index=None),
+        keys=answer.keys,
+        query=answer.query,
+        best=answer.best,
+        words=answer.words,
+        note=_note(answer, question),
+        likeness=gr.Column(visible=answer.liked is not None),
+        liked=_enlarged(answer.liked, 200),
+        imagined=gr.Image(_enlarged(answer.imagined, 220), visible=answer.imagined is not None),
+        closer=gr.Column(visible=False),
+        take=gr.Column(visible=bool(answer.keys or picked)),
+        selection=_selected(picked, answer.keys),
+        file=gr.File(visible=False),
+        like=question.like,
+        page=question.page,
+        back=gr.Button(visible=question.page > 0),
+        next=gr.Button(visible=answer.more),
+    )
+    return [new[name] for name in _SHOWN]
 
-# %% ../../nbs/08_search/20_app.ipynb #357c5289
+# %% ../../nbs/08_search/20_app.ipynb #cell-037
 def _note(answer, question=None):
     "The sentence above the people, with the link that asks again, and the search's own notes."
-    link = (
-        f'<a href="{html.escape(question.link())}">link to this question</a>'
-        if answer.keys and answer.linked
-        else ""
-    )
-    advice = "".join(f'<p class="note">{html.escape(n)}</p>' for n in answer.advice)
-    return f'<p class="{"wrong" if answer.wrong else "note"}">{html.escape(answer.note)}{link}</p>{advice}'
+    link = ""
+    if answer.keys and answer.linked:
+        link = f'<a href="{html.escape(question.link())}">link to this question</a>'
+    kind = "wrong" if answer.wrong else "note"
+    lines = [f'<p class="{kind}">{html.escape(answer.note)}{link}</p>']
+    for advice in answer.advice:
+        kind = "doubt" if advice.startswith("probably nobody") else "advice"
+        lines.append(f'<p class="{kind}">{html.escape(advice)}</p>')
+    return "".join(lines)
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-038
+# %% ../../nbs/08_search/20_app.ipynb #cell-040
 def is_loopback(host: str) -> bool:
     "Whether an address is this computer's own."
     if host == "localhost":
@@ -868,7 +1047,7 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return False
 
-# %% ../../nbs/08_search/20_app.ipynb #73d3ff14
+# %% ../../nbs/08_search/20_app.ipynb #cell-041
 def own_names(
     host: str,
     names: Sequence[str] = (),  # further names of the page
@@ -886,7 +1065,7 @@ def own_names(
         out += [f"[{n}]" if ":" in str(n) else str(n) for n in found]
     return list(dict.fromkeys(out))
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-040
+# %% ../../nbs/08_search/20_app.ipynb #cell-043
 class OwnNames:
     "ASGI middleware: requests under another host name, or from another site's page, get a one-line refusal."
 
@@ -921,7 +1100,7 @@ class OwnNames:
         await send(dict(type="http.response.start", status=421, headers=headers))
         await send(dict(type="http.response.body", body=body))
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-042
+# %% ../../nbs/08_search/20_app.ipynb #cell-045
 def check_port(host: str, port: int):
     "Raise a one-line `TiprError` when nothing can listen there."
     if not 0 < port < 65_536:
@@ -937,7 +1116,7 @@ def check_port(host: str, port: int):
                 f"port {port} on {host}: {why}; choose another with port= (--port)"
             ) from None
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-044
+# %% ../../nbs/08_search/20_app.ipynb #cell-047
 def serve(
     gallery: Gallery,
     *,
@@ -971,13 +1150,28 @@ def serve(
     return blocks, address
 
 
+_COLOURS_OF_WORDS = {  # contrast of 4.5 and more, in both themes
+    "body_text_color_subdued": "*neutral_600",
+    "body_text_color_subdued_dark": "*neutral_300",
+    "block_info_text_color": "*neutral_600",
+    "block_info_text_color_dark": "*neutral_300",
+    "block_label_text_color": "*neutral_700",
+    "input_placeholder_color": "*neutral_500",
+    "input_placeholder_color_dark": "*neutral_400",
+    "button_primary_background_fill": "*primary_600",
+    "button_primary_background_fill_hover": "*primary_700",
+}
+
+
 def _launch(blocks, host, port, password, names, browser):
     "Start Gradio's server; its own check of the address must not go through a proxy."
     from starlette.middleware import Middleware
 
     gr = need("gradio", "app", "the search page")
     fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", **fonts)
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", **fonts).set(
+        **_COLOURS_OF_WORDS
+    )
     _no_proxy_here()
     try:
         _, address, _ = blocks.launch(
@@ -1018,7 +1212,7 @@ def _warm(gallery):
     except TiprError:
         pass
 
-# %% ../../nbs/08_search/20_app.ipynb #cell-046
+# %% ../../nbs/08_search/20_app.ipynb #cell-049
 def find_chromium() -> str | None:
     "Debian's Chromium, or another that is installed."
     found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]

@@ -6,7 +6,7 @@
 __all__ = ['detector_name', 'state_keys', 'PhotoStates', 'IndexReport', 'Encodes', 'BatchEncoder', 'hashed', 'KnownContent',
            'gathered', 'lasting_problems', 'content_codes', 'resolve_copies', 'same_as', 'Choice', 'open_npy',
            'write_features', 'user_columns', 'same_columns', 'build_engine', 'drop_engines', 'tower_is_whole',
-           'keep_text_tower', 'IndexSettings', 'Indexer', 'part_lock', 'index_photos', 'import_features',
+           'keep_text_tower', 'Cluster', 'IndexSettings', 'Indexer', 'part_lock', 'index_photos', 'import_features',
            'copy_features']
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-003
@@ -717,6 +717,13 @@ def keep_text_tower(
         return None
     return name
 
+# %% ../../nbs/08_search/12_indexing.ipynb #cluster-protocol
+class Cluster(Protocol):
+    "Encodes photos on other machines."
+
+    def encode(self, todo: list[Photo], indexer: "Indexer", seen: set[tuple]) -> int:
+        "Rows and features of photos into the indexer's journal; returns people that were encoded."
+
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-051
 @dataclass
 class IndexSettings:
@@ -737,6 +744,7 @@ class IndexSettings:
     made: list[dict] | None = None  # how the people were cut out, see `Gallery.build`
     part: Part | None = None  # only this part, into a journal of its own
     join: bool = False  # put the parts together
+    cluster: "Cluster | None" = None  # encodes on other machines, such as `RayCluster`
 
     def __post_init__(self):
         if self.dtype not in (None, "float32", "float16"):
@@ -967,12 +975,15 @@ class Indexer:
 
     def encode(self, todo: list[Photo]):
         "Open and encode photos."
+        films = any(getattr(p, "seconds", None) is not None for p in todo)
+        seen = self._encoded_before(films=films)
+        if self.settings.cluster is not None and todo:
+            self.report.encoded = self.settings.cluster.encode(todo, self, seen)
+            return
         encoder = BatchEncoder(
             self.model, self.journal, self.settings.batch_size, self.dtype, self.settings.checkpoint
         )
-        encoder.seen = self._encoded_before(
-            films=any(getattr(p, "seconds", None) is not None for p in todo)
-        )
+        encoder.seen = seen
         options: dict[str, Any] = dict(
             max_pixels=self.settings.max_pixels, detector=self.settings.detector
         )
@@ -1170,7 +1181,7 @@ class Indexer:
             )
             return None
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-054
+
 def _mask(values):
     return need("pyarrow", "search", "a gallery").array(values)
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LIKE_PATTERNS', 'MILVUS_INDICES', 'NUMBER_LIMITS', 'MILVUS_TYPES', 'KEY', 'FEATURE', 'STATE_FIELD', 'MAX_TEXT',
            'MAX_HITS', 'STORE_FORMAT', 'FACTS_PROPERTY', 'milvus_literal', 'like_pattern', 'tree_expression',
-           'milvus_expression', 'is_server', 'check_uri', 'public_uri', 'Milvus', 'last_words', 'milvus_errors',
-           'IndexKind', 'index_kind', 'StoreFacts', 'StoreHit', 'cut_text', 'row_state', 'MilvusStore', 'alias_target',
-           'open_store', 'collection_text', 'check_name', 'create_store', 'store_schema', 'store_index', 'SyncReport',
-           'sync_store', 'StoreEngine', 'build_milvus', 'MilvusEngine']
+           'milvus_expression', 'is_server', 'check_uri', 'public_uri', 'Milvus', 'last_words', 'milvus_reason',
+           'milvus_errors', 'IndexKind', 'index_kind', 'StoreFacts', 'StoreHit', 'cut_text', 'row_state', 'MilvusStore',
+           'alias_target', 'open_store', 'collection_text', 'check_name', 'new_collection', 'create_store',
+           'store_schema', 'store_index', 'SyncReport', 'sync_store', 'StoreEngine', 'build_milvus', 'MilvusEngine']
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-003
 import contextlib, hashlib, json, logging, os, re
@@ -128,11 +128,9 @@ class Milvus:
         try:
             cls.clients[uri, token] = pymilvus.MilvusClient(uri, token=token, timeout=10)
         except Exception as e:  # of pymilvus, grpc, and plain ones
-            why = f"Milvus cannot be opened ({last_words(e)})"
-            remedy = (
-                f"is the address right, and no other process using the file?{cls.hint(uri, token)}"
-            )
-            raise TiprError(f"{public_uri(uri)}: {why}; {remedy}") from None
+            why = f"Milvus cannot be opened ({milvus_reason(e)})"
+            remedy = "" if is_server(uri) else "; is another process using the file?"
+            raise TiprError(f"{public_uri(uri)}: {why}{remedy}{cls.hint(uri, token)}") from None
         return cls.clients[uri, token]
 
     @staticmethod
@@ -166,6 +164,21 @@ def last_words(e: BaseException) -> str:
     lines = text.splitlines() or [type(e).__name__]
     return lines[-1][:160]
 
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-026
+def milvus_reason(e: BaseException) -> str:
+    "What Milvus, pymilvus or gRPC complain about, in one line."
+    one: BaseException | None = e
+    for _ in range(20):
+        if one is None:
+            break
+        if "UNAUTHENTICATED" in str(one) or "auth check failure" in str(one):
+            return "user and password, or the token, are not accepted; set TIPR_MILVUS_TOKEN=USER:PASSWORD"
+        one = one.__cause__ or one.__context__
+    words = last_words(e)
+    if "server unavailable" in words or "Connection refused" in words:
+        return "the server does not answer; is it running, and is the address right?"
+    return words
+
 
 @contextlib.contextmanager
 def milvus_errors(uri: str) -> Iterator[None]:
@@ -177,9 +190,9 @@ def milvus_errors(uri: str) -> Iterator[None]:
     except Exception as e:
         if not type(e).__module__.startswith(("pymilvus", "grpc", "milvus_lite")):
             raise
-        raise TiprError(f"{public_uri(uri)}: Milvus refused ({last_words(e)})") from e
+        raise TiprError(f"{public_uri(uri)}: Milvus refused ({milvus_reason(e)})") from e
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-028
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-031
 class IndexKind(NamedTuple):
     "An index of Milvus with defaults for building and searching."
 
@@ -226,7 +239,7 @@ def index_kind(
                 )
     return IndexKind(kind.milvus, kind.build | dict(build or {}), kind.search | dict(search or {}))
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-032
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-035
 MILVUS_TYPES = {
     "int": "INT64",
     "float": "DOUBLE",
@@ -255,7 +268,7 @@ class StoreFacts:
 
     def can_hold(self, other: "StoreFacts") -> bool:
         "Whether a collection of this kind can take the rows of that one: the same model and index, no fewer columns."
-        for name in ("fingerprint", "dim", "index", "half", "format"):
+        for name in ("fingerprint", "dim", "index", "format"):
             if getattr(self, name) != getattr(other, name):
                 return False
         return other.kinds.items() <= self.kinds.items()
@@ -280,7 +293,7 @@ class StoreFacts:
             )
         return facts
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-034
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-037
 class StoreHit(NamedTuple):
     "One person that the server found."
 
@@ -288,7 +301,7 @@ class StoreHit(NamedTuple):
     score: float  # the server's own inner product
     columns: dict  # metadata
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-036
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-039
 def cut_text(text: str, limit: int = MAX_TEXT) -> str:
     "The beginning of a text that fits into `limit` bytes."
     data = text.encode("utf-8", "replace")
@@ -300,7 +313,7 @@ def row_state(values: Mapping[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-038
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-041
 class MilvusStore:
     "People of one model in a Milvus collection, by key."
 
@@ -450,10 +463,15 @@ class MilvusStore:
                 self.client.create_alias(self.collection, self.name)
             else:
                 self.client.alter_alias(self.collection, self.name)
-            if drop_old and before is not None:
-                self.client.drop_collection(before)
+        if drop_old and before is not None:
+            self.drop(before)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-039
+    def drop(self, collection: str) -> None:
+        "Remove a collection that searchers no longer see."
+        with milvus_errors(self.uri):
+            self.client.drop_collection(collection)
+
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-042
 def alias_target(client: Any, name: str) -> str | None:
     "The collection behind a name; None where there is no such name."
     try:
@@ -463,7 +481,7 @@ def alias_target(client: Any, name: str) -> str | None:
             return None
         raise
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-041
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-044
 def open_store(
     uri: str,  # address or file
     name: str = "tipr",  # under which the gallery is found
@@ -489,7 +507,7 @@ def open_store(
         client.load_collection(collection)
     return MilvusStore(client, uri, name, collection, facts, search_params)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-042
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-045
 FACTS_PROPERTY = "tipr.facts"
 
 
@@ -498,7 +516,7 @@ def collection_text(client: Any, collection: str) -> str:
     about = client.describe_collection(collection)
     return (about.get("properties") or {}).get(FACTS_PROPERTY) or about.get("description") or ""
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-043
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-046
 def check_name(name: str) -> str:
     "A name that Milvus takes."
     if not re.fullmatch(r"[A-Za-z_]\w{0,99}", name):
@@ -508,7 +526,22 @@ def check_name(name: str) -> str:
         )
     return name
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-044
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-047
+def new_collection(client: Any, collection: str, facts: StoreFacts, kind: IndexKind):
+    "Make a collection; in single precision where the server knows no other."
+    how = dict(index_params=store_index(client, kind), consistency_level="Strong")
+    try:
+        about = {FACTS_PROPERTY: facts.text()}
+        client.create_collection(
+            collection, schema=store_schema(client, facts), properties=about, **how
+        )
+    except Exception as e:
+        if not (facts.half and "float16" in str(e).lower()):
+            raise
+        facts.half = False
+        new_collection(client, collection, facts, kind)
+
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-048
 def create_store(
     uri: str,
     name: str,
@@ -535,17 +568,17 @@ def create_store(
                 return MilvusStore(client, uri, name, collection, known)
         number = max((int(c.rpartition("_")[2]) for c in there), default=0) + 1
         collection = f"{start}{number}"
-        client.create_collection(
-            collection,
-            schema=store_schema(client, facts),
-            index_params=store_index(client, kind),
-            consistency_level="Strong",
-            properties={FACTS_PROPERTY: facts.text()},
-        )
+        try:
+            new_collection(client, collection, facts, kind)
+        except Exception:
+            if not client.has_collection(collection):
+                raise
+            # another writer was faster
+            return create_store(uri, name, facts, token, trusted, index_params, rebuild)
         client.load_collection(collection)
     return MilvusStore(client, uri, name, collection, facts)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-045
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-049
 def store_schema(client: Any, facts: StoreFacts) -> Any:
     "Key, feature, state and one typed field per column."
     from pymilvus import DataType
@@ -570,7 +603,7 @@ def store_index(client: Any, kind: IndexKind) -> Any:
     params.add_index(FEATURE, index_type=kind.milvus, metric_type="IP", params=kind.build)
     return params
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-048
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-052
 @dataclass
 class SyncReport:
     "What an update did."
@@ -579,7 +612,7 @@ class SyncReport:
     deleted: int = 0
     unchanged: int = 0
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-049
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-053
 def sync_store(
     store: MilvusStore,
     keys: Sequence[str],  # (n) of all people that should be there
@@ -612,7 +645,7 @@ def sync_store(
     report.deleted = store.delete(list(known))
     return report
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-050
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-054
 def _send(store, keys, features, waiting):
     "One message; empties `waiting`."
     if not waiting:
@@ -622,7 +655,7 @@ def _send(store, keys, features, waiting):
     waiting.clear()
     return sent
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-059
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-063
 class StoreEngine:
     "A store behind the interface of engines."
 
@@ -654,7 +687,7 @@ class StoreEngine:
         "Close the connection."
         Milvus.release(self.store.uri)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-063
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-067
 def build_milvus(
     features: np.ndarray,  # (n, d) unit rows
     columns: Mapping[str, Column],  # metadata
@@ -693,7 +726,7 @@ def build_milvus(
         client.load_collection(collection)
     return dict(kind="milvus", uri=public_uri(uri), collection=collection, index=kind.milvus)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-064
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-068
 def _numbered_rows(features, columns, start, stop):
     block = np.asarray(features[start:stop], np.float32)
     rows = [dict(row=start + i, feature=f) for i, f in enumerate(block)]
@@ -703,7 +736,7 @@ def _numbered_rows(features, columns, start, stop):
             row[name] = cut_text(value) if isinstance(value, str) else value
     return rows
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-065
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-069
 class MilvusEngine:
     "Search in a snapshot's collection; the filter is decided there."
 

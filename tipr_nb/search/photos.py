@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Box', 'HEIF_SUFFIXES', 'USUAL_SUFFIXES', 'SUFFIXES', 'FILM_SUFFIXES', 'UNREAD_SUFFIXES', 'EXCLUDED', 'OS_REASONS',
-           'MAX_PIXELS', 'MAX_BYTES', 'FORMATS', 'Photo', 'Photos', 'suffix_of', 'is_picture', 'reads_heif',
-           'unread_note', 'is_excluded', 'Walk', 'walk_folder', 'os_reason', 'stat_photo', 'PhotoError', 'open_header',
-           'Decoded', 'decode_picture', 'first_line', 'open_picture', 'picture_size']
+           'MAX_PIXELS', 'MAX_BYTES', 'Photo', 'Photos', 'suffix_of', 'is_picture', 'reads_heif', 'unread_note',
+           'is_excluded', 'Walk', 'walk_folder', 'os_reason', 'stat_photo', 'PhotoError', 'Decoded', 'decode_picture',
+           'first_line', 'open_picture', 'picture_size']
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-003
-import errno, fnmatch, io, os, re, stat
+import errno, fnmatch, os, stat
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,8 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Iterator, NamedTuple, Sequence, TYPE_CHECKING
 
-from PIL import Image, ImageOps
+from PIL import Image
 from ..core import TiprError
+from ..data import exif_notes, picture_formats, picture_header, to_rgb
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-004
 if TYPE_CHECKING:
@@ -75,18 +76,25 @@ class Photos:
         return iter(self.items)
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-016
-HEIF_SUFFIXES = frozenset((".heic", ".heif"))
+HEIF_SUFFIXES = frozenset(".heic .heif .hif .heics .heifs".split())
 USUAL_SUFFIXES = (
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .ppm .pgm .avif .jp2 .j2k .mpo"
+    ".jpg .jpeg .jpe .jfif .jif .png .apng .webp .bmp .dib .tif .tiff .gif "
+    ".ppm .pgm .pbm .pnm .pfm .avif .avifs .jp2 .j2k .j2c .jpc .jpx .jpf .mpo"
 )
 SUFFIXES = HEIF_SUFFIXES | frozenset(USUAL_SUFFIXES.split())
 FILM_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv".split()
 )
-_UNREAD = (
-    ".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .pef .srw .psd .svg .jxl .eps .tga .xcf .exr .pcx"
+_RAW = (
+    ".cr2 .cr3 .crw .nef .nrw .arw .sr2 .srf .dng .raf .orf .rw2 .rwl .pef .srw .3fr .kdc .mrw "
+    ".x3f .erf .raw"
 )
-UNREAD_SUFFIXES = frozenset(_UNREAD.split())
+_DRAWN = ".psd .psb .svg .svgz .ai .eps .ps .wmf .emf .xcf .icns .ico .cur .xbm .xpm .mng .jng"
+_RARE = (
+    ".jxl .jxr .wdp .tga .icb .vda .vst .exr .hdr .pcx .dcx .dds .sgi .rgb .rgba .bw .ras .qoi "
+    ".blp .ftc .ftu .gbr .im .iim .mic .msp .pcd .pxr .fli .flc .iff .lbm .j2p .fit .fits"
+)
+UNREAD_SUFFIXES = frozenset(f"{_RAW} {_DRAWN} {_RARE}".split())
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-017
 def suffix_of(name: str) -> str:
@@ -102,12 +110,7 @@ def is_picture(name: str) -> bool:
 @cache
 def reads_heif() -> bool:
     "Whether HEIC pictures can be read; registers their decoder with Pillow."
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return False
-    register_heif_opener()
-    return True
+    return "HEIF" in picture_formats()
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-023
 def unread_note(
@@ -228,22 +231,12 @@ def stat_photo(root: str, name: str) -> tuple[Photo | None, str]:
 # %% ../../nbs/08_search/01_photos.ipynb #cell-044
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "JPEG2000")
 
 
 class PhotoError(TiprError):
     "A picture that cannot be used, with the reason in a few words."
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-046
-def open_header(
-    source: bytes | str | Path,  # the file's bytes, or the file
-) -> Image.Image:
-    "A picture whose header was read and whose pixels were not; only formats of pictures are tried."
-    heif = ("HEIF",) if reads_heif() else ()
-    stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    return Image.open(stream, formats=FORMATS + heif)
-
-# %% ../../nbs/08_search/01_photos.ipynb #cell-048
 class Decoded(NamedTuple):
     "A picture with what its header says."
 
@@ -251,7 +244,7 @@ class Decoded(NamedTuple):
     size: tuple[int, int]  # full (width, height), before any shrinking
     taken: datetime | None  # when it was taken, if the header says so
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-050
+# %% ../../nbs/08_search/01_photos.ipynb #cell-048
 def decode_picture(
     data: bytes,  # the file's bytes
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures
@@ -271,9 +264,9 @@ def decode_picture(
     except Exception as e:  # Pillow's plugins raise all kinds
         raise PhotoError(f"cannot be decoded ({first_line(e)})") from None
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-051
+# %% ../../nbs/08_search/01_photos.ipynb #cell-049
 def _decode(data, max_pixels, shrink_to):
-    picture = open_header(data)
+    picture = picture_header(data)
     width, height = picture.size
     if width * height > max_pixels:
         raise PhotoError(f"{width} x {height} pixels, more than {max_pixels / 1e6:.0f} million")
@@ -281,30 +274,18 @@ def _decode(data, max_pixels, shrink_to):
         raise PhotoError(f"only {width} x {height} pixels")
     if shrink_to and picture.format == "JPEG":
         picture.draft("RGB", (2 * max(shrink_to),) * 2)
-    exif = _exif(picture)
-    taken = _taken(exif)
-    size = (height, width) if _is_turned(exif) else (width, height)
-    if exif:
-        picture = ImageOps.exif_transpose(picture)
-    return Decoded(_rgb(picture), size, taken)
+    picture.load()
+    notes = exif_notes(picture)
+    size = (height, width) if _is_turned(notes) else (width, height)
+    return Decoded(to_rgb(picture), size, _taken(notes))
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-052
+# %% ../../nbs/08_search/01_photos.ipynb #cell-050
 def first_line(e: BaseException) -> str:
     "The first line of an error's text, or the error's name."
     lines = str(e).splitlines() or [""]
     return lines[0][:100] or type(e).__name__
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-054
-def _exif(picture):
-    "The header's facts; a damaged header is none, and no reason to refuse the picture."
-    try:
-        exif = picture.getexif()
-        exif.get_ifd(0x8769)
-        return exif
-    except Exception:
-        return {}
-
-
+# %% ../../nbs/08_search/01_photos.ipynb #cell-052
 def _is_turned(exif):
     "Whether the camera was held upright, so that width and height change places."
     return exif.get(0x0112, 1) in (5, 6, 7, 8)
@@ -321,18 +302,7 @@ def _taken(exif):
             continue
     return None
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-056
-def _rgb(picture: Image.Image) -> Image.Image:
-    "Any mode to RGB."
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        over = picture.convert("RGBA")
-        white = Image.new("RGBA", over.size, "white")
-        return Image.alpha_composite(white, over).convert("RGB")
-    if picture.mode.startswith("I"):
-        picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
-    return picture.convert("RGB")
-
-# %% ../../nbs/08_search/01_photos.ipynb #cell-057
+# %% ../../nbs/08_search/01_photos.ipynb #cell-054
 def open_picture(
     data: bytes,  # the file's bytes
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures
@@ -341,13 +311,13 @@ def open_picture(
     "The picture alone; raises `PhotoError`."
     return decode_picture(data, max_pixels, shrink_to).picture
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-060
+# %% ../../nbs/08_search/01_photos.ipynb #cell-057
 def picture_size(path: str | Path) -> tuple[int, int]:  # (width, height), upright
     "Size from the header; raises `PhotoError`."
     try:
-        with open_header(os.fspath(path)) as picture:
+        with picture_header(os.fspath(path)) as picture:
             width, height = picture.size
-            turned = _is_turned(_exif(picture))
+            turned = _is_turned(exif_notes(picture))
     except OSError as e:
         reason = os_reason(e) if e.errno else "not a picture, or of an unknown kind"
         raise PhotoError(reason) from None

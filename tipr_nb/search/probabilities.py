@@ -67,6 +67,7 @@ class HitProbabilities:
     bias: float
     mean: list[float]
     scale: list[float]
+    limits: str = ""  # in words: where it was seen to be wrong
 
     @classmethod
     def fit(
@@ -109,12 +110,18 @@ class HitProbabilities:
     def of(
         self,
         scores: Any,  # (n,) of one answer
+        best: float = -1.0,  # the answer's best score, where it is not among them
     ) -> np.ndarray:  # (n,) in [0, 1]
         "How probable it is that each of these pictures shows the person meant."
         scores = np.asarray(scores, float)
-        x = np.stack([scores, scores - scores.max(initial=-1.0)], -1)
+        x = np.stack([scores, scores - scores.max(initial=best)], -1)
         logits = (x - self.mean) / self.scale @ np.array(self.weights) + self.bias
         return 1 / (1 + np.exp(-logits))
+
+    def words(self) -> str:
+        "What was calibrated on whom, and where not to trust it, on one line."
+        known = f" ({self.limits})" if self.limits else ""
+        return f"probabilities were fitted on {self.fitted_on}{known}; elsewhere they are a rough guide"
 
     def save(self, path: str | Path):
         "Write as JSON."
@@ -138,8 +145,7 @@ def calibration_files(
     "Where a gallery's calibration can be, the nearest first."
     model = str(manifest.get("model") or "")
     shipped = shipped_weights()
-    alias = "clip-" + model.removeprefix("clip-")
-    places = [folder, Path(model or folder), *(shipped[n] for n in shipped if n == alias)]
+    places = [folder, Path(model or folder), *(shipped[n] for n in shipped if n == model)]
     return [place / "calibration.json" for place in places]
 
 

@@ -326,7 +326,9 @@ def _figures(hits, height):
 def _figure(hit, fraction, height):
     known = " · ".join(f"{k} {v}" for k, v in hit.metadata.items() if v is not None)
     copies = f" and {len(hit.duplicates)} copies" if hit.duplicates else ""
-    score = f'<div class="score"><span>{hit.rank}</span><span>{hit.score:.3f}</span></div>'
+    score = f'<div class="score"><span>{hit.rank}</span><span>score {hit.score:.3f}</span></div>'
+    if hit.probability is not None:
+        score += f"<small>probability {hit.probability:.2f}</small>"
     bar = f'<div class="bar"><i style="width:{100 * fraction:.0f}%"></i></div>'
     words = f"{html.escape(printable(hit.name or hit.path.name))}<small>{html.escape(printable(known))}{copies}</small>"
     return f"<figure>{thumbnail(hit, height)}<figcaption>{score}{bar}{words}</figcaption></figure>"

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, TYPE_CHECKING
 
 import numpy as np
-from ..core import TiprError, atomic_path, file_sha256, need, os_errors, read_json, write_json
+from ..core import (TiprError, atomic_path, current_name, file_sha256, need, os_errors,
+    read_json, write_json)
 from .filters import Column
 
 # %% ../../nbs/08_search/11_storage.ipynb #cell-004
@@ -130,6 +131,8 @@ def read_manifest(folder: str | Path) -> dict:
     except TiprError as e:
         raise Damaged(str(e)) from None
     _check_manifest(folder, manifest)
+    if manifest.get("model"):
+        manifest["model"] = current_name("weights", manifest["model"])
     return manifest
 
 
@@ -180,7 +183,7 @@ def _check_engine(folder, name, options):
     if name == "milvus" and built and not isinstance(built.get("collection"), str):
         raise Damaged(f"{folder}: gallery.json names no collection of {name!r}; {_AGAIN}")
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-018
+# %% ../../nbs/08_search/11_storage.ipynb #cell-020
 def write_manifest(folder: str | Path, manifest: Mapping):
     "Name a snapshot: the one change that makes an indexing real. Readable by its owner alone."
     write_json(Path(folder) / "gallery.json", manifest, private=True)
@@ -200,7 +203,7 @@ def tower_folder(
         return None
     return Path(folder) / ("text" if name is True else name)  # True: written by format 1
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-021
+# %% ../../nbs/08_search/11_storage.ipynb #cell-023
 class Items:
     "The rows of a snapshot: columns for filters, single rows for hits, read when asked for."
 
@@ -303,13 +306,13 @@ class Items:
     def keys(self):
         return self.names
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-022
+# %% ../../nbs/08_search/11_storage.ipynb #cell-024
 def _damaged(path, error):
     "Whatever a parser raised, as `Damaged`."
     words = (str(error).splitlines() or [""])[0][:80] or type(error).__name__
     return Damaged(f"{path}: cut short or damaged, not a readable table ({words}); {_AGAIN}")
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-024
+# %% ../../nbs/08_search/11_storage.ipynb #cell-026
 def load_features(
     folder: str | Path,  # a snapshot
     manifest: Mapping,
@@ -331,7 +334,7 @@ def load_features(
         raise Damaged(f"{path}: {x.dtype} where gallery.json says {manifest['dtype']}; {_AGAIN}")
     return x
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-027
+# %% ../../nbs/08_search/11_storage.ipynb #cell-029
 CHECKED_FILES = ("features.npy", "items.parquet")
 QUICK_CHECK = 64 << 20  # bytes that are hashed at every opening
 
@@ -369,7 +372,7 @@ def check_sums(
                 f"{_AGAIN}"
             )
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-029
+# %% ../../nbs/08_search/11_storage.ipynb #cell-031
 SKIPPED_TYPES = dict(
     file="binary",
     path="string",
@@ -411,7 +414,7 @@ def read_skipped(
         raise Damaged(f"{path}: not a list of skipped files; {_AGAIN}")
     return rows
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-032
+# %% ../../nbs/08_search/11_storage.ipynb #cell-034
 STATE = ["file", "size", "mtime", "request"]  # what tells whether a photo must be opened again
 NO_PERSON = "no person found in it"
 
@@ -450,7 +453,7 @@ class Snapshot:
         except Damaged:
             return []
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-035
+# %% ../../nbs/08_search/11_storage.ipynb #cell-037
 def journal_schema() -> "pa.Schema":
     "Item rows, with the feature's place in the entry (-1: encoded elsewhere), why a file was skipped, and confidence."
     pa = need("pyarrow", "search", "a gallery")
@@ -460,7 +463,7 @@ def journal_schema() -> "pa.Schema":
         .append(pa.field("confidence", pa.float64()))
     )
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-037
+# %% ../../nbs/08_search/11_storage.ipynb #cell-039
 class Journal:
     "What an indexing has done so far, in `.work`."
 
@@ -546,7 +549,7 @@ class Journal:
         remove(self.folder)
         self.tables = []
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-038
+# %% ../../nbs/08_search/11_storage.ipynb #cell-040
 def remove(path: Path):
     "Remove a file or a whole folder, if it is there."
     if path.is_dir() and not path.is_symlink():
@@ -554,7 +557,7 @@ def remove(path: Path):
     else:
         path.unlink(missing_ok=True)
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-041
+# %% ../../nbs/08_search/11_storage.ipynb #cell-043
 @contextlib.contextmanager
 def indexing_lock(
     folder: str | Path,  # the gallery
@@ -625,7 +628,7 @@ def _own_folder(folder, name):
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / name
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-044
+# %% ../../nbs/08_search/11_storage.ipynb #cell-046
 def sweep(folder: Path):
     "Remove unfinished snapshots, text towers of earlier models, and temporary folders."
     manifest = {}
@@ -650,7 +653,7 @@ def _sweep_hidden(folder):
             if path.is_dir() and path.name.startswith(".") and path.name != ".work":
                 remove(path)
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-046
+# %% ../../nbs/08_search/11_storage.ipynb #cell-048
 def next_generation(folder: Path) -> str:
     "A name for the next snapshot: `g000007`."
     taken = [int(p.name[1:]) for p in folder.iterdir() if _GENERATION.fullmatch(p.name)]
@@ -672,7 +675,7 @@ def sync_folder(folder: Path):
         finally:
             os.close(handle)
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-049
+# %% ../../nbs/08_search/11_storage.ipynb #cell-051
 class Part(NamedTuple):
     "One of several disjoint parts of the photos."
 
@@ -690,7 +693,7 @@ class Part(NamedTuple):
         "Where its journal is."
         return gallery / "parts" / f"{self.number:06d}-of-{self.of:06d}"
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-051
+# %% ../../nbs/08_search/11_storage.ipynb #cell-053
 PART_MARK = ".part.json"
 
 
@@ -698,7 +701,7 @@ def finish_part(gallery: Path, part: Part, key: Mapping):
     "Mark a part as whole."
     write_json(part.folder(gallery) / PART_MARK, dict(number=part.number, of=part.of, key=key))
 
-# %% ../../nbs/08_search/11_storage.ipynb #cell-052
+# %% ../../nbs/08_search/11_storage.ipynb #cell-054
 def finished_parts(
     gallery: Path,
     key: Mapping,  # what all parts must agree on: model, precision

@@ -50,7 +50,7 @@ def load_model(
     return encoder, encoder.source
 
 # %% ../../nbs/08_search/16_views.ipynb #cell-008
-DEFAULT_MODEL = "synth-pedes"  # weights shipped with the package, for galleries that name no others
+DEFAULT_MODEL = "clip-synth-pedes"  # weights shipped with the package, for galleries that name no others
 
 
 def model_for(
@@ -78,7 +78,7 @@ SHIPPED_NOTE = (
 def weights_note(manifest: Mapping) -> str | None:
     "What must be known of a gallery's weights; None where they are the user's own choice."
     name = (manifest.get("model") or "").removesuffix("+predicted")
-    return SHIPPED_NOTE if name in ("synth-pedes", "clip-synth-pedes") else None
+    return SHIPPED_NOTE if name == DEFAULT_MODEL else None
 
 # %% ../../nbs/08_search/16_views.ipynb #cell-014
 class QueryEncoder:

@@ -122,6 +122,8 @@ class PictureArguments:
     generator: str | None = None  # folder or hub id; None: the shipped one
     per_caption: int = 1  # pictures of each caption
     shuffle: int | None = None  # seed of an exchange between training captions: a control
+    choose: str = "random"  # which of several pictures: 'random', or 'epoch', a fresh one each
+    ask: bool = True  # queries with pictures, too; else the grid's own evaluation
     weights: Sequence[float] = WEIGHTS  # of which one is chosen on val
     kinds: bool = True  # all controls; else caption, and caption with picture
 
@@ -141,7 +143,11 @@ def with_pictures(
     a = PictureArguments.of(job.settings.get("hook_args", {}))
     trains = "generated" in job.recipe.extra_fields
     asked = job.settings.get("splits", ["test"])
-    needed = list(dict.fromkeys([*(["train"] if trains else []), "val", *asked]))
+    needed = ["train"] if trains else []
+    if a.ask:
+        needed = list(dict.fromkeys([*needed, "val", *asked]))
+    if not needed:
+        return dict(train={})
     source = PersonGenerator.from_pretrained(a.generator)
     pictures = pictures_for(dataset, needed, source, per_caption=a.per_caption)
 
@@ -161,10 +167,12 @@ def with_pictures(
             )
         return kept
 
+    more: dict = dict(queries=queries) if a.ask else {}
     if not trains:
-        return dict(train={}, queries=queries)
-    field: Callable = pictures.field(dataset.train, job.recipe.image_size, a.shuffle)
-    return dict(train=dict(extra=dict(generated=field)), queries=queries)
+        return more | dict(train={})
+    size = job.recipe.image_size
+    field: Callable = pictures.field(dataset.train, size, a.shuffle, a.choose)
+    return more | dict(train=dict(extra=dict(generated=field)))
 
 # %% ../../nbs/07_training/08_controls.ipynb #cell-029
 def portrait_dataset(

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np, pandas as pd, torch
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-004
-from ..core import (TiprError, atomic_path, known_name, load_object, locked, one_line,
-    os_errors, read_json, read_text, read_toml, reading)
+from ..core import (TiprError, atomic_path, check_output, current_name, known_name,
+    load_object, locked, one_line, os_errors, read_json, read_text, read_toml, reading,
+    recorded_name)
 from ..data import PersonDataset, load_dataset
 from ..evaluation import Metrics, evaluate, save_metrics
 from ..models import PersonCLIP
@@ -58,12 +59,6 @@ def check_grid_keys(
     known_name(table.get("keep", "best"), ("best", "all", "none"), f"value of keep in {where}")
 
 # %% ../../nbs/07_training/06_grid.ipynb #cell-011
-_FORMER_HOOKS = {
-    "tipr_nb.training.controls:with_pictures": "tipr_nb.tgte:with_pictures",
-    "tipr_nb.training.controls:portraits_first": "tipr_nb.generator:portraits_first",
-}
-
-# %% ../../nbs/07_training/06_grid.ipynb #cell-012
 @dataclass
 class Job:
     "One run of a grid."
@@ -78,19 +73,20 @@ class Job:
         kept = {
             k: self.settings.get(k) for k in ("max_seconds", "splits", "by", "evaluate", "hook")
         }
-        kept["hook"] = _FORMER_HOOKS.get(str(kept["hook"]), kept["hook"])
+        if kept["hook"]:
+            kept["hook"] = recorded_name("hook", kept["hook"])
         kept["weights"] = weights_hash(self.recipe)
         if "hook_args" in self.settings:
             kept["hook_args"] = self.settings["hook_args"]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:6]
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-014
+# %% ../../nbs/07_training/06_grid.ipynb #cell-013
 def read_grid_file(path: Path) -> dict:
     "The tables of a TOML or JSON file."
     remedy = "write the grid as TOML or JSON"
     return read_toml(path, remedy) if path.suffix == ".toml" else read_json(path, remedy)
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-016
+# %% ../../nbs/07_training/06_grid.ipynb #cell-015
 def read_grid(
     spec: str | Path | dict,  # TOML or JSON file, or the same as a dict
 ) -> list[Job]:
@@ -125,7 +121,7 @@ def read_grid(
     found.sort(key=lambda item: item[0])
     return [job for _, job in found]
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-021
+# %% ../../nbs/07_training/06_grid.ipynb #cell-020
 def share_of_ids(
     dataset: PersonDataset,
     share: float,  # fraction of the training identities, above 0, up to 1
@@ -144,7 +140,7 @@ def share_of_ids(
         dataset, train=dataset.train.subset_ids(keep, relabel=True), notes=[*dataset.notes, note]
     )
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-025
+# %% ../../nbs/07_training/06_grid.ipynb #cell-024
 class GridTable:
     "The CSV of a grid: several processes may add to it, and a kill leaves it whole."
 
@@ -191,13 +187,13 @@ class GridTable:
             with atomic_path(self.path) as tmp:
                 t[first + others].to_csv(tmp, index=False)
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-029
+# %% ../../nbs/07_training/06_grid.ipynb #cell-028
 def metric_row(scores: dict | pd.Series, n_queries: float, **labels) -> dict:
     "One row of a grid's table."
     values = {k: round(float(scores[k]), 4) for k in METRICS}
     return labels | values | dict(n_queries=int(n_queries))
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-031
+# %% ../../nbs/07_training/06_grid.ipynb #cell-030
 def split_rows(
     m: Metrics,
     **labels,  # split, and what the hook adds
@@ -215,7 +211,7 @@ def split_rows(
                 )
     return rows, breakdown_rows
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-033
+# %% ../../nbs/07_training/06_grid.ipynb #cell-032
 def grid_rows(
     model: PersonCLIP,
     dataset: PersonDataset,
@@ -247,7 +243,7 @@ def grid_rows(
                 save_metrics(m, Path(folder) / file)
     return rows, breakdown_rows
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-035
+# %% ../../nbs/07_training/06_grid.ipynb #cell-034
 def run_job(
     job: Job,
     dataset: PersonDataset,
@@ -256,7 +252,7 @@ def run_job(
 ) -> tuple[list[dict], list[dict]]:  # rows; rows of the further breakdowns
     "Train and evaluate one run of a grid."
     s = job.settings
-    hook = load_object(s["hook"], "hook") if s.get("hook") else None
+    hook = load_object(current_name("hook", s["hook"]), "hook") if s.get("hook") else None
     more = hook(job, dataset) if hook else {}
     run = train(
         job.recipe,
@@ -281,7 +277,7 @@ def run_job(
     short = {k: about[k] for k in ("status", "commit")}
     return [row | about for row in rows], [row | short for row in breakdown_rows]
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-036
+# %% ../../nbs/07_training/06_grid.ipynb #cell-035
 def run_columns(run: Run) -> dict:
     "What a table says about a run beside its metrics."
     return dict(
@@ -291,7 +287,7 @@ def run_columns(run: Run) -> dict:
         best_epoch=run.best.get("epoch"),
     )
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-039
+# %% ../../nbs/07_training/06_grid.ipynb #cell-038
 class _Datasets:
     "The data of a grid's jobs, loaded once, with the fraction of identities that a row asks for."
 
@@ -310,7 +306,7 @@ class _Datasets:
             self.known[key] = d, data_hash(d)
         return self.known[key]
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-041
+# %% ../../nbs/07_training/06_grid.ipynb #cell-040
 def run_folder(
     key: tuple,  # of `GridTable`
 ) -> str:
@@ -321,7 +317,7 @@ def run_folder(
         safe = f"{safe[:110]}-{hashlib.sha256(row.encode()).hexdigest()[:8]}"
     return f"{safe}-s{seed}-{recipe[:8]}-{data[:6]}"
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-044
+# %% ../../nbs/07_training/06_grid.ipynb #cell-043
 class GridRunner:
     "Runs jobs and keeps what they give."
 
@@ -397,7 +393,7 @@ class GridRunner:
         for last in folder.glob("last-*"):
             shutil.rmtree(last, ignore_errors=True)
 
-# %% ../../nbs/07_training/06_grid.ipynb #cell-046
+# %% ../../nbs/07_training/06_grid.ipynb #cell-045
 def run_grid(
     spec: str | Path | dict,  # the grid: TOML or JSON file, or a dict
     out_csv: str | Path | None = None,  # the table to extend; None: beside the file, under its name
@@ -414,6 +410,8 @@ def run_grid(
         out_csv = Path(spec).with_suffix(".csv")
     out = Path(out_csv)
     folder = out.with_name(f"{out.stem}-runs") if runs is None else Path(runs)
+    check_output(out)
+    check_output(folder, folder=True)
     runner = GridRunner(out, folder, dataset, device)
     keys = [runner.key(job) for job in jobs]
     waiting = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/07_training/01_recipes.ipynb #cell-004
-from ..core import TiprError, known_name, read_json, write_json
+from ..core import TiprError, current_name, known_name, read_json, recorded_name, write_json
 from ..data import SAMPLERS, TrainTransform, caption_specs
 from ..methods import find_objective
 from ..models import POSITION_FILTERS
@@ -328,6 +328,8 @@ class Recipe:
             raise TiprError(f"a recipe is a table of settings, not {say_type(type(d))}")
         for k in d:
             known_name(k, recipe_settings(), "recipe setting")
+        if isinstance(d.get("pretrained"), str):
+            d = d | dict(pretrained=current_name("weights", d["pretrained"]))
         return cls(**d)
 
     def save(self, path: str | Path):
@@ -351,9 +353,11 @@ class Recipe:
             for k, v in self.to_dict().items()
             if k in recipe_settings(hashed=True) and v != plain[k]
         }
+        if "pretrained" in kept and self.pretrained is not None:
+            kept["pretrained"] = recorded_name("weights", self.pretrained)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-042
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-044
 _BIASES: tuple[str, dict] = ("bias$", dict(lr_scale=2.0, weight_decay=0.0))
 _SEN_GROUPS: list[tuple[str, dict]] = [
     ("cross", dict(lr_scale=5.0)),
@@ -366,7 +370,7 @@ _RELEASED: dict[str, Any] = dict(
     positions="bilinear", swap_sides=False, drop_last=False, schedule="epochs"
 )
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-043
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-045
 _SDM_ID = [("SDM", {}), ("ID", {})]
 _SEN = [*_SDM_ID, ("TIR", dict(weight=10.0)), ("CMT", dict(weight=10.0))]
 _SEN_RELEASED = [
@@ -393,7 +397,7 @@ _IRRA_GROUPS: list[tuple[str, dict]] = [
 _RDE_GROUPS: list[tuple[str, dict]] = [_BIASES, ("addons", dict(lr_scale=100.0))]
 _PICTURES = ("generated", "other")
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-044
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-046
 def _gea(**gif) -> list[tuple[str, dict]]:
     "GEA's objectives."
     return [
@@ -402,10 +406,10 @@ def _gea(**gif) -> list[tuple[str, dict]]:
         ("GIF", dict(weight=0.1, **gif)),
     ]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-046
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-048
 _TINY: dict[str, Any] = dict(
     arch="tipr-tiny",
-    pretrained="synth-world",
+    pretrained="clip-synth-world",
     image_size=(96, 32),
     batch_size=128,
     epochs=2,
@@ -432,7 +436,7 @@ _PRETRAIN: dict[str, Any] = _TINY | dict(
 )
 _DECODER_FASTER = [("decoder", dict(lr_scale=5.0))]
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-047
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-049
 RECIPES = {
     r.name: r
     for r in [
@@ -448,7 +452,7 @@ RECIPES = {
         ),
         Recipe(
             "rde",
-            [("CCD", dict(attend_padding=True))],
+            [("CCD", dict(attend_padding=True, division="evaluation"))],
             caption_transform=("mask", dict(flavour="rde")),
             trim_captions=False,
             groups=_RDE_GROUPS,
@@ -509,7 +513,7 @@ RECIPES = {
     ]
 }
 
-# %% ../../nbs/07_training/01_recipes.ipynb #cell-049
+# %% ../../nbs/07_training/01_recipes.ipynb #cell-051
 def get_recipe(
     source: str | Path | Recipe,  # a name of `RECIPES`, a JSON file, or a recipe
 ) -> Recipe:

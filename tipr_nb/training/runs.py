@@ -89,7 +89,7 @@ def weights_hash(r: Recipe) -> str:
     if r.pretrained is None:
         return "random"
     known = shipped_weights()
-    place = known.get(f"clip-{r.pretrained}", known.get(r.pretrained, Path(r.pretrained)))
+    place = known.get(r.pretrained, Path(r.pretrained))
     file = place / "model.safetensors" if place.is_dir() else place
     return file_sha256(file)[:12] if file.is_file() else r.pretrained
 
