@@ -17,7 +17,7 @@ from ..data import Split
 from .protocol import SplitFeatures, check_counts, encode_split
 from .ranking import Rows, cosine_blocks, make_plan
 
-# %% ../../nbs/06_evaluation/06_trec.ipynb #cell-007
+# %% ../../nbs/06_evaluation/06_trec.ipynb #cell-008
 def gallery_rows(split: Split, column: str) -> list[tuple[np.ndarray, np.ndarray]]:
     "Captions and images of each gallery."
     mine = split.caption_columns.get(column)
@@ -31,7 +31,7 @@ def gallery_rows(split: Split, column: str) -> list[tuple[np.ndarray, np.ndarray
         return [(np.arange(len(split.captions)), np.arange(len(split.images)))]
     return [(np.flatnonzero(mine == g), np.flatnonzero(theirs == g)) for g in np.unique(mine)]
 
-# %% ../../nbs/06_evaluation/06_trec.ipynb #cell-009
+# %% ../../nbs/06_evaluation/06_trec.ipynb #cell-011
 def nearest(
     f: SplitFeatures, captions: np.ndarray, images: np.ndarray, depth: int
 ) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -46,7 +46,7 @@ def nearest(
             found.append((int(c), images[o], s[o].copy()))
     return found
 
-# %% ../../nbs/06_evaluation/06_trec.ipynb #cell-011
+# %% ../../nbs/06_evaluation/06_trec.ipynb #cell-014
 def write_qrels(split: Split, path: str | Path, galleries: str = "gallery"):
     "Which images are relevant to which captions."
     with atomic_path(path) as tmp, open(tmp, "w", encoding="utf-8") as out:
@@ -55,7 +55,7 @@ def write_qrels(split: Split, path: str | Path, galleries: str = "gallery"):
                 for i in images[split.image_ids[images] == split.caption_ids[c]]:
                     out.write(f"c{c} 0 i{i} 1\n")
 
-# %% ../../nbs/06_evaluation/06_trec.ipynb #cell-013
+# %% ../../nbs/06_evaluation/06_trec.ipynb #cell-016
 def write_trec(
     model: Any,  # anything with encode_image and encode_text; None with `features`
     split: Split,

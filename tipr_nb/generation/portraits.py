@@ -76,7 +76,7 @@ class Pairs:
         photos = ImageCache.build(split, image_size)
         return cls(photos, list(split.captions), np.asarray(split.caption_image))
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #cell-011
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-012
 def _render_pairs(n_photos: int, seed: int, size: tuple[int, int], regions: bool) -> Pairs:
     "Portraits for the captions of so many records; one picture for captions that want the same view and pose."
     pictures = []
@@ -102,7 +102,7 @@ def _render_pairs(n_photos: int, seed: int, size: tuple[int, int], regions: bool
         np.stack(pictures), captions, np.array(where), said, np.stack(labels) if regions else None
     )
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #cell-013
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-015
 def _write_pairs(folder: Path, pairs: Pairs, settings: dict):
     "Keep pairs in an empty folder."
     np.save(folder / "pictures.npy", pairs.pictures)
@@ -137,7 +137,7 @@ def _read_pairs(folder: Path, settings: dict) -> Pairs:
             raise ValueError("a caption of a picture that is not there")
     return Pairs(pictures, captions, where, said, regions)
 
-# %% ../../nbs/04_generation/05_portraits.ipynb #cell-015
+# %% ../../nbs/04_generation/05_portraits.ipynb #cell-018
 def world_portraits(
     n_photos: int,  # records of synth-world; about 1.6 portraits and 3 captions come of each
     seed: int = 0,  # 0: what the shipped generator learned from; 1: held out

@@ -66,7 +66,7 @@ def enhance(
         )
     return unit((1 - weight) * text.float() + weight * generated.float())
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-024
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-026
 class Gate(nn.Module):
     "How much to trust a picture, from the features of caption and picture."
 
@@ -111,7 +111,7 @@ def gate_of(encoder: PersonCLIP) -> nn.Module | None:
         else None
     )
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-028
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-030
 def picture_feature(
     encoder: PersonCLIP,
     images: Tensor,  # (b, 3, h, w) normalised pictures
@@ -134,7 +134,7 @@ def picture_feature(
         )
     return attend(text, tokens[:, 1:], share, temperature)
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-032
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-034
 def drawn_features(
     features: Features,  # of the batch; keeps the result for the next objective
     batch: Any,  # with extra['generated'] (b, 3, h, w), normalised pictures
@@ -154,7 +154,7 @@ def drawn_features(
     setattr(features, "drawn", (gather_rows(unit(raw)), tokens))
     return features.drawn  # type: ignore[attr-defined]
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-033
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-036
 @register_objective("TGTE")
 class TGTE(Objective):
     "TAL between enriched captions and photos (GEA, arXiv 2511.10154; reconstruction)."
@@ -231,7 +231,7 @@ class TGTE(Objective):
             return 2 * self.picture_weight * torch.rand(len(text), 1, device=text.device)
         return self.picture_weight
 
-# %% ../../nbs/05_methods/04_tgte.ipynb #cell-036
+# %% ../../nbs/05_methods/04_tgte.ipynb #cell-039
 @register_objective("PicturesAsPhotos")
 class PicturesAsPhotos(Objective):
     "TAL between captions and their generated pictures, which stand for further photos."
