@@ -33,7 +33,9 @@ def check_output(
     "A one-line error for a path that cannot be written, before any work is done for it; nothing is written."
     path = Path(path)
     if not _is_text(path):
-        raise TiprError(f"{ascii(str(path))}: no UTF-8 text, which names must be; choose another path")
+        raise TiprError(
+            f"{ascii(str(path))}: no UTF-8 text, which names must be; choose another path"
+        )
     with os_errors(path):
         there, missing = _missing_parts(path)
         for place in missing:

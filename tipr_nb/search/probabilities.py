@@ -153,7 +153,7 @@ def calibration_files(
 def hit_probabilities(folder: str | Path, manifest: Mapping) -> HitProbabilities | None:
     "The calibration of a gallery's scores; None where there is none for its model."
     for path in calibration_files(Path(folder), manifest):
-        if not os.path.isfile(path):  # a name from a file may be none that a file can have
+        if not os.path.isfile(path):  # a name too long for a path is no file, and no error
             continue
         found = HitProbabilities.load(path)
         if found.fingerprint == manifest["fingerprint"]:
