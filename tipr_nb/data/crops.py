@@ -20,7 +20,7 @@ from ..core import atomic_path, cache_dir, locked, one_line, progress
 from .corpora import DatasetError, Split
 from .pictures import picture_header, to_rgb
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-019
+# %% ../../nbs/01_data/03_crops.ipynb #cell-007
 def _crop_box(im: Image.Image, box: Sequence[float], path: str | Path) -> Image.Image:
     "The part of a picture inside x, y, w, h."
     x, y, w, h = box
@@ -36,7 +36,7 @@ def _crop_box(im: Image.Image, box: Sequence[float], path: str | Path) -> Image.
         )
     return im.crop((left, top, right, bottom))
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-020
+# %% ../../nbs/01_data/03_crops.ipynb #cell-008
 def read_image(
     path: str | Path,  # file
     box: Sequence[float] | None = None,  # x, y, w, h in pixels to cut out
@@ -59,7 +59,7 @@ def read_image(
         return im
     return _crop_box(im, box, path)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-023
+# %% ../../nbs/01_data/03_crops.ipynb #cell-011
 def resize_image(
     im: Image.Image,  # any size and mode
     image_size: tuple[int, int],  # (h, w)
@@ -71,7 +71,7 @@ def resize_image(
         im = im.resize((w, h), Image.Resampling.BILINEAR)
     return np.asarray(im).transpose(2, 0, 1)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-025
+# %% ../../nbs/01_data/03_crops.ipynb #cell-013
 def stack_images(
     images: Sequence[Image.Image | str | Path],  # pictures or files
     image_size: tuple[int, int],  # (h, w)
@@ -83,7 +83,7 @@ def stack_images(
         row[...] = resize_image(picture, image_size)
     return out
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-028
+# %% ../../nbs/01_data/03_crops.ipynb #cell-016
 def rectangles(erase: Tensor, h: int, w: int) -> Tensor:  # (b, 1, h, w) bool
     "Rectangles (b, 4) of top, left, bottom, right as a mask."
 
@@ -94,7 +94,7 @@ def rectangles(erase: Tensor, h: int, w: int) -> Tensor:  # (b, 1, h, w) bool
     top, left, bottom, right = erase.unbind(1)
     return (inside(h, top, bottom)[:, :, None] & inside(w, left, right)[:, None, :])[:, None]
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-030
+# %% ../../nbs/01_data/03_crops.ipynb #cell-018
 def blank(images: Tensor, erase: Tensor) -> Tensor:
     "Set each image's rectangle to 0, in place; on a GPU without asking it where the rectangles are."
     if images.is_cuda:
@@ -103,7 +103,7 @@ def blank(images: Tensor, erase: Tensor) -> Tensor:
         image[:, top:bottom, left:right] = 0.0
     return images
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-032
+# %% ../../nbs/01_data/03_crops.ipynb #cell-020
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _CACHE_PIXELS = 2**18  # numbers that fit into a processor's cache
@@ -129,7 +129,7 @@ def normalise(
         out[part].copy_(raw[part]).mul_(scale).sub_(shift)
     return out if erase is None else blank(out, erase)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-035
+# %% ../../nbs/01_data/03_crops.ipynb #cell-023
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # the increment of SplitMix64
 
 
@@ -158,7 +158,7 @@ def uniforms(
         bits = _mix(key + counter * _GAMMA) >> np.uint64(11)
     return bits.astype(np.float64) * 2**-53
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-038
+# %% ../../nbs/01_data/03_crops.ipynb #cell-026
 @dataclass
 class Draw:
     "What was drawn for a batch of images."
@@ -168,7 +168,7 @@ class Draw:
     left: np.ndarray  # (b,) column of the crop in the padded image
     erase: np.ndarray  # (b, 4) top, left, bottom, right; zeros where nothing is erased
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-039
+# %% ../../nbs/01_data/03_crops.ipynb #cell-027
 class TrainTransform:
     "Flip, pad and random crop, random erasing, CLIP normalisation; for a whole batch at once."
 
@@ -246,7 +246,7 @@ class TrainTransform:
         pixels = raw.float() / 255
         return (out, pixels) if images.ndim == 4 else (out[0], pixels[0])
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-043
+# %% ../../nbs/01_data/03_crops.ipynb #cell-031
 class EvalTransform:
     "Resize and CLIP normalisation, nothing random."
 
@@ -266,7 +266,7 @@ class EvalTransform:
             return self(stack_images([images], self.image_size)[0])
         return self(stack_images(images, self.image_size))
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-046
+# %% ../../nbs/01_data/03_crops.ipynb #cell-034
 _SIDES = {"left": "right", "right": "left"}
 _SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?)?\b)", re.IGNORECASE)
 
@@ -288,7 +288,7 @@ def swap_sides(caption: str) -> str:
     "Say 'right' for 'left' and 'left' for 'right', as a mirrored image needs."
     return _SIDE.sub(_other_side, caption)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-049
+# %% ../../nbs/01_data/03_crops.ipynb #cell-037
 _CACHE_VERSION = 2  # of how pictures are decoded
 
 
@@ -307,7 +307,7 @@ def cache_file(
     home = Path(folder) if folder else cache_dir() / "images"
     return home / f"{key.hexdigest()[:24]}.u8"
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-050
+# %% ../../nbs/01_data/03_crops.ipynb #cell-038
 def file_stamps(paths: list[Path]) -> np.ndarray:  # (n, 2) int64
     "Size in bytes and modification time of each file."
     out = np.empty((len(paths), 2), np.int64)
@@ -321,7 +321,7 @@ def file_stamps(paths: list[Path]) -> np.ndarray:  # (n, 2) int64
         out[i] = s.st_size, s.st_mtime_ns
     return out
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-053
+# %% ../../nbs/01_data/03_crops.ipynb #cell-041
 def read_cache(file: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
     "Pixels (memory-mapped) and stamps of a cache file; None if it is missing or has the wrong length."
     n_bytes = int(np.prod(shape))
@@ -340,7 +340,7 @@ def open_cache(file: Path, shape: tuple[int, ...], stamps: np.ndarray) -> np.nda
     found = read_cache(file, shape)
     return found[0] if found and np.array_equal(found[1], stamps) else None
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-054
+# %% ../../nbs/01_data/03_crops.ipynb #cell-042
 _BLOCK = 64  # images that a thread decodes before it hands them over
 
 
@@ -354,7 +354,7 @@ def check_room(folder: Path, n_bytes: int):
         "TIPR_CACHE to another disk, or do without (cache=False)"
     )
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-055
+# %% ../../nbs/01_data/03_crops.ipynb #cell-043
 def write_cache(
     file: Path,
     paths: list[Path],
@@ -390,7 +390,7 @@ def write_cache(
             pool.shutdown(cancel_futures=True)
     return np.memmap(file, np.uint8, "r", shape=shape)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-057
+# %% ../../nbs/01_data/03_crops.ipynb #cell-045
 def _files(source) -> list:
     return source.images if isinstance(source, Split) else list(source)
 
@@ -398,7 +398,7 @@ def _files(source) -> list:
 def _boxes(source, boxes):
     return source.image_columns.get("box") if isinstance(source, Split) else boxes
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-058
+# %% ../../nbs/01_data/03_crops.ipynb #cell-046
 class ImageCache:
     "Decoded, resized images in one memory-mapped file, built once."
 
@@ -456,7 +456,7 @@ class ImageCache:
                 pixels = write_cache(file, paths, boxes, shape, stamps, workers)
         return cls(pixels)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-061
+# %% ../../nbs/01_data/03_crops.ipynb #cell-049
 class ImageFiles:
     "The same access as `ImageCache`, but decoding every time."
 
@@ -481,7 +481,7 @@ class ImageFiles:
         "These images."
         return stack_images([self.read(i) for i in index], self.image_size)
 
-# %% ../../nbs/01_data/03_crops.ipynb #cell-064
+# %% ../../nbs/01_data/03_crops.ipynb #cell-052
 def image_batches(
     source: Split | Sequence[str | Path],  # a split, or image files
     image_size: tuple[int, int] = (384, 128),  # (h, w)
