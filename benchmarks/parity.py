@@ -3,6 +3,7 @@
     python -m benchmarks.parity --peer CHECKOUT                   # ViT-B/16 at 384x128, fp32, batch 8, five steps
     python -m benchmarks.parity --peer CHECKOUT --arch small        # CLIP's layout with 2 layers of width 256: the same code in seconds
     python -m benchmarks.parity --peer CHECKOUT --only settings     # no steps: settings, batches of an epoch, masked captions
+    python -m benchmarks.parity --peer CHECKOUT --evaluate --arch small   # their evaluator against ours, on one model
 
 Compares features, losses, gradients, the learning rate and decay of every parameter, the schedule and weights after some steps of Adam; then, setting by setting, its options and ours, the batches that its sampler and ours draw, and the captions that its helper and ours mask.
 Everything else comes from the recipe as shipped and from the checkout's own options; what had to be patched to run its code on a CPU is listed.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import numpy as np, torch
@@ -23,14 +25,17 @@ from torch import Tensor, nn
 
 from benchmarks.common import set_threads, show, write_result
 from tipr_nb.core import TiprError
-from tipr_nb.data import Batch, IGNORED, Split, TrainTransform, load_dataset
+from tipr_nb.data import Batch, IGNORED, PersonDataset, Split, TrainTransform, load_dataset
+from tipr_nb.evaluation import evaluate
 from tipr_nb.methods import TokenMasker, pattern_tagger
 from tipr_nb.models import PersonCLIP, write_safetensors
 from tipr_nb.synth import make_synth_pedes
 from tipr_nb.training import (
     RECIPES,
     Recipe,
+    Retriever,
     TrainStep,
+    build_encoder,
     lr_factor,
     make_accelerator,
     make_train_loader,
@@ -240,8 +245,10 @@ def on_a_cpu() -> Iterator[None]:
     "What the released code computes in half precision or on a GPU, in fp32 on a CPU."
     to = torch.Tensor.to
 
+    instead = {torch.float16: torch.float32, "cuda": "cpu"}
+
     def full(self, *args, **kwargs):
-        return to(self, *(torch.float32 if a is torch.float16 else a for a in args), **kwargs)
+        return to(self, *(instead.get(a, a) for a in args), **kwargs)
 
     with (
         mock.patch.object(torch.Tensor, "half", torch.Tensor.float),
@@ -726,8 +733,6 @@ def compare(
     with on_a_cpu():
         theirs = build.build_model(args, num_classes=data.train.n_ids).train()
     torch.manual_seed(0)
-    from tipr_nb.training import build_encoder
-
     step = TrainStep(
         recipe, build_encoder(recipe), data.train.n_ids, make_accelerator(recipe, "cpu")
     )
@@ -887,6 +892,247 @@ def compare_settings(peer: Peer, folder: Path) -> dict[str, list[dict]]:
     return out
 
 
+class Table:
+    "Stands in for prettytable's, which their evaluators only print with."
+
+    def __init__(self, *args):
+        self.custom_format: dict = {}
+
+    def add_row(self, row):
+        pass
+
+
+@contextlib.contextmanager
+def without_extras() -> Iterator[None]:
+    "Packages that their modules import and that nothing compared here needs."
+    names = dict(
+        prettytable=("PrettyTable", Table), easydict=("EasyDict", dict), nltk=("nltk", None)
+    )
+    stand_ins = {}
+    for package, (name, value) in names.items():
+        stand_ins[package] = types.ModuleType(package)
+        setattr(stand_ins[package], name, value)
+    with mock.patch.dict(sys.modules, stand_ins):
+        yield
+
+
+def trained(recipe: Recipe, data: PersonDataset, steps: int, lr: float = 5e-4) -> Retriever:
+    "Our encoder and objectives after some steps, so that its ranks are above chance."
+    torch.manual_seed(0)
+    quick = recipe.replace(lr=lr, eps=1e-8, batch_size=32, augment={})
+    encoder = build_encoder(quick)
+    step = TrainStep(quick, encoder, data.train.n_ids, make_accelerator(quick, "cpu"))
+    step.retriever.train()
+    loader = make_train_loader(quick, data.train, step.retriever.encoder.tokenize)
+    for number in range(steps):
+        loader.set_epoch(number // len(loader))
+        step(iter([loader[number % len(loader)]]), number, 0.5)
+    return step.retriever.eval()
+
+
+def hand_over(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> int:
+    "Copy our weights and running means into their model; how many tensors were copied."
+    state = theirs.state_dict()
+    own = ours.state_dict()
+    there = {k: our_name(k, names) for k in state}
+    found = {k: own[n].reshape(state[k].shape) for k, n in there.items() if n in own}
+    theirs.load_state_dict(state | found)
+    return len(found)
+
+
+def their_metrics(
+    folder: Path, theirs: nn.Module, data: PersonDataset, size: tuple[int, int]
+) -> dict[str, dict[str, float]]:
+    "What their evaluator finds on the test split, with their datasets, tokenizer and transform: feature -> metrics."
+    import torchvision.transforms as T
+
+    with without_extras():
+        metrics = load_file(folder / "utils" / "metrics.py", "peer_metrics")
+        load_package(folder, "utils")
+        sys.path.insert(0, str(folder))
+        try:
+            bases = load_file(folder / "datasets" / "bases.py", "peer_bases")
+        finally:
+            sys.path.remove(str(folder))
+    transforms = function_of(folder / "datasets" / "build.py", "build_transforms", dict(T=T))
+    test = data.test
+    images = bases.ImageDataset(
+        test.image_ids.tolist(), [str(p) for p in test.images], transforms(size, is_train=False)
+    )
+    texts = bases.TextDataset(test.caption_ids.tolist(), test.captions)
+    loaders = [torch.utils.data.DataLoader(d, batch_size=64) for d in (images, texts)]
+    seen = []
+    rank = metrics.rank
+
+    def watched(*args, **kwargs):
+        found = rank(*args, **kwargs)
+        seen.append(found)
+        return found
+
+    with mock.patch.object(metrics, "rank", watched), on_a_cpu():
+        metrics.Evaluator(*loaders).eval(theirs.eval())
+    names = ["global", "TSE", "global + TSE"] if len(seen) == 3 else ["global"]
+    found = {}
+    for name, (cmc, mean_ap, mean_inp, _) in zip(names, seen):
+        ranks = {f"r{k}": float(cmc[k - 1]) for k in (1, 5, 10)}
+        found[name] = ranks | dict(mAP=float(mean_ap), mINP=float(mean_inp))
+    return found
+
+
+def our_metrics(encoder: PersonCLIP, data: PersonDataset) -> dict[str, dict[str, float]]:
+    "What `evaluate` finds on the same split as one gallery: feature -> metrics."
+    found = {}
+    plain = PersonCLIP(encoder.arch, encoder.image_size)
+    plain.clip.load_state_dict(encoder.clip.state_dict())
+    models = {"global": plain.eval()}
+    if encoder.readout is not None:
+        models["global + TSE"] = encoder.eval()
+    for name, model in models.items():
+        m = evaluate(model, data.test, galleries="none", n_boot=0, breakdown=())
+        found[name] = {k: float(getattr(m, k)) for k in ("r1", "r5", "r10", "mAP", "mINP")}
+    return found
+
+
+def compare_division(
+    folder: Path, theirs: nn.Module, ours: Retriever, recipe: Recipe, data: PersonDataset
+) -> list[dict]:
+    "RDE's division of the training pairs and ours, over the same batches: losses, and who is called clean."
+    from sklearn.mixture import GaussianMixture
+    from tipr_nb.methods import ccd
+
+    mixtures: dict[str, list] = {"theirs": [], "ours": []}
+
+    def mixture(who: str) -> Callable:
+        "A mixture that starts from the same draw on both sides, noted."
+
+        def build(n_components, random_state=0, **settings):
+            mixtures[who].append(dict(n_components=n_components, **settings))
+            return GaussianMixture(n_components, random_state=0, **settings)
+
+        return build
+
+    loader = make_train_loader(recipe.replace(batch_size=32), data.train, ours.encoder.tokenize)
+    batches = list(loader)
+    for batch in batches:
+        batch.tokens = their_batch(batch)["caption_ids"]
+    kept: list[Tensor] = []
+    names = ("split_prob", "get_loss")
+    log = types.SimpleNamespace(
+        getLogger=lambda name: types.SimpleNamespace(info=lambda text: None)
+    )
+    space = dict(torch=torch, np=np, logging=log, GaussianMixture=mixture("theirs"))
+    space["print"] = lambda *args: None
+    for name in names:
+        function_of(folder / "processor" / "processor.py", name, space)
+
+    class Fed:
+        "Their loader, as far as it is asked."
+
+        dataset = types.SimpleNamespace(
+            real_correspondences=None, __len__=lambda: len(data.train.captions)
+        )
+
+        def __iter__(self):
+            return iter(their_batch(b) | {"index": b.caption_index} for b in batches)
+
+    per_loss = theirs.compute_per_loss
+
+    def watched(batch):
+        found = per_loss(batch)
+        kept.append(torch.stack(found[:2]))
+        return found
+
+    objective: Any = ours.objectives["CCD"]
+    ours.eval()
+    with torch.no_grad():
+        measured = [objective.measured(ours.encode(b), b, ours.encoder) for b in batches]
+    own = torch.cat([torch.stack(m[1:]) for m in measured], 1)
+    index = torch.cat([m[0] for m in measured])
+    rows = []
+    for fine in (False, True):
+        kept.clear()
+        theirs.args.noisy_rate = 0.5 if fine else 0.0
+        with mock.patch.object(theirs, "compute_per_loss", watched), on_a_cpu():
+            masks = torch.stack(space["get_loss"](theirs, Fed())).bool()
+        losses = torch.cat(kept, 1)
+        with mock.patch("sklearn.mixture.GaussianMixture", mixture("ours")):
+            by_theirs = [ccd.clean_pairs(x.numpy(), fine) for x in at(losses, index)]
+            by_ours = [ccd.clean_pairs(x.numpy(), fine) for x in at(own, index)]
+        there = masks[:, index.sort().values].numpy()
+        label = "fine" if fine else "coarse"
+        for branch, name in enumerate(("global", "TSE")):
+            if not fine:
+                apart = (own[branch] - losses[branch]).norm() / losses[branch].norm()
+                rows.append(dict(what=f"loss of each pair, {name}", value=float(apart), limit=1e-5))
+            for whose, mine in (("their losses", by_theirs), ("our losses", by_ours)):
+                rows.append(
+                    dict(
+                        what=f"pairs divided otherwise, {name}, {label}, from {whose}",
+                        value=int((there[branch] != mine[branch]).sum()),
+                        limit=0 if whose == "their losses" else len(index) // 100,
+                        clean=int(there[branch].sum()),
+                        of=len(index),
+                    )
+                )
+    same = mixtures["theirs"][:2] == mixtures["ours"][:2]
+    same &= mixtures["theirs"][2:] == mixtures["ours"][4:6]
+    rows.append(dict(what="mixtures with other settings", value=int(not same), limit=0))
+    return [r | dict(holds=bool(r["value"] <= r["limit"])) for r in rows]
+
+
+def at(losses: Tensor, index: Tensor) -> Tensor:
+    "Losses (2, n) in the order of the pairs' numbers."
+    return losses[:, index.argsort()]
+
+
+def compare_evaluation(
+    peer: Peer, folder: Path, arch: str, image_size: tuple[int, int], steps: int, n_ids: int
+) -> dict[str, list[dict]]:
+    "Their evaluator on their model and our `evaluate` on ours, with the same weights: rows per feature and metric."
+    home = Path(tempfile.mkdtemp())
+    sizes = (n_ids, 4, 40)
+    data = load_dataset(
+        "synth-pedes", make_synth_pedes(home / "data", n_ids=sizes, seed=0, workers=1)
+    )
+    if arch == "small":
+        arch = register_small(home)
+    recipe = RECIPES[peer.recipe].replace(
+        arch=arch, pretrained=None, image_size=image_size, precision="no"
+    )
+    ours = trained(recipe, data, steps)
+    clip = ours.encoder.clip.state_dict()
+    torch.save({k: v for k, v in clip.items() if k.startswith(TOWER)}, home / "clip.pt")
+    args = options_of(folder, peer, home / "clip.pt", image_size, ours.encoder.patch_size[0])
+    build = load_package(folder, "model.build")
+    build.convert_weights = lambda model: None
+    with on_a_cpu():
+        theirs = build.build_model(args, num_classes=data.train.n_ids)
+    copied = hand_over(ours, theirs, peer.names)
+    there = their_metrics(folder, theirs, data, image_size)
+    here = our_metrics(ours.encoder, data)
+    queries = len(data.test.captions)
+    rows = []
+    for feature, metrics in here.items():
+        for name, value in metrics.items():
+            rows.append(
+                dict(
+                    feature=feature,
+                    metric=name,
+                    theirs=there[feature][name],
+                    ours=value,
+                    apart=abs(value - there[feature][name]),
+                    holds=bool(abs(value - there[feature][name]) <= 1e-4),
+                    queries=queries,
+                    gallery=len(data.test.images),
+                    tensors=copied,
+                )
+            )
+    found = dict(rows=rows)
+    if "CCD" in ours.objectives:
+        found["division"] = compare_division(folder, theirs, ours, recipe, data)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", required=True, help="folder of a checkout of IRRA, SEN or RDE")
@@ -898,16 +1144,37 @@ def main():
     parser.add_argument("--batch", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--ids", type=int, default=24, help="rendered identities to train on")
+    parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="their evaluator against ours instead, on a model trained for --train steps",
+    )
+    parser.add_argument("--train", type=int, default=60, help="steps before --evaluate")
     parser.add_argument("--only", choices=("steps", "settings"), help="one half of the comparison")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     set_threads(args.threads)
     peer, folder = find_peer(args.peer, args.recipe)
     about = dict(module="parity", project=peer.model, revision=REVISIONS[peer.model])
-    if args.only != "settings":
-        rows = compare(
-            peer, folder, args.arch, tuple(args.image_size), args.batch, args.steps, args.ids
+    size = tuple(args.image_size)
+    if args.evaluate:
+        found = compare_evaluation(peer, folder, args.arch, size, args.train, args.ids)
+        for name, table in found.items():
+            title = "evaluator" if name == "rows" else name
+            show(table, f"{peer.recipe}: {peer.model}'s {title} and ours, {args.arch}")
+        write_result(
+            f"ranks-{peer.name}",
+            found.pop("rows"),
+            **found,
+            arch=args.arch,
+            image_size=list(size),
+            train_steps=args.train,
+            patched=PATCHES,
+            **about,
         )
+        return
+    if args.only != "settings":
+        rows = compare(peer, folder, args.arch, size, args.batch, args.steps, args.ids)
         for r in rows:
             r["holds"] = bool(r["value"] <= r["limit"])
         show(

@@ -134,6 +134,106 @@ def test_an_epoch_is_over_though_its_last_batch_was_dropped(nano):
     assert epochs_after([0, 7]) == 1
 
 
+def test_division_by_an_evaluation_before_each_epoch(nano, monkeypatch):
+    from tipr_nb.methods import ccd
+
+    seen = []
+
+    def every_fourth_is_noisy(losses, fine=False):
+        seen.append(losses)
+        return np.arange(len(losses)) % 4 != 0
+
+    monkeypatch.setattr(ccd, "clean_pairs", every_fourth_is_noisy)
+    objective = build_objective("CCD", nano, 8, tse=False, division="evaluation")
+    batches = [batch_of(nano, rows) for rows in ([0, 1, 2, 3], [4, 5, 6, 7])]
+
+    def passes():
+        with torch.no_grad():
+            yield from [(nano(b), b) for b in batches]
+
+    objective.eval().before_epoch(nano, passes, 0)
+    labels = [0, 1, 1, 1, 0, 1, 1, 1]
+    assert objective.labels.tolist() == labels and len(seen) == 2
+    each = [tal_loss(f.image, f.text, f.ids, reduction="none") for f, _ in passes()]
+    assert np.allclose(seen[0], torch.cat(each).numpy(), atol=1e-5)
+    objective.train()
+    for b in batches * 2:
+        objective(nano(b), b, nano)  # steps divide nothing here
+    assert objective.labels.tolist() == labels and len(seen) == 2
+    objective.before_epoch(nano, passes, 0)  # a run that goes on inside the epoch
+    assert len(seen) == 2 and int(objective.epoch) == 1
+    objective.before_epoch(nano, passes, 1)
+    assert len(seen) == 4 and int(objective.epoch) == 2
+
+
+def test_warmup_of_the_evaluated_division(nano):
+    objective = build_objective("CCD", nano, 8, tse=False, division="evaluation", warmup=1)
+    passed = []
+
+    def passes():
+        passed.append(1)
+        batch = batch_of(nano, list(range(8)))
+        with torch.no_grad():
+            yield nano(batch), batch
+
+    objective.before_epoch(nano, passes, 0)
+    assert not passed and not len(objective.labels)
+    objective.before_epoch(nano, passes, 1)
+    assert passed and 0 < objective.labels.sum() < 8
+
+
+def test_a_run_with_evaluated_divisions_goes_on_exactly(tmp_path):
+    "Stopped at the end of an epoch and inside one: the same weights and losses as in one go."
+    from tipr_nb.data import load_dataset
+    from tipr_nb.methods import ccd
+    from tipr_nb.synth import make_synth_pedes
+    from tipr_nb.training import RECIPES, Callback, train
+
+    folder = make_synth_pedes(tmp_path / "data", n_ids=(12, 4, 5), workers=1)
+    data = load_dataset("synth-pedes", folder)
+    recipe = RECIPES["tal-tiny"].replace(
+        arch="tipr-nano",
+        pretrained=None,
+        precision="no",
+        batch_size=8,
+        epochs=3,
+        caption_transform=("mask", dict(flavour="rde")),
+        objectives=[("CCD", dict(tse=False, division="evaluation"))],
+    )
+    divided = []
+
+    class StopAt(Callback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_step(self, trainer, losses):
+            trainer.stop = trainer.step == self.step
+
+    def run(name, *callbacks):
+        out = tmp_path / name
+        return train(recipe, data, out, device="cpu", verbose=False, callbacks=callbacks)
+
+    divide = ccd.CCD.divide
+
+    def counted(self):
+        divide(self)
+        divided.append(self.labels.clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ccd.CCD, "divide", counted)
+        whole = run("whole")
+        assert len(divided) == 3 and 0 < divided[-1].mean() < 1
+        steps = int(whole.history["step"].max()) // 3
+        for stop in (steps, steps + 1):
+            del divided[3:]
+            run(f"stopped {stop}", StopAt(stop))
+            again = run(f"stopped {stop}")
+            assert len(divided) == 6  # none of them twice
+            assert all(torch.equal(a, b) for a, b in zip(divided[:3], divided[3:]))
+            pairs = zip(whole.model.parameters(), again.model.parameters())
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_nothing_is_remembered_in_evaluation(nano):
     objective = build_objective("CCD", nano, 8, tse=False)
     batch = batch_of(nano, [0, 1, 2, 3])
@@ -151,6 +251,10 @@ def test_bad_input(nano):
         build_objective("CCD", nano, 2, tse=False)(nano(batch), batch, nano)
     with pytest.raises(TiprError, match="warmup=0"):
         build_objective("CCD", nano, 2, warmup=0)
+    with pytest.raises(TiprError, match="warmup=-1"):
+        build_objective("CCD", nano, 2, warmup=-1, division="evaluation")
+    with pytest.raises(TiprError, match="division of CCD 'epochs'"):
+        build_objective("CCD", nano, 2, division="epochs")
 
 
 def test_trains_on_noisy_data(tmp_path):

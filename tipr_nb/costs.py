@@ -118,7 +118,7 @@ SHARE = (0.2, 0.3, 0.45)
 class StepCost:
     "What a training step costs."
 
-    flops: int  # of the forward and backward pass, a pair
+    flops: int  # of the forward and backward pass, a pair; passes before each epoch included
     bytes: float  # kept for the backward pass, a pair
     weights: int  # encoder and objectives
 
@@ -143,6 +143,10 @@ def _step_cost(
     few, more = (made_up_batch(encoder, n, tokens) for n in (2, 4))
     kept = (saved_bytes(model, more, precision) - saved_bytes(model, few, precision)) / 2
     flops = count_flops(lambda: model(more)[0].backward()) // 4
+    passes = sum(getattr(o, "epoch_passes", 0) for o in model.objectives.values())
+    if passes:
+        with torch.no_grad():
+            flops += passes * count_flops(lambda: model.encode(more)) // 4
     return StepCost(flops, kept, sum(p.numel() for p in model.parameters()))
 
 # %% ../nbs/11_costs.ipynb #cell-025

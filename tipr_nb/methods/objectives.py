@@ -7,7 +7,7 @@ __all__ = ['OBJECTIVES', 'Objective', 'register_objective', 'ITC', 'SDM', 'TAL',
 
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-002
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class Objective(nn.Module):
     chunked: str | None = (
         None  # gradient caching: "features" (unit and raw only), "pairs" (a mean over pairs), None (the whole batch)
     )
+    epoch_passes: int = 0  # passes over the training pairs that it asks for before each epoch
 
     def __init__(self, encoder: PersonCLIP, n_ids: int):  # training identities
         super().__init__()
@@ -33,6 +34,14 @@ class Objective(nn.Module):
     def forward(self, features: Features, batch: Any, encoder: PersonCLIP) -> Tensor:  # ()
         "The loss on a batch; `logs` may be filled with detached numbers worth seeing."
         raise NotImplementedError
+
+    def before_epoch(
+        self,
+        encoder: PersonCLIP,
+        passes: Callable[[], Iterator[tuple[Features, Any]]],  # features and batch, of all pairs
+        epoch: int,  # the one that begins, from 0
+    ):
+        "In evaluation mode, before the steps of an epoch or what is left of it, where `epoch_passes` is not 0."
 
 # %% ../../nbs/05_methods/01_objectives.ipynb #cell-009
 OBJECTIVES: dict[

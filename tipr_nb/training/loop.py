@@ -610,6 +610,9 @@ class Trainer:
     def rest_of_epoch(self) -> Iterator[dict[str, Tensor]]:
         "The losses of each step from here to the end of the epoch."
         epoch, first = divmod(self.step, self.epoch_steps)
+        start = time.perf_counter()
+        self.train_step.before_epoch(self.loader, epoch)
+        self.clock.train_seconds += time.perf_counter() - start
         self.loader.set_epoch(epoch)
         batches = self.loader.batches(first * self.recipe.accumulate)
         if self.device.type == "cuda" and not self.loader.num_workers:
@@ -661,7 +664,7 @@ class Run:
     best: dict  # step, epoch and val metrics of these weights
     status: str  # "done"; "capped" by max_seconds; "stopped" by a callback
     notes: list[str]  # what a reader of the numbers should know
-    train_seconds: float  # time spent in steps, before a kill and after
+    train_seconds: float  # time spent in steps and passes before epochs, before a kill and after
 
     def __repr__(self):
         kept = self.best.get("epoch", 0)

@@ -452,7 +452,7 @@ RECIPES = {
         ),
         Recipe(
             "rde",
-            [("CCD", dict(attend_padding=True))],
+            [("CCD", dict(attend_padding=True, division="evaluation"))],
             caption_transform=("mask", dict(flavour="rde")),
             trim_captions=False,
             groups=_RDE_GROUPS,
