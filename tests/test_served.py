@@ -317,3 +317,33 @@ def test_the_command_line(tmp_path, monkeypatch):
     assert "not both" in out.output + str(out.exception)
     out = run(app, ["search", "red", "--milvus-uri", "x.db", "--search-params", "ef"])
     assert "such as ef=200" in out.output + str(out.exception)
+
+
+def test_searching_by_address_from_the_command_line(tmp_path, uri, monkeypatch):
+    from tipr_nb import cli
+    from tipr_nb.cli import search as commands
+
+    monkeypatch.setattr(commands, "open_model", lambda name: ColourModel())
+    colour_archive(tmp_path / "photos", 1)
+    local = build(tmp_path / "photos", tmp_path / "g", uri)
+    local.close()
+    run = CliRunner().invoke
+    base = ["search", "--milvus-uri", uri, "--model", "colours"]
+    out = run(cli.app, [*base, "a woman in red", "-k", "3", "--json"])
+    assert out.exit_code == 0, out.output + str(out.exception)
+    paths = [hit["path"] for hit in json.loads(out.output)["hits"]]
+    assert len(paths) == 3 and all(os.path.isfile(p) for p in paths)
+    moved = run(cli.app, [*base, "a woman in red", "--root", "/mnt/here", "--filepath-only"])
+    assert moved.exit_code == 0 and moved.output.startswith("/mnt/here/c")
+    like = run(cli.app, [*base, "--image", paths[0], "-k", "2"])
+    assert like.exit_code == 0, like.output + str(like.exception)
+    for more in (
+        ["--rerank", "expand"],
+        ["--engine", "flat"],
+        ["--imagine"],
+        ["--predict"],
+        ["--min-probability", "0.5"],
+    ):
+        out = run(cli.app, [*base, "red", *more])
+        said = out.output + str(out.exception)
+        assert out.exit_code and f"{more[0]} needs the gallery's folder" in said

@@ -553,7 +553,8 @@ def tipr_search(
 
     Example: tipr search "a woman in a red coat" --gallery my-gallery -k 10 --where "camera == 'c2'"
     """
-    local_only = dict(rerank=rerank, engine=engine, root=root, imagine=imagine or generator)
+    local_only = dict(rerank=rerank, engine=engine, imagine=imagine or generator, predict=predict)
+    local_only["min-probability"] = min_probability
     if milvus_uri is not None:
         check_served(gallery, local_only)
     elif gallery is None:
@@ -573,7 +574,6 @@ def tipr_search(
         group=group,
         image_weight=image_weight,
         without_weight=without_weight,
-        min_probability=min_probability,
     )
     opened: Any
     if milvus_uri is not None:
@@ -584,12 +584,13 @@ def tipr_search(
             model,
             search_params=numbers,
             text_tower=text_tower,
+            root=root,
             loader=open_model,
         )
     else:
         assert gallery is not None
         opened = Gallery(gallery, model, root, loader=open_model)
-        question |= dict(rerank=rerank, engine=engine)
+        question |= dict(rerank=rerank, engine=engine, min_probability=min_probability)
     if predict and (imagine or generator):
         raise TiprError("--predict takes the place of --imagine; give one of them")
     if predict:

@@ -164,7 +164,7 @@ def last_words(e: BaseException) -> str:
     lines = text.splitlines() or [type(e).__name__]
     return lines[-1][:160]
 
-# %% ../../nbs/08_search/08_milvus.ipynb #milvus-reason
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-026
 def milvus_reason(e: BaseException) -> str:
     "What Milvus, pymilvus or gRPC complain about, in one line."
     one: BaseException | None = e
@@ -192,7 +192,7 @@ def milvus_errors(uri: str) -> Iterator[None]:
             raise
         raise TiprError(f"{public_uri(uri)}: Milvus refused ({milvus_reason(e)})") from e
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-028
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-031
 class IndexKind(NamedTuple):
     "An index of Milvus with defaults for building and searching."
 
@@ -239,7 +239,7 @@ def index_kind(
                 )
     return IndexKind(kind.milvus, kind.build | dict(build or {}), kind.search | dict(search or {}))
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-032
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-035
 MILVUS_TYPES = {
     "int": "INT64",
     "float": "DOUBLE",
@@ -293,7 +293,7 @@ class StoreFacts:
             )
         return facts
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-034
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-037
 class StoreHit(NamedTuple):
     "One person that the server found."
 
@@ -301,7 +301,7 @@ class StoreHit(NamedTuple):
     score: float  # the server's own inner product
     columns: dict  # metadata
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-036
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-039
 def cut_text(text: str, limit: int = MAX_TEXT) -> str:
     "The beginning of a text that fits into `limit` bytes."
     data = text.encode("utf-8", "replace")
@@ -313,7 +313,7 @@ def row_state(values: Mapping[str, Any]) -> str:
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-038
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-041
 class MilvusStore:
     "People of one model in a Milvus collection, by key."
 
@@ -471,7 +471,7 @@ class MilvusStore:
         with milvus_errors(self.uri):
             self.client.drop_collection(collection)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-039
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-042
 def alias_target(client: Any, name: str) -> str | None:
     "The collection behind a name; None where there is no such name."
     try:
@@ -481,7 +481,7 @@ def alias_target(client: Any, name: str) -> str | None:
             return None
         raise
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-041
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-044
 def open_store(
     uri: str,  # address or file
     name: str = "tipr",  # under which the gallery is found
@@ -507,7 +507,7 @@ def open_store(
         client.load_collection(collection)
     return MilvusStore(client, uri, name, collection, facts, search_params)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-042
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-045
 FACTS_PROPERTY = "tipr.facts"
 
 
@@ -516,7 +516,7 @@ def collection_text(client: Any, collection: str) -> str:
     about = client.describe_collection(collection)
     return (about.get("properties") or {}).get(FACTS_PROPERTY) or about.get("description") or ""
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-043
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-046
 def check_name(name: str) -> str:
     "A name that Milvus takes."
     if not re.fullmatch(r"[A-Za-z_]\w{0,99}", name):
@@ -526,7 +526,7 @@ def check_name(name: str) -> str:
         )
     return name
 
-# %% ../../nbs/08_search/08_milvus.ipynb #new-collection
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-047
 def new_collection(client: Any, collection: str, facts: StoreFacts, kind: IndexKind):
     "Make a collection; in single precision where the server knows no other."
     how = dict(index_params=store_index(client, kind), consistency_level="Strong")
@@ -541,7 +541,7 @@ def new_collection(client: Any, collection: str, facts: StoreFacts, kind: IndexK
         facts.half = False
         new_collection(client, collection, facts, kind)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-044
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-048
 def create_store(
     uri: str,
     name: str,
@@ -578,7 +578,7 @@ def create_store(
         client.load_collection(collection)
     return MilvusStore(client, uri, name, collection, facts)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-045
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-049
 def store_schema(client: Any, facts: StoreFacts) -> Any:
     "Key, feature, state and one typed field per column."
     from pymilvus import DataType
@@ -603,7 +603,7 @@ def store_index(client: Any, kind: IndexKind) -> Any:
     params.add_index(FEATURE, index_type=kind.milvus, metric_type="IP", params=kind.build)
     return params
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-048
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-052
 @dataclass
 class SyncReport:
     "What an update did."
@@ -612,7 +612,7 @@ class SyncReport:
     deleted: int = 0
     unchanged: int = 0
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-049
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-053
 def sync_store(
     store: MilvusStore,
     keys: Sequence[str],  # (n) of all people that should be there
@@ -645,7 +645,7 @@ def sync_store(
     report.deleted = store.delete(list(known))
     return report
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-050
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-054
 def _send(store, keys, features, waiting):
     "One message; empties `waiting`."
     if not waiting:
@@ -655,7 +655,7 @@ def _send(store, keys, features, waiting):
     waiting.clear()
     return sent
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-059
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-063
 class StoreEngine:
     "A store behind the interface of engines."
 
@@ -687,7 +687,7 @@ class StoreEngine:
         "Close the connection."
         Milvus.release(self.store.uri)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-063
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-067
 def build_milvus(
     features: np.ndarray,  # (n, d) unit rows
     columns: Mapping[str, Column],  # metadata
@@ -726,7 +726,7 @@ def build_milvus(
         client.load_collection(collection)
     return dict(kind="milvus", uri=public_uri(uri), collection=collection, index=kind.milvus)
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-064
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-068
 def _numbered_rows(features, columns, start, stop):
     block = np.asarray(features[start:stop], np.float32)
     rows = [dict(row=start + i, feature=f) for i, f in enumerate(block)]
@@ -736,7 +736,7 @@ def _numbered_rows(features, columns, start, stop):
             row[name] = cut_text(value) if isinstance(value, str) else value
     return rows
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-065
+# %% ../../nbs/08_search/08_milvus.ipynb #cell-069
 class MilvusEngine:
     "Search in a snapshot's collection; the filter is decided there."
 

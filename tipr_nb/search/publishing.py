@@ -59,7 +59,7 @@ def store_kinds(items: Items) -> dict[str, str]:
     kinds = {name: column_kind(schema.field(name).type) for name in items.names}
     return kinds | {CONTENT: "text", WRITER: "text"}
 
-# %% ../../nbs/08_search/21_publishing.ipynb #cell-015
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-014
 def other_model(uri: str, name: str, known: StoreFacts) -> TiprError:
     "A store's rows come from another model."
     model = known.more.get("model") or known.fingerprint[:12]
@@ -68,7 +68,7 @@ def other_model(uri: str, name: str, known: StoreFacts) -> TiprError:
         "choose another --milvus-name, or --rebuild"
     )
 
-# %% ../../nbs/08_search/21_publishing.ipynb #cell-016
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-015
 def joined_kinds(before: Mapping, now: Mapping, name: str) -> dict[str, str]:
     "The columns of a store and of a snapshot together; a column keeps its kind."
     for column in before.keys() & now.keys():
@@ -79,7 +79,7 @@ def joined_kinds(before: Mapping, now: Mapping, name: str) -> dict[str, str]:
             )
     return dict(before) | dict(now)
 
-# %% ../../nbs/08_search/21_publishing.ipynb #cell-018
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-017
 def copy_others(
     store: MilvusStore,  # a new collection
     before: MilvusStore | None,  # the one that searchers see, or saw until now
@@ -101,14 +101,14 @@ def copy_others(
             store.upsert([row[KEY] for row in rows], np.stack(vectors), rows)
     return len(missing)
 
-# %% ../../nbs/08_search/21_publishing.ipynb #cell-019
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-018
 def vector_of(value: Any) -> np.ndarray:  # (d,) float32
     "A feature as a server returns it: numbers, or the bytes of half precision."
     if isinstance(value, (bytes, np.bytes_)):
         return np.frombuffer(value, np.float16).astype(np.float32)
     return np.asarray(value, np.float32)
 
-# %% ../../nbs/08_search/21_publishing.ipynb #cell-022
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-021
 STORE_NAME = "tipr"  # where no other name is given
 KEY_COLUMNS = ["file", "at", "sha256", "x0", "y0", "x1", "y1"]
 ATTEMPTS = 5  # before the others are let finish
@@ -117,7 +117,7 @@ ATTEMPTS = 5  # before the others are let finish
 class Overtaken(TiprError):
     "Another writer made the collection anew meanwhile."
 
-# %% ../../nbs/08_search/21_publishing.ipynb #active-store
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-023
 def active_store(uri: str, name: str, trusted: bool) -> MilvusStore | None:
     "The collection that searchers see; None where there is none."
     client = Milvus.at(uri, trusted=trusted)
@@ -125,7 +125,7 @@ def active_store(uri: str, name: str, trusted: bool) -> MilvusStore | None:
         there = alias_target(client, check_name(name))
     return None if there is None else open_store(uri, name, trusted=trusted)
 
-# %% ../../nbs/08_search/21_publishing.ipynb #sending
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-024
 @dataclass
 class Sending:
     "One writer's rows, and where they go."
@@ -188,7 +188,7 @@ class Sending:
         if now is not None and now.collection not in expected:
             raise Overtaken(f"{public_uri(self.uri)}: {self.name}: made anew by another writer")
 
-# %% ../../nbs/08_search/21_publishing.ipynb #publish-def
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-025
 def publish(
     uri: str,  # an address, or a file of Milvus Lite
     items: Items,
@@ -214,7 +214,7 @@ def publish(
     built = dict(kind="store", uri=public_uri(uri), name=name, collection=store.collection)
     return built | dict(index=index), report
 
-# %% ../../nbs/08_search/21_publishing.ipynb #cell-029
+# %% ../../nbs/08_search/21_publishing.ipynb #cell-032
 def store_engine(
     built: Mapping,  # what `publish` returned
     items: Items,

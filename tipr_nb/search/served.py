@@ -44,8 +44,12 @@ def served_manifest(
     return folder, known | dict(fingerprint=facts.fingerprint, text_tower=name)
 
 # %% ../../nbs/08_search/22_served.ipynb #cell-008
-def served_hit(found: StoreHit, rank: int) -> Hit:
-    "A row of the store as a hit; the photo's path is as the indexing machine saw it."
+def served_hit(
+    found: StoreHit,
+    rank: int,  # from 1
+    root: str | Path | None = None,  # where the photos are here; None: where they were indexed
+) -> Hit:
+    "A row of the store as a hit."
     values = dict(found.columns)
     item: dict[str, Any] = {name: values.get(name) for name in ITEM_TYPES}
     box = None
@@ -54,7 +58,7 @@ def served_hit(found: StoreHit, rank: int) -> Hit:
     own = {k: v for k, v in values.items() if k not in ITEM_TYPES and k != WRITER}
     if item["taken"] is not None:
         own["taken"] = np.datetime64(item["taken"], "us").item()
-    path = Path(item["root"] or "") / (item["path"] or "")
+    path = Path(item["root"] or "" if root is None else root) / (item["path"] or "")
     key = served_key(found)
     return Hit(path, found.score, rank, -1, box, own, [], item["path"] or "", key)
 
@@ -77,11 +81,13 @@ class ServedGallery:
         text_tower: str | Path | None = None,  # the folder text-... of a gallery
         token: str | None = None,  # None: $TIPR_MILVUS_TOKEN
         search_params: Mapping | None = None,  # of the server's index, such as {"ef": 200}
+        root: str | Path | None = None,  # where the photos are on this machine
         loader: Callable[[str], Any] | None = None,  # name -> model
     ):
         self.uri = uri
         self.name = name
         self.search_params = search_params
+        self.root = root
         self.token = token
         self.store = self._open()
         fingerprint = self.store.facts.fingerprint
@@ -207,10 +213,14 @@ class ServedGallery:
         fetch = question.k + len(keys)
         while True:
             found = self.store.search(query[None], fetch, question.where)[0]
-            kept = folded(found, question.unique, question.group, keys)
+            kept = folded(found, question.unique, question.group, keys, self.root)
             if len(kept) >= question.k or len(found) < fetch:
                 return [_numbered(hit, i + 1) for i, hit in enumerate(kept[: question.k])]
             fetch *= 2
+
+    def keep_picture_tower(self) -> None:
+        "Export the image tower of a loaded model; the next picture needs no model."
+        self.encoder.keep_picture_tower()
 
     def close(self) -> None:
         "Close the connection."
@@ -222,12 +232,13 @@ def folded(
     unique: bool,  # fold copies
     group: str | None,  # a column of which each value is shown once
     skip: set[str],  # keys of examples
+    root: str | Path | None = None,  # where the photos are on this machine
 ) -> list[Hit]:
     "Hits without copies, further members of a group, and the examples themselves."
     kept: dict[Any, Hit] = {}
     out = []
     for one in found:
-        hit = served_hit(one, 0)
+        hit = served_hit(one, 0, root)
         if hit.key in skip:
             continue
         same = hit.key if unique else one.key
