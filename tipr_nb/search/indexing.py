@@ -9,7 +9,7 @@ __all__ = ['detector_name', 'wanted', 'state_keys', 'PhotoStates', 'IndexReport'
            'keep_text_tower', 'Cluster', 'IndexSettings', 'Indexer', 'part_lock', 'index_photos', 'import_features',
            'copy_features']
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-003
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-002
 import contextlib, hashlib, os, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ from .storage import (FORMAT, HIDDEN, ITEM_TYPES, NO_PERSON, RESERVED, STATE,
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-006
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-005
 def detector_name(detector: Callable | None) -> str | None:
     "What a gallery remembers a detector by: its `name`, else the callable's own."
     if detector is None:
@@ -55,7 +55,7 @@ def wanted(
         return "boxes " + " ".join(boxes)
     return f"detector {detector}" if detector else "whole"
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-009
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-008
 def state_keys(
     rows: Any,  # Arrow table or batch with the columns of `STATE`
 ) -> "pa.Array":  # binary
@@ -71,7 +71,7 @@ def state_keys(
     keys = pc.binary_join_element_wise(*parts, b"\0", null_handling="replace", null_replacement=b"")
     return keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-011
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-010
 class PhotoStates:
     "The photos of one run in order, and which of them a row written earlier belongs to."
 
@@ -122,7 +122,7 @@ def _in_order(photos):
         return photos
     return [photos[i] for i in sorted(range(len(photos)), key=keys.__getitem__)]
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-014
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-013
 @dataclass
 class IndexReport:
     "What an indexing did."
@@ -168,7 +168,7 @@ class IndexReport:
             )
         return out + [f"warning: {w}" for w in self.warnings] + [f"note: {n}" for n in self.notes]
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-017
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-016
 class Encodes(Protocol):
     "What a model offers to a gallery."
 
@@ -180,7 +180,7 @@ class Encodes(Protocol):
     def encode_text(self, texts: Any) -> Any:  # (b, d)
         "Features of sentences."
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-018
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-017
 class BatchEncoder:
     "Collects people into batches, sends them through the model and writes the journal."
 
@@ -274,7 +274,7 @@ class BatchEncoder:
             self.journal.write(self.rows, features)
         self._start_entry()
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-021
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-020
 def hashed(
     photo: Photo,
 ) -> tuple[
@@ -290,7 +290,7 @@ def hashed(
     except OSError:
         return photo, None
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-023
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-022
 class KnownContent:
     "The rows of the last snapshot by content and request."
 
@@ -339,7 +339,7 @@ class KnownContent:
             feature=-1,
         )
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-026
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-025
 def gathered(
     old: Snapshot | None,
     entries: Sequence["pa.Table"] = (),  # of the journal
@@ -392,7 +392,7 @@ def lasting_problems(old: Snapshot) -> "pa.Table":  # of `journal_schema`
     used = pc.is_in(state_keys(table), value_set=state_keys(old.items.table(STATE)))
     return table.filter(pc.or_(used, pc.equal(table["reason"], NO_PERSON)))
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-029
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-028
 def content_codes(rows: "pa.Table") -> np.ndarray:  # (n,) int64, equal for equal content
     "A number for each row's content; rows without a hash are all different."
     pa = need("pyarrow", "search", "a gallery")
@@ -410,7 +410,7 @@ def content_codes(rows: "pa.Table") -> np.ndarray:  # (n,) int64, equal for equa
     codes[alone] = codes.max(initial=0) + 1 + np.arange(alone.sum())
     return codes
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-031
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-030
 def resolve_copies(
     rows: "pa.Table",  # from `gathered`
 ) -> "pa.Table":
@@ -439,7 +439,7 @@ def same_as(rows: "pa.Table") -> "pa.Array":  # (n,) int64, null for the first r
     np.minimum.at(first, codes, own)
     return pa.array(first[codes], mask=first[codes] == own)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-034
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-033
 class Choice:
     "Which of the gathered rows make the new snapshot, in order."
 
@@ -479,7 +479,7 @@ class Choice:
         )
         return (place == 0) & states.unknown(rows["file"]) & ~lost
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-035
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-034
 def _ranks(rows, states, photo, stays):
     "A sort key per row: the photo's position, or for rows that stay the position of their name among all names."
     pa = need("pyarrow", "search", "a gallery")
@@ -511,7 +511,7 @@ def _ranks(rows, states, photo, stays):
     ranks[at] = position[len(names) :]
     return ranks
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-038
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-037
 def open_npy(path: Path, dtype: str, shape: tuple[int, int]):
     "A file that starts with the header of an array; the caller writes its rows."
     f = open(path, "wb")
@@ -548,7 +548,7 @@ def write_features(
                 out[at] = features[feature[i + at]]
             f.write(out.tobytes())
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-041
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-040
 def user_columns(
     choice: Choice, rows: "pa.Table", states: PhotoStates, photos: Photos, old: Snapshot | None
 ) -> "pa.Table":
@@ -595,7 +595,7 @@ def _table_rows(choice, tuples, at):
     place = starts[choice.photo] + np.minimum(at, n - 1)
     return np.where(n > 0, flat[np.where(n > 0, place, -1)], -1)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-042
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-041
 def _earlier_columns(choice, rows, meta, listed, old, now):
     "Columns of the last snapshot, for rows that this run's tables say nothing about."
     pa = need("pyarrow", "search", "a gallery")
@@ -620,7 +620,7 @@ def _merged(name, now, before):
         )
     return need("pyarrow.compute", "search", "a gallery").coalesce(now, before)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-045
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-044
 def build_engine(
     name: str,  # exact, flat, ivf, hnsw or milvus
     options: Mapping,  # what the user chose
@@ -662,7 +662,7 @@ def drop_engines(
     with contextlib.suppress(TiprError), milvus_errors(built["uri"]):
         Milvus.at(built["uri"]).drop_collection(built["collection"])
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-048
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-047
 class _NoTower(Exception):
     "This model's text tower cannot be exported."
 
@@ -701,7 +701,7 @@ def keep_text_tower(
         return None
     return name
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cluster-protocol
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-050
 class Cluster(Protocol):
     "Encodes photos on other machines."
 
