@@ -152,9 +152,8 @@ def light(path: Path):
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             shrink(data)
-            text = "".join(data.get("text/markdown", ""))
-            if "```python\ndef " in text or "```python\nclass " in text:
-                data["text/markdown"] = quoted(text)
+            if "text/markdown" in data:
+                data["text/markdown"] = quoted("".join(data["text/markdown"]))
     path.write_text(json.dumps(book, ensure_ascii=False, indent=1), encoding="utf-8")
 
 

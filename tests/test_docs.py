@@ -228,6 +228,20 @@ def test_documentation_can_be_copied(monkeypatch):
     assert quoted(given) == wanted
 
 
+def test_tables_can_be_copied(tmp_path, monkeypatch):
+    "What a cell shows as Markdown is set by Pandoc too: `--model` must not become a dash."
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from make_docs import light
+
+    output = {"output_type": "display_data", "data": {"text/markdown": ["| what --model takes |"]}}
+    book = {"cells": [{"cell_type": "code", "source": [], "outputs": [output]}]}
+    path = tmp_path / "a.ipynb"
+    path.write_text(json.dumps(book))
+    light(path)
+    shown = cells(path)[0]["outputs"][0]["data"]["text/markdown"]
+    assert "".join(shown) == "| what `--model` takes |"
+
+
 def measured(
     values: dict[str, list[float] | None], most: Annotated[int, "limit"] = 3
 ) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from tipr_nb.search import (
     sort_hits,
     top_k,
 )
+from tipr_nb.search.engines import open_faiss
 
 
 def unit(x):
@@ -427,3 +428,44 @@ def test_product_quantisation_with_a_second_look(tmp_path):
     ).endswith("PQ1x4")
     few = build_faiss(x[:60], tmp_path / "few.faiss", "ivfpq")
     assert FaissEngine(tmp_path / "few.faiss", x[:60], **few).search(queries, 3)[1].shape == (50, 3)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
+def test_built_in_parts_is_the_same_index(tmp_path, kind):
+    "Lists, order and answers are those of an index built at once, also where the folder has moved."
+    import faiss
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3000, 32)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    (tmp_path / "a").mkdir()
+    at_once = build_faiss(x, tmp_path / "once.faiss", kind, recall=0.5)
+    parts = build_faiss(x, tmp_path / "a" / "i.faiss", kind, recall=0.5, part_bytes=25_000)
+    assert parts.pop("lists") == "i.lists" and parts.pop("lists_bytes") > 3000 * 8
+    assert at_once | dict(n_bytes=0) == parts | dict(n_bytes=0)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["i.faiss", "i.lists"]
+    (tmp_path / "a").rename(tmp_path / "b")
+    size = (tmp_path / "b" / "i.lists").stat().st_size
+    more = dict(lists="i.lists", lists_bytes=size)
+    one = open_faiss(tmp_path / "once.faiss")
+    other = open_faiss(tmp_path / "b" / "i.faiss", parts["n_bytes"], **more)
+    for cell in range(one.nlist):
+        codes = [
+            (
+                faiss.rev_swig_ptr(i.invlists.get_ids(cell), i.invlists.list_size(cell)).tolist(),
+                i.invlists.list_size(cell),
+            )
+            for i in (one, other)
+        ]
+        assert codes[0] == codes[1]
+    for a, b in zip(one.search(x[:50], 10), other.search(x[:50], 10)):
+        assert (a == b).all()
+    engine = FaissEngine(tmp_path / "b" / "i.faiss", x, **(parts | more))
+    assert (engine.search(x[:20], 1)[1][:, 0] == np.arange(20)).mean() > 0.5
+    with open(tmp_path / "b" / "i.lists", "r+b") as f:
+        f.truncate(size - 100)
+    with pytest.raises(TiprError, match="lists: .* bytes instead of .*tipr index"):
+        FaissEngine(tmp_path / "b" / "i.faiss", x, **(parts | more))
+    (tmp_path / "b" / "i.lists").unlink()
+    with pytest.raises(TiprError, match="lists: missing"):
+        FaissEngine(tmp_path / "b" / "i.faiss", x, **(parts | more))

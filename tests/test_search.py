@@ -546,7 +546,9 @@ def test_a_gallery_that_names_its_model_as_it_was_called_once(real, tmp_path):
         ("synth-world+predicted", "clip-synth-world+predicted"),
     ):
         write_manifest(old, read_manifest(old) | dict(model=former))
-        assert read_manifest(old)["model"] == today == model_for(old) == Gallery(old).manifest["model"]
+        assert (
+            read_manifest(old)["model"] == today == model_for(old) == Gallery(old).manifest["model"]
+        )
 
 
 def test_a_cold_search_needs_no_torch(real):
@@ -1014,3 +1016,29 @@ def test_clicks_and_permalinks_while_somebody_indexes(own):
                 and key not in answer.keys
             )
     assert right + gone == 200 and right > 100 and gone > 0
+
+
+def test_an_update_with_nothing_to_do_loads_no_model(tmp_path, monkeypatch):
+    from tipr_nb.models import PersonCLIP
+
+    monkeypatch.setenv("TIPR_CACHE", str(tmp_path / "cache"))
+    weights, loaded = tmp_path / "weights", []
+    shutil.copytree(shipped_weights()["clip-synth-pedes"], weights)
+
+    def loader(name):
+        loaded.append(name)
+        return PersonCLIP.from_pretrained(name)
+
+    shelf = archive(tmp_path / "p")
+    build = lambda: Gallery.build(shelf, str(weights), tmp_path / "g", loader=loader)
+    first = build()
+    again = build()
+    assert len(loaded) == 1 and again.report.unchanged == 36 and again.report.encoded == 0
+    assert again.manifest["model"] == first.manifest["model"]
+    best = [h.key for h in first.search("a red coat", k=5)]
+    assert [h.key for h in again.search("a red coat", k=5)] == best and len(loaded) == 1
+    figure("white", "white", (44, 90)).save(shelf / "c1" / "new.png")
+    assert build().report.encoded == 1 and len(loaded) == 2  # now it is needed
+    os.utime(weights / "model.safetensors", (1, 1))
+    build()
+    assert len(loaded) == 3  # these files may hold something else

@@ -2,6 +2,7 @@
 
 import dataclasses, errno, json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -1342,6 +1343,94 @@ def test_two_processes_equal_one(home, people, method, epochs, tmp_path):
         k for k in one[0] if k.startswith("loss/") and k != "loss/TIR"
     ]  # each process restores its own pairs: only the mean over processes is one process's
     assert len(one) == len(two) >= 5 * epochs and shared
+    for a, b in zip(one, two):
+        assert {k: b[k] for k in shared} == {
+            k: pytest.approx(a[k], rel=1e-5, abs=1e-6) for k in shared
+        }
+    a, b = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
+    for f in ("model.safetensors", "objectives.safetensors"):
+        assert not a[f] or max((a[f][k] - b[f][k]).abs().max() for k in a[f]) < 1e-5
+
+
+class Machine(NamedTuple):
+    "One of two machines: how a command is started there, and its place in the network."
+
+    prefix: list[str]
+    address: str
+    interface: str
+
+
+@pytest.fixture
+def two_machines():
+    "Two network namespaces joined by a virtual cable, where the kernel allows them; else two addresses of this machine."
+    names = [f"tipr{os.getpid()}{end}" for end in "ab"]
+    cables = [f"t{os.getpid()}{end}" for end in "ab"]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+    run = lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)
+    try:
+        for name in names:
+            run("netns", "add", name)
+        run("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for name, cable, address in zip(names, cables, addresses):
+            run("link", "set", cable, "netns", name)
+            run("-n", name, "addr", "add", f"{address}/24", "dev", cable)
+            run("-n", name, "link", "set", cable, "up")
+        prefixes = [["ip", "netns", "exec", name] for name in names]
+        yield [Machine(*facts) for facts in zip(prefixes, addresses, cables)]
+    except (OSError, subprocess.CalledProcessError):
+        yield [Machine([], f"127.0.0.{i}", "lo") for i in (1, 2)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def launch_on(machines, home, out, objectives, epochs, port, settings):
+    "A process on each machine, as `torchrun --nnodes 2 --node-rank RANK --nproc-per-node 1` starts it."
+    arguments = [home / "people", out, json.dumps(objectives), epochs, 0, json.dumps(settings)]
+    command = [sys.executable, str(HERE / "parallel_run.py"), *map(str, arguments)]
+    shared = dict(
+        OMP_NUM_THREADS="1",
+        PYTHONPATH=str(HERE.parent),
+        TIPR_QUIET="1",
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(len(machines)),
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR=machines[0].address,
+        MASTER_PORT=str(port),
+    )
+    processes = []
+    for rank, machine in enumerate(machines):
+        own = dict(
+            RANK=str(rank),
+            GROUP_RANK=str(rank),
+            GLOO_SOCKET_IFNAME=machine.interface,
+            TIPR_CACHE=str(home / f"cache-of-{rank}"),  # the machines share no cache
+        )
+        processes.append(
+            subprocess.Popen(
+                [*machine.prefix, *command],
+                env=os.environ | shared | own,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+@pytest.mark.full
+def test_two_machines_equal_one(home, people, two_machines, tmp_path):
+    "The odd last batch of an epoch, which two processes cannot share, is left out on both alike."
+    losses, _ = METHODS["clip"]
+    odd = dict(batch_size=14, sampler="random")
+    assert len(people.train) % odd["batch_size"], "choose a batch size that leaves an odd batch"
+    more = odd | dict(drop_last=False)
+    wait(
+        launch(home, tmp_path / "one", losses, 1, 2, port=free_port(), settings=odd)
+        + launch_on(two_machines, home, tmp_path / "two", losses, 1, free_port(), more)
+    )
+    one, two = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("one", "two"))
+    assert len(one) == len(two) == len(people.train) // odd["batch_size"]
+    shared = [k for k in one[0] if k.startswith("loss/")]
     for a, b in zip(one, two):
         assert {k: b[k] for k in shared} == {
             k: pytest.approx(a[k], rel=1e-5, abs=1e-6) for k in shared

@@ -56,7 +56,7 @@ def threaded_loader(
 
     return load
 
-# %% ../../nbs/13_cli/06_search.ipynb #ray-cluster-option
+# %% ../../nbs/13_cli/06_search.ipynb #cell-010
 def ray_cluster(
     address: str | None,  # of --ray
     **options,  # workers, cpus, gpus; None: as `RayCluster` has it
@@ -71,7 +71,7 @@ def ray_cluster(
 
     return RayCluster(address, **given)
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-010
+# %% ../../nbs/13_cli/06_search.ipynb #cell-012
 def named_detector(
     name: str | None,  # hog, a hub id or folder, or "mydetector:people"
 ) -> Callable | None:
@@ -88,7 +88,7 @@ def named_detector(
     finally:
         sys.path.remove("")
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-012
+# %% ../../nbs/13_cli/06_search.ipynb #cell-014
 Weights = Annotated[
     Optional[str],
     typer.Option(
@@ -100,7 +100,7 @@ Weights = Annotated[
     ),
 ]
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-013
+# %% ../../nbs/13_cli/06_search.ipynb #cell-015
 def tipr_index(
     photos: Annotated[
         list[str],
@@ -350,12 +350,12 @@ def tipr_index(
         )
     )
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-017
+# %% ../../nbs/13_cli/06_search.ipynb #cell-019
 def row_or_key(text: str) -> int | str:
     "A row number as such; anything else is a key."
     return int(text) if text.isdigit() and len(text) < 12 else text
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-019
+# %% ../../nbs/13_cli/06_search.ipynb #cell-021
 def named_numbers(given: list[str] | None) -> dict[str, float] | None:
     "`ef=200` as a name and a number."
     values = {}
@@ -368,7 +368,7 @@ def named_numbers(given: list[str] | None) -> dict[str, float] | None:
         values[name] = int(value) if value.is_integer() else value
     return values or None
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-021
+# %% ../../nbs/13_cli/06_search.ipynb #cell-023
 def check_served(gallery: Path | None, local_only: dict) -> None:
     "Options that need a gallery's folder do not go with an address."
     if gallery is not None:
@@ -379,7 +379,7 @@ def check_served(gallery: Path | None, local_only: dict) -> None:
                 f"--{name} needs the gallery's folder: use --gallery instead of --milvus-uri"
             )
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-024
+# %% ../../nbs/13_cli/06_search.ipynb #cell-026
 def enriched(
     gallery: Any,  # a `Gallery`
     generator: str | None = None,  # folder or hub id; None: the shipped one
@@ -393,7 +393,7 @@ def enriched(
     model = QueryEnricher(gallery.model, PersonGenerator.from_pretrained(generator), weight)
     return Gallery(gallery.folder, model, gallery.root, loader=open_model)
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-025
+# %% ../../nbs/13_cli/06_search.ipynb #cell-027
 def predicting(
     gallery: Any,  # a `Gallery`
     name: str | None = None,  # of its weights; None: the gallery knows
@@ -414,7 +414,7 @@ def predicting(
         )
     return Gallery(gallery.folder, open_predicted(source, weight), gallery.root, loader=open_model)
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-027
+# %% ../../nbs/13_cli/06_search.ipynb #cell-029
 def tipr_search(
     text: Annotated[
         Optional[list[str]],
@@ -614,7 +614,7 @@ def tipr_search(
     if image:
         opened.keep_picture_tower()
 
-# %% ../../nbs/13_cli/06_search.ipynb #cell-031
+# %% ../../nbs/13_cli/06_search.ipynb #cell-033
 def tipr_app(
     gallery: GalleryFolder,
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,

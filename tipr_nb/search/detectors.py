@@ -274,6 +274,10 @@ def _open_moment(opened, size, detector):
 
 def _read(photo):
     "The file's bytes, and the photo with the size and time they had."
+    if "://" in photo.root:
+        from tipr_nb.search.remote import read_remote
+
+        return read_remote(photo), photo
     try:
         with open(photo.path, "rb") as f:
             facts = os.fstat(f.fileno())

@@ -22,7 +22,8 @@ from .storage import (Snapshot, check_sums, film_folder, indexing_lock,
 from .indexing import IndexReport, build_engine, index_photos
 from .probabilities import HitProbabilities
 from .reports import Hit, Hits
-from .views import EngineSet, QueryEncoder, View, load_model, model_for, weights_note
+from .views import (EngineSet, LateModel, QueryEncoder, View, late_model,
+    load_model, model_for, note_fingerprint, weights_note)
 from .answers import Answering, Query, count_wanted, sentences
 from .making import Making, agreed, remembered, usable_options
 
@@ -417,13 +418,22 @@ class Gallery:
         if exclude is not None:
             given["exclude"] = list(exclude)
         run = Building(picture_files(images, folder, add), folder, given, add, rebuild, recut)
-        encoder, source = load_model(model_for(folder, model, rebuild), loader)
+        name = model_for(folder, model, rebuild)
+        elsewhere = any(kwargs.get(k) for k in ("part", "join", "cluster"))
+        encoder: Any = None if rebuild or elsewhere else late_model(name, folder, loader)
+        source = None
+        if encoder is None:
+            encoder, source = load_model(name, loader)
+            if isinstance(name, (str, Path)):
+                note_fingerprint(str(name), encoder)
         temporary: Any = None
         if folder is None:
             temporary = tempfile.TemporaryDirectory(prefix="tipr-gallery-")
         place = Path(temporary.name if folder is None else folder)
         engines = None if engine is None else {engine: dict(engine_options or {})}
         report = run.index(place, encoder, source, engines=engines, **kwargs)
+        if isinstance(encoder, LateModel):
+            encoder = encoder.model if encoder.is_loaded else None
         gallery = cls(place, encoder, loader=loader)
         gallery.report = report
         gallery._temporary = temporary

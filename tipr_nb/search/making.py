@@ -31,6 +31,13 @@ def noted(
         return os.path.abspath(value)
     return value if isinstance(value, (str, int, float, bool, list, dict)) else GIVEN
 
+# %% ../../nbs/08_search/18_making.ipynb #noted-source
+def _noted_source(source):
+    "A source as the manifest keeps it: an absolute path, or the address of an object store."
+    if not isinstance(source, (str, os.PathLike)):
+        return GIVEN
+    return source if "://" in str(source) else os.path.abspath(source)
+
 # %% ../../nbs/08_search/18_making.ipynb #cell-008
 @dataclass
 class Making:
@@ -44,10 +51,10 @@ class Making:
     def of(cls, images: Any, **options) -> "Making":
         "From the arguments of a build; what is None is left out."
         several = images if isinstance(images, (list, tuple)) else [images]
-        sources = [
-            os.path.abspath(s) if isinstance(s, (str, os.PathLike)) else GIVEN for s in several
-        ]
-        return cls(sources, {k: noted(k, v) for k, v in options.items() if v is not None})
+        return cls(
+            [_noted_source(s) for s in several],
+            {k: noted(k, v) for k, v in options.items() if v is not None},
+        )
 
     @property
     def cut(self) -> str:

@@ -9,7 +9,7 @@ __all__ = ['Box', 'HEIF_SUFFIXES', 'USUAL_SUFFIXES', 'SUFFIXES', 'FILM_SUFFIXES'
            'first_line', 'open_picture', 'picture_size']
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-003
-import errno, fnmatch, os, stat
+import errno, fnmatch, os, re, stat
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -134,18 +134,26 @@ def unread_note(
 EXCLUDED = (".*", "@eaDir", "__MACOSX", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found")
 
 # %% ../../nbs/08_search/01_photos.ipynb #cell-028
+@cache
+def _excluding(exclude):
+    "All patterns as two regular expressions: for the last part of a path, and for the whole of it."
+    never = ["(?!)"]
+    last = [fnmatch.translate(p) for p in exclude] or never
+    path = [fnmatch.translate(p.rstrip("/")) for p in exclude] or never
+    return re.compile("|".join(last)), re.compile("|".join(path))
+
+# %% ../../nbs/08_search/01_photos.ipynb #cell-030
 def is_excluded(
     name: str,  # path below the folder, with its last part
     exclude: Sequence[str] = EXCLUDED,  # patterns such as `*.tmp.jpg`, `old/*`
 ) -> bool:
     "Whether the last part of a path, or the whole path, fits one of the patterns."
-    last = os.path.basename(name)
-    path = name.replace(os.sep, "/")
-    return any(
-        fnmatch.fnmatchcase(last, p) or fnmatch.fnmatchcase(path, p.rstrip("/")) for p in exclude
-    )
+    of_last, of_path = _excluding(tuple(exclude))
+    if of_last.match(os.path.basename(name)):
+        return True
+    return of_path.match(name.replace(os.sep, "/")) is not None
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-030
+# %% ../../nbs/08_search/01_photos.ipynb #cell-032
 @dataclass
 class Walk:
     "What lies below a folder."
@@ -155,7 +163,7 @@ class Walk:
     others: Counter = field(default_factory=Counter)  # ending -> files of other kinds
     excluded: int = 0  # files and folders that a pattern left out
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-032
+# %% ../../nbs/08_search/01_photos.ipynb #cell-034
 def walk_folder(
     folder: str | Path,  # where to look
     exclude: Sequence[str] = EXCLUDED,  # patterns of names to leave out
@@ -182,7 +190,7 @@ def walk_folder(
             _note_file(walk, os.path.normpath(os.path.join(below, file)), suffixes)
     return walk
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-033
+# %% ../../nbs/08_search/01_photos.ipynb #cell-035
 def _kept(names, below, exclude, walk):
     "Names that no pattern leaves out; the others are counted."
     kept = [n for n in names if not is_excluded(os.path.normpath(os.path.join(below, n)), exclude)]
@@ -199,7 +207,7 @@ def _note_file(walk, name, suffixes):
     else:
         walk.others[suffix] += 1
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-035
+# %% ../../nbs/08_search/01_photos.ipynb #cell-037
 OS_REASONS = {
     errno.ENOENT: "not there (a link to nothing?)",
     errno.ELOOP: "a link that leads back to itself",
@@ -213,7 +221,7 @@ def os_reason(e: OSError) -> str:
     "A few words for an error of the file system."
     return OS_REASONS.get(e.errno or 0, e.strerror or type(e).__name__)
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-037
+# %% ../../nbs/08_search/01_photos.ipynb #cell-039
 def stat_photo(root: str, name: str) -> tuple[Photo | None, str]:
     "The photo with its size and time, or why it cannot be one."
     try:
@@ -228,7 +236,7 @@ def stat_photo(root: str, name: str) -> tuple[Photo | None, str]:
         return None, "empty file (0 bytes)"
     return Photo(root, name, facts.st_size, facts.st_mtime_ns), ""
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-044
+# %% ../../nbs/08_search/01_photos.ipynb #cell-046
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 30
 
@@ -236,7 +244,7 @@ MAX_BYTES = 1 << 30
 class PhotoError(TiprError):
     "A picture that cannot be used, with the reason in a few words."
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-046
+# %% ../../nbs/08_search/01_photos.ipynb #cell-048
 class Decoded(NamedTuple):
     "A picture with what its header says."
 
@@ -244,7 +252,7 @@ class Decoded(NamedTuple):
     size: tuple[int, int]  # full (width, height), before any shrinking
     taken: datetime | None  # when it was taken, if the header says so
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-048
+# %% ../../nbs/08_search/01_photos.ipynb #cell-050
 def decode_picture(
     data: bytes,  # the file's bytes
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures
@@ -264,7 +272,7 @@ def decode_picture(
     except Exception as e:  # Pillow's plugins raise all kinds
         raise PhotoError(f"cannot be decoded ({first_line(e)})") from None
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-049
+# %% ../../nbs/08_search/01_photos.ipynb #cell-051
 def _decode(data, max_pixels, shrink_to):
     picture = picture_header(data)
     width, height = picture.size
@@ -279,13 +287,13 @@ def _decode(data, max_pixels, shrink_to):
     size = (height, width) if _is_turned(notes) else (width, height)
     return Decoded(to_rgb(picture), size, _taken(notes))
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-050
+# %% ../../nbs/08_search/01_photos.ipynb #cell-052
 def first_line(e: BaseException) -> str:
     "The first line of an error's text, or the error's name."
     lines = str(e).splitlines() or [""]
     return lines[0][:100] or type(e).__name__
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-052
+# %% ../../nbs/08_search/01_photos.ipynb #cell-054
 def _is_turned(exif):
     "Whether the camera was held upright, so that width and height change places."
     return exif.get(0x0112, 1) in (5, 6, 7, 8)
@@ -302,7 +310,7 @@ def _taken(exif):
             continue
     return None
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-054
+# %% ../../nbs/08_search/01_photos.ipynb #cell-056
 def open_picture(
     data: bytes,  # the file's bytes
     max_pixels: int = MAX_PIXELS,  # refuse larger pictures
@@ -311,7 +319,7 @@ def open_picture(
     "The picture alone; raises `PhotoError`."
     return decode_picture(data, max_pixels, shrink_to).picture
 
-# %% ../../nbs/08_search/01_photos.ipynb #cell-057
+# %% ../../nbs/08_search/01_photos.ipynb #cell-059
 def picture_size(path: str | Path) -> tuple[int, int]:  # (width, height), upright
     "Size from the header; raises `PhotoError`."
     try:

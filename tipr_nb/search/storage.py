@@ -265,8 +265,20 @@ class Items:
             raise _damaged(self.path, e) from None
 
     def blocks(self, columns: list[str], rows: int = 1 << 18) -> Iterator["pa.RecordBatch"]:
-        "Columns in blocks of at most `rows`."
-        return self.file.iter_batches(batch_size=rows, columns=columns)
+        "Columns in blocks of about `rows`; in memory is one block at a time."
+        n = self.file.num_row_groups
+        step = max(1, rows * n // max(1, len(self)))
+        for first in range(0, n, step):
+            groups = range(first, min(first + step, n))
+            yield from self._block(columns, groups)
+
+    def _block(self, columns, groups):
+        "Some row groups, read by one thread: several would each keep their buffers."
+        try:
+            table = self.file.read_row_groups(list(groups), columns, use_threads=False)
+        except Exception as e:
+            raise _damaged(self.path, e) from None
+        return table.combine_chunks().to_batches()
 
     def __getitem__(self, name: str) -> Column:
         if name not in self._columns:

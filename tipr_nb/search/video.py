@@ -562,6 +562,8 @@ def find_media(
     keep: str | Path | None = None,  # folder of what was detected in films
 ) -> Photos:
     "Photos and moments of films, with boxes, tracks and metadata attached."
+    if _any_remote(sources):
+        return _remote_photos(sources, boxes, metadata, pattern, exclude, every)
     if every is None:
         return find_photos(sources, boxes, metadata, pattern, exclude, box_format)
     options = FilmOptions(parse_every(every), start, camera, detector, track, keep)
@@ -578,6 +580,45 @@ def find_media(
             "files)"
         )
     return photos
+
+# %% ../../nbs/08_search/05_video.ipynb #remote-sources
+def _any_remote(sources):
+    "Whether one of the sources is the address of an object store."
+    several = sources if isinstance(sources, (list, tuple)) else [sources]
+    return any(isinstance(s, str) and "://" in s for s in several)
+
+
+def _remote_photos(sources, boxes, metadata, pattern, exclude, every):
+    "Photos of object stores."
+    from tipr_nb.search.remote import find_remote, is_remote
+
+    several = list(sources) if isinstance(sources, (list, tuple)) else [sources]
+    for other in several:
+        if not is_remote(other):
+            raise TiprError(
+                f"{other}: give addresses of object stores and folders in two runs (--add)"
+            )
+    if boxes is not None or every is not None:
+        raise TiprError("boxes and films are read from this machine's folders, not from an address")
+    photos = Photos([])
+    for address in several:
+        found = find_remote(address, exclude)
+        photos.items += found.items
+        photos.problems += found.problems
+    if metadata is not None:
+        _attach_remote(photos, metadata)
+    if pattern is not None:
+        attach_pattern(photos, pattern)
+    return photos
+
+
+def _attach_remote(photos, metadata):
+    "A table of facts by file name; while it is joined, addresses look like folders."
+    addresses = {os.path.normpath("/" + p.root.replace("://", "/")): p.root for p in photos.items}
+    folders = {address: folder for folder, address in addresses.items()}
+    photos.items = [p._replace(root=folders[p.root]) for p in photos.items]
+    attach_metadata(photos, metadata)
+    photos.items = [p._replace(root=addresses[p.root]) for p in photos.items]
 
 # %% ../../nbs/08_search/05_video.ipynb #cell-062
 def add_films(
