@@ -154,7 +154,15 @@ def light(path: Path):
             shrink(data)
             if "text/markdown" in data:
                 data["text/markdown"] = quoted("".join(data["text/markdown"]))
+            for kind in data.keys() & {"text/markdown", "text/html"}:
+                data[kind] = unbroken("".join(data[kind]))
     path.write_text(json.dumps(book, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def unbroken(text: str) -> str:
+    "Tables whose values with a spread or an interval stay on one line: `59.9 ± 0.2`, `1.9 to 4.9`."
+    text = re.sub(r"(?<=\d) ± (?=\d)", "\u00a0±\u00a0", text)
+    return re.sub(r"(<td[^>]*>[-+\d.]+) to ([-+\d.]+</td>)", "\\1\u00a0to\u00a0\\2", text)
 
 
 def described(text: str) -> str:

@@ -28,6 +28,8 @@ from tipr_nb.models import SelfAttention, gather_features, overlay
 from tipr_nb.models import weights as W
 from tipr_nb.core import TiprError
 from tipr_nb.data import CLIP_MEAN, CLIP_STD
+from tipr_nb.search.probabilities import hit_probabilities
+from tipr_nb.training import RECIPES, build_encoder
 
 import open_clip
 
@@ -1492,3 +1494,20 @@ def test_a_model_tokenises_by_the_one_call(nano, monkeypatch, trims):
     whole = nano.tokenizer(captions)
     assert torch.equal(whole[:, : ids.shape[1]], ids) and not whole[:, ids.shape[1] :].any()
     assert nano.tokenize("a woman").shape[0] == 1 and len(nano.tokenize([])) == 0
+
+
+def test_names_too_long_for_a_path():
+    long = "a" * 300
+    recipe = RECIPES["tal-tiny"]
+    calls = (
+        lambda: PersonCLIP.from_pretrained(long),
+        lambda: PersonCLIP.from_open_clip(long),
+        lambda: PersonCLIP.from_open_clip("tipr-nano", long),
+        lambda: build_encoder(recipe.replace(pretrained=long)),
+    )
+    for call in calls:
+        with pytest.raises(TiprError) as e:
+            call()
+        assert "\n" not in str(e.value)
+    manifest = dict(model=long, fingerprint="f")
+    assert hit_probabilities("nowhere", manifest) is None

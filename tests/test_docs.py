@@ -233,13 +233,21 @@ def test_tables_can_be_copied(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from make_docs import light
 
-    output = {"output_type": "display_data", "data": {"text/markdown": ["| what --model takes |"]}}
+    data = {
+        "text/markdown": ["| what --model takes |"],
+        "text/html": ["<td>59.9 ± 0.2</td>", '<td class="a">1.9 to 4.9</td><td>8 to be</td>'],
+    }
+    output = {"output_type": "display_data", "data": data}
     book = {"cells": [{"cell_type": "code", "source": [], "outputs": [output]}]}
     path = tmp_path / "a.ipynb"
     path.write_text(json.dumps(book))
     light(path)
-    shown = cells(path)[0]["outputs"][0]["data"]["text/markdown"]
-    assert "".join(shown) == "| what `--model` takes |"
+    shown = cells(path)[0]["outputs"][0]["data"]
+    assert shown["text/markdown"] == "| what `--model` takes |"
+    wanted = '<td>59.9 ± 0.2</td><td class="a">1.9 to 4.9</td><td>8 to be</td>'
+    assert shown["text/html"] == wanted.replace(" ± ", "\u00a0±\u00a0").replace(
+        "1.9 to 4.9", "1.9\u00a0to\u00a04.9"
+    )
 
 
 def measured(

@@ -19,14 +19,12 @@ ray = pytest.importorskip("ray", reason="the extra ray is not installed")
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
     "One Ray of this machine for all tests; `RayCluster` uses what is there."
-    options = dict(include_dashboard=False, num_cpus=3, logging_level="ERROR", log_to_driver=False)
     os.environ |= dict(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = f"{os.path.dirname(__file__)}:{before}"  # for the models below
-    ray.init(address="local", object_store_memory=100_000_000, **options)
-    os.environ["PYTHONPATH"] = before
-    yield
-    ray.shutdown()
+    with RayCluster("local", workers=3).connected():
+        os.environ["PYTHONPATH"] = before
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1307,7 +1307,7 @@ def launch(home, out, objectives, epochs, world=1, save=0, port=29500, settings=
 
 def wait(processes):
     for p in processes:
-        _, err = p.communicate(timeout=240)
+        _, err = p.communicate(timeout=float(os.environ.get("TEST_WAIT", 240)))
         assert p.returncode == 0, err[-2000:]
 
 

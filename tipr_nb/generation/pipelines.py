@@ -330,7 +330,7 @@ def add_pipeline_lora(
     source: str | Path,  # folder or file of LoRA weights, or a hub id
 ):
     "Put LoRA weights on a pipeline's denoiser, in diffusers' form or in PEFT's (`adapter_config.json`)."
-    path = Path(source) if Path(source).exists() else resolve_model(source, needs=())
+    path = Path(source) if os.path.exists(source) else resolve_model(source, needs=())
     unet = getattr(pipeline, "unet", None)
     core = unet if unet is not None else pipeline.transformer
     peft = need("peft", "peft", "a LoRA")

@@ -8,6 +8,7 @@ __all__ = ['READOUTS', 'PersonCLIP']
 # %% ../../nbs/03_models/09_clip.ipynb #cell-002
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -117,7 +118,7 @@ def _without_place(cfg: dict) -> dict:
     "An open_clip configuration without the folder that its tokenizer came from; it is saved with the checkpoint."
     text = cfg["text_cfg"]
     name = text.get("hf_tokenizer_name")
-    if not name or not Path(name).is_dir():
+    if not name or not os.path.isdir(name):
         return cfg
     return cfg | dict(text_cfg=text | dict(hf_tokenizer_name=""))
 
@@ -221,7 +222,7 @@ class PersonCLIP(
     ) -> Self:
         "Any open_clip architecture at a tall size: random weights, a published tag's, a file's or a folder's."
         file: Path | None = None
-        if pretrained is None and Path(arch).is_dir():
+        if pretrained is None and os.path.isdir(arch):
             found = OpenClipFolder.read(arch)
             file = found.weights
             mean = found.mean or CLIP_MEAN
@@ -231,7 +232,7 @@ class PersonCLIP(
             )
         elif pretrained is None:
             model = cls(arch, image_size)
-        elif Path(pretrained).is_file():
+        elif os.path.isfile(pretrained):
             file = Path(pretrained)
             model = cls(arch, image_size)
         else:

@@ -6,6 +6,7 @@
 __all__ = ['best_pictures', 'hits_of_split', 'HitProbabilities', 'calibration_files', 'hit_probabilities']
 
 # %% ../../nbs/08_search/15_probabilities.ipynb #cell-003
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
@@ -152,7 +153,7 @@ def calibration_files(
 def hit_probabilities(folder: str | Path, manifest: Mapping) -> HitProbabilities | None:
     "The calibration of a gallery's scores; None where there is none for its model."
     for path in calibration_files(Path(folder), manifest):
-        if not path.is_file():
+        if not os.path.isfile(path):  # a name too long for a path is no file, and no error
             continue
         found = HitProbabilities.load(path)
         if found.fingerprint == manifest["fingerprint"]:

@@ -387,10 +387,13 @@ def detection_facts(
     width, height = size
     x0, y0, x1, y1 = hit.box or (0, 0, width, height)
     box = [x0 / width, y0 / height, (x1 - x0) / width, (y1 - y0) / height]
-    known = {k: v for k, v in hit.metadata.items() if v is not None}
-    return dict(
-        label="person", bounding_box=box, confidence=hit.score, rank=hit.rank, key=hit.key, **known
+    facts = dict(
+        label="person", bounding_box=box, confidence=hit.score, rank=hit.rank, key=hit.key
     )
+    if hit.probability is not None:
+        facts["probability"] = hit.probability
+    known = {k: v for k, v in hit.metadata.items() if v is not None}
+    return facts | {f"{k}_" if k in facts else k: v for k, v in known.items()}
 
 # %% ../../nbs/08_search/14_reports.ipynb #cell-031
 def fiftyone_dataset(hits: Hits, name: str | None = None) -> Any:  # `fiftyone.Dataset`

@@ -8,7 +8,7 @@ __all__ = ['OWN_PASS', 'Retriever', 'build_encoder', 'check_encoder', 'build_obj
            'prepare_encoder', 'averaged_copy', 'full_captions', 'diagnostics', 'restore_diagnostics', 'TrainStep']
 
 # %% ../../nbs/07_training/04_steps.ipynb #cell-003
-import math, re
+import math, os, re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ def build_encoder(r: Recipe) -> PersonCLIP:
     positions = r.positions
     if name is None or name.endswith(".safetensors"):
         return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
-    saved = "/" in name or name in shipped_weights() or Path(name).is_dir()
+    saved = "/" in name or name in shipped_weights() or os.path.isdir(name)
     if saved:
         return PersonCLIP.from_pretrained(name, arch=r.arch, image_size=size, positions=positions)
     return PersonCLIP.from_open_clip(r.arch, name, image_size=size, positions=positions)
