@@ -2896,6 +2896,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'tipr_nb/search/ray.py'),
                                     'tipr_nb.search.ray.WorkerTask.portable': ( '08_search/ray.html#workertask.portable',
                                                                                 'tipr_nb/search/ray.py'),
+                                    'tipr_nb.search.ray._start': ('08_search/ray.html#_start', 'tipr_nb/search/ray.py'),
                                     'tipr_nb.search.ray._versions': ('08_search/ray.html#_versions', 'tipr_nb/search/ray.py'),
                                     'tipr_nb.search.ray.checked_address': ('08_search/ray.html#checked_address', 'tipr_nb/search/ray.py'),
                                     'tipr_nb.search.ray.encode_chunk': ('08_search/ray.html#encode_chunk', 'tipr_nb/search/ray.py'),

@@ -9,7 +9,7 @@ __all__ = ['detector_name', 'state_keys', 'PhotoStates', 'IndexReport', 'Encodes
            'keep_text_tower', 'Cluster', 'IndexSettings', 'Indexer', 'part_lock', 'index_photos', 'import_features',
            'copy_features']
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-002
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-003
 import contextlib, hashlib, itertools, json, os, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ from tipr_nb.search.updates import (BLOCK, Held, held_photos, in_order, made_ali
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-005
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-006
 def detector_name(detector: Callable | None) -> str | None:
     "What a gallery remembers a detector by: its `name`, else the callable's own."
     if detector is None:
@@ -46,7 +46,7 @@ def detector_name(detector: Callable | None) -> str | None:
     own = getattr(detector, "name", None) or getattr(detector, "__qualname__", None)
     return str(own or type(detector).__qualname__)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-008
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-009
 def state_keys(
     rows: Any,  # Arrow table or batch with the columns of `STATE`
 ) -> "pa.Array":  # binary
@@ -62,7 +62,7 @@ def state_keys(
     keys = pc.binary_join_element_wise(*parts, b"\0", null_handling="replace", null_replacement=b"")
     return keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-010
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-011
 class PhotoStates:
     "The photos of one run in order, and which of them a row written earlier belongs to."
 
@@ -99,7 +99,7 @@ class PhotoStates:
         found = pc.is_in(files, value_set=self.table["file"].combine_chunks())
         return ~found.to_numpy(zero_copy_only=False).astype(bool)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-013
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-014
 @dataclass
 class IndexReport:
     "What an indexing did."
@@ -145,7 +145,7 @@ class IndexReport:
             )
         return out + [f"warning: {w}" for w in self.warnings] + [f"note: {n}" for n in self.notes]
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-016
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-017
 class Encodes(Protocol):
     "What a model offers to a gallery."
 
@@ -157,7 +157,7 @@ class Encodes(Protocol):
     def encode_text(self, texts: Any) -> Any:  # (b, d)
         "Features of sentences."
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-017
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-018
 class BatchEncoder:
     "Collects people into batches, sends them through the model and writes the journal."
 
@@ -251,7 +251,7 @@ class BatchEncoder:
             self.journal.write(self.rows, features)
         self._start_entry()
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-020
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-021
 def hashed(
     photo: Photo,
 ) -> tuple[
@@ -267,7 +267,7 @@ def hashed(
     except OSError:
         return photo, None
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-022
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-023
 class KnownContent:
     "The rows of the last snapshot by content and request."
 
@@ -316,7 +316,7 @@ class KnownContent:
             feature=-1,
         )
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-025
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-026
 def gathered(
     old: Snapshot | None,
     entries: Sequence["pa.Table"] = (),  # of the journal
@@ -369,7 +369,7 @@ def lasting_problems(old: Snapshot) -> "pa.Table":  # of `journal_schema`
     used = pc.is_in(state_keys(table), value_set=state_keys(old.items.table(STATE)))
     return table.filter(pc.or_(used, pc.equal(table["reason"], NO_PERSON)))
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-028
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-029
 def content_codes(rows: "pa.Table") -> np.ndarray:  # (n,) int64, equal for equal content
     "A number for each row's content; rows without a hash are all different."
     pa = need("pyarrow", "search", "a gallery")
@@ -387,7 +387,7 @@ def content_codes(rows: "pa.Table") -> np.ndarray:  # (n,) int64, equal for equa
     codes[alone] = codes.max(initial=0) + 1 + np.arange(alone.sum())
     return codes
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-030
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-031
 def resolve_copies(
     rows: "pa.Table",  # from `gathered`
 ) -> "pa.Table":
@@ -416,7 +416,7 @@ def same_as(rows: "pa.Table") -> "pa.Array":  # (n,) int64, null for the first r
     np.minimum.at(first, codes, own)
     return pa.array(first[codes], mask=first[codes] == own)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-033
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-034
 class Choice:
     "Which of the gathered rows make the new snapshot, in order."
 
@@ -456,7 +456,7 @@ class Choice:
         )
         return (place == 0) & states.unknown(rows["file"]) & ~lost
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-034
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-035
 def _ranks(rows, states, photo, stays):
     "A sort key per row: the photo's position, or for rows that stay the position of their name among all names."
     pa = need("pyarrow", "search", "a gallery")
@@ -488,7 +488,7 @@ def _ranks(rows, states, photo, stays):
     ranks[at] = position[len(names) :]
     return ranks
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-037
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-038
 def open_npy(path: Path, dtype: str, shape: tuple[int, int]):
     "A file that starts with the header of an array; the caller writes its rows."
     f = open(path, "wb")
@@ -525,7 +525,7 @@ def write_features(
                 out[at] = features[feature[i + at]]
             f.write(out.tobytes())
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-040
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-041
 def user_columns(
     choice: Choice,
     rows: "pa.Table",
@@ -571,7 +571,7 @@ def _table_rows(choice, tuples, at):
     place = starts[choice.photo] + np.minimum(at, n - 1)
     return np.where(n > 0, flat[np.where(n > 0, place, -1)], -1)
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-041
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-042
 def _earlier_columns(choice, rows, meta, listed, old, now):
     "Columns of the last snapshot, for rows that this run's tables say nothing about."
     pa = need("pyarrow", "search", "a gallery")
@@ -631,7 +631,7 @@ class _SameRows:
     order: np.ndarray
     photo: np.ndarray
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-044
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-045
 def build_engine(
     name: str,  # exact, flat, ivf, hnsw or milvus
     options: Mapping,  # what the user chose
@@ -678,7 +678,7 @@ def drop_engines(
     with contextlib.suppress(TiprError), milvus_errors(built["uri"]):
         Milvus.at(built["uri"]).drop_collection(built["collection"])
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-047
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-048
 class _NoTower(Exception):
     "This model's text tower cannot be exported."
 
@@ -717,14 +717,14 @@ def keep_text_tower(
         return None
     return name
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-050
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-051
 class Cluster(Protocol):
     "Encodes photos on other machines."
 
     def encode(self, todo: list[Photo], indexer: "Indexer", seen: set[tuple]) -> int:
         "Rows and features of photos into the indexer's journal; returns people that were encoded."
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-051
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-052
 @dataclass
 class IndexSettings:
     "How a gallery is brought up to date; what is None is as the gallery has it."
@@ -752,7 +752,7 @@ class IndexSettings:
         if self.batch_size < 1:
             raise TiprError(f"batch_size={self.batch_size}: encode one picture at a time or more")
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-053
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-054
 class Indexer:
     "One indexing of a gallery; `run` does it, the lock being held."
 
