@@ -958,3 +958,24 @@ def test_names_that_nothing_can_have_are_one_line(tmp_path, monkeypatch, name):
     # a name that stands in a file
     assert hit_probabilities(tmp_path, dict(model=name, fingerprint="x")) is None
     assert weights_hash(RECIPES["clip-tiny"].replace(pretrained=name)) == name
+
+
+def test_a_checksum_is_of_all_bytes(tmp_path):
+    import hashlib
+    from tipr_nb.core import file_sha256
+
+    data = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(data)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_two_people_of_one_photo_have_keys_of_their_own():
+    from tipr_nb.search.storage import person_key
+
+    box = dict(x0=1, y0=2, x1=30, y1=60)
+    whole = dict.fromkeys(box)
+    keys = [
+        person_key(dict(sha256="a" * 64, **corners))
+        for corners in (box, box | dict(x0=2), box | dict(y1=61), whole)
+    ]
+    assert len(set(keys)) == 4 and keys[0] == "a" * 24 + "-1-2-30-60"
