@@ -1566,3 +1566,31 @@ def test_threads_follow_what_is_free_all_through_a_training(people, nano, tmp_pa
         run = go(nano.replace(epochs=1), people, tmp_path / "a")
     steps = int(run.history.step.max())
     assert len(looked) > steps and set(looked) == {2}  # more: validation looks, too
+
+
+def test_one_run_in_a_folder_at_a_time(tmp_path):
+    from tipr_nb.training.loop import only_run_in
+
+    with only_run_in(tmp_path / "a"):
+        with pytest.raises(TiprError, match="another process is training here"):
+            with only_run_in(tmp_path / "a"):
+                pass
+    with only_run_in(tmp_path / "a"):
+        pass
+
+
+def test_the_moving_average_follows_the_weights(people, nano, tmp_path):
+    from tipr_nb.training import Trainer
+
+    trainer = Trainer(nano.replace(ema=0.5), people, tmp_path / "a", device="cpu")
+    step = trainer.train_step
+    step.retriever.train()
+    seen = []
+    for _ in range(2):
+        trainer.one_step(trainer.loader.batches())
+        seen.append([p.detach().clone() for p in step.retriever.encoder.parameters()])
+    moved = 0
+    for first, second, average in zip(*seen, step.ema.module.parameters()):
+        torch.testing.assert_close(average, (first + second) / 2)
+        moved += int(not torch.equal(first, second))
+    assert moved
