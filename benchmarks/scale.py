@@ -202,7 +202,8 @@ def main():
     for n in args.rows:
         with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
             rows += measure(Path(scratch), n, args.dims, args.added)
-    whole = args.rows == parser.get_default("rows")
+    usual = set(args.rows) <= set(parser.get_default("rows"))
+    whole = usual and args.dims == parser.get_default("dims")
     show(rows, "updates")
     print(write_result("scale" if whole else "scale-partial", rows, key="what", module="scale"))
 

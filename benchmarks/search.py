@@ -265,7 +265,7 @@ def cold(home: Path, n: int, repeats: int) -> list[dict]:
     "A sentence to a gallery of `n` people: the whole process, and once more in a running one."
     import torch
     from tipr_nb.models import PersonCLIP
-    from tipr_nb.search import export_text_tower, model_fingerprint
+    from tipr_nb.search import export_image_tower, export_text_tower, model_fingerprint
 
     torch.manual_seed(0)
     model = PersonCLIP("tipr-tiny").eval()
@@ -293,8 +293,13 @@ def cold(home: Path, n: int, repeats: int) -> list[dict]:
         "--where",
         "camera == 'c2'",
     ]
+    export_image_tower(model, facts["fingerprint"])
+    example = next(pictures(home / "example", 1).iterdir())
+    by_picture = [*ask[:4], "--image", str(example), *ask[5:]]
     commands = {
         "tipr search": ask,
+        "tipr search --image, its tower in the cache": by_picture,
+        "tipr index with nothing to do": nothing_to_do(home, n),
         "bare import of torch and open_clip": [
             sys.executable,
             "-c",
@@ -328,6 +333,19 @@ def cold(home: Path, n: int, repeats: int) -> list[dict]:
         ),
         dict(what="running process: sentence to hits", people=n, ms=1000 * median(warm)),
     ]
+
+
+def nothing_to_do(home: Path, n: int) -> list[str]:
+    "The command that brings a gallery of `n` photos up to date, after it was made; 64 pictures, each with many names."
+    photos = home / "photos"
+    originals = sorted(pictures(home / "originals", 64).iterdir())
+    photos.mkdir()
+    for i in range(n):
+        shutil.copyfile(originals[i % 64], photos / f"{i:06d}.jpg")
+    command = [sys.executable, "-m", "tipr_nb.cli", "index", str(photos)]
+    command += ["--gallery", str(home / "update")]
+    subprocess.run(command, check=True, capture_output=True)
+    return command
 
 
 def _busy() -> float:

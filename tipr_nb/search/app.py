@@ -561,7 +561,8 @@ _CSS = """
 #people .caption-label{position:static;width:100%;max-width:none;box-sizing:border-box;flex:1;border:0;border-radius:0;
   padding:5px 7px;background:none;color:var(--body-text-color);opacity:1!important;
   white-space:pre-line;overflow-wrap:anywhere;font-size:12px;line-height:1.35;text-align:left}
-#people .thumbnail-item:focus-visible,#closer button:focus-visible{outline:3px solid var(--color-accent);outline-offset:1px}
+#people .thumbnail-item:focus-visible,#closer button:focus-visible{
+  outline:3px solid var(--color-accent);outline-offset:1px}
 #people .picked{box-shadow:0 0 0 3px #1a7f4b}
 #people .picked::after{content:"selected";position:absolute;top:0;right:0;padding:1px 7px;font-size:12px;
   background:#1a7f4b;color:#fff;border-bottom-left-radius:6px}

@@ -717,14 +717,14 @@ def keep_text_tower(
         return None
     return name
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cluster-protocol
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-051
 class Cluster(Protocol):
     "Encodes photos on other machines."
 
     def encode(self, todo: list[Photo], indexer: "Indexer", seen: set[tuple]) -> int:
         "Rows and features of photos into the indexer's journal; returns people that were encoded."
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-051
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-052
 @dataclass
 class IndexSettings:
     "How a gallery is brought up to date; what is None is as the gallery has it."
@@ -752,7 +752,7 @@ class IndexSettings:
         if self.batch_size < 1:
             raise TiprError(f"batch_size={self.batch_size}: encode one picture at a time or more")
 
-# %% ../../nbs/08_search/12_indexing.ipynb #cell-053
+# %% ../../nbs/08_search/12_indexing.ipynb #cell-054
 class Indexer:
     "One indexing of a gallery; `run` does it, the lock being held."
 

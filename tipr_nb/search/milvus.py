@@ -7,8 +7,8 @@ __all__ = ['LIKE_PATTERNS', 'MILVUS_INDICES', 'NUMBER_LIMITS', 'MILVUS_TYPES', '
            'MAX_HITS', 'STORE_FORMAT', 'FACTS_PROPERTY', 'milvus_literal', 'like_pattern', 'tree_expression',
            'milvus_expression', 'is_server', 'check_uri', 'public_uri', 'Milvus', 'last_words', 'milvus_reason',
            'milvus_errors', 'IndexKind', 'index_kind', 'StoreFacts', 'StoreHit', 'cut_text', 'row_state', 'MilvusStore',
-           'alias_target', 'open_store', 'collection_text', 'check_name', 'new_collection', 'create_store',
-           'store_schema', 'store_index', 'SyncReport', 'sync_store', 'StoreEngine', 'build_milvus', 'MilvusEngine']
+           'alias_target', 'open_store', 'collection_text', 'check_name', 'create_store', 'store_schema', 'store_index',
+           'new_collection', 'SyncReport', 'sync_store', 'StoreEngine', 'build_milvus', 'MilvusEngine']
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-003
 import contextlib, hashlib, json, logging, os, re
@@ -526,21 +526,6 @@ def check_name(name: str) -> str:
         )
     return name
 
-# %% ../../nbs/08_search/08_milvus.ipynb #cell-047
-def new_collection(client: Any, collection: str, facts: StoreFacts, kind: IndexKind):
-    "Make a collection; in single precision where the server knows no other."
-    how = dict(index_params=store_index(client, kind), consistency_level="Strong")
-    try:
-        about = {FACTS_PROPERTY: facts.text()}
-        client.create_collection(
-            collection, schema=store_schema(client, facts), properties=about, **how
-        )
-    except Exception as e:
-        if not (facts.half and "float16" in str(e).lower()):
-            raise
-        facts.half = False
-        new_collection(client, collection, facts, kind)
-
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-048
 def create_store(
     uri: str,
@@ -602,6 +587,21 @@ def store_index(client: Any, kind: IndexKind) -> Any:
     params = client.prepare_index_params()
     params.add_index(FEATURE, index_type=kind.milvus, metric_type="IP", params=kind.build)
     return params
+
+
+def new_collection(client: Any, collection: str, facts: StoreFacts, kind: IndexKind):
+    "Make a collection; in single precision where the server knows no other."
+    how = dict(index_params=store_index(client, kind), consistency_level="Strong")
+    try:
+        about = {FACTS_PROPERTY: facts.text()}
+        client.create_collection(
+            collection, schema=store_schema(client, facts), properties=about, **how
+        )
+    except Exception as e:
+        if not (facts.half and "float16" in str(e).lower()):
+            raise
+        facts.half = False
+        new_collection(client, collection, facts, kind)
 
 # %% ../../nbs/08_search/08_milvus.ipynb #cell-052
 @dataclass
