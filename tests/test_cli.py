@@ -1234,3 +1234,37 @@ def test_a_console_that_cannot_show_a_name(people, encoding):
         "utf-8" if encoding == "ascii" else encoding
     )  # click writes UTF-8 where a stream says ASCII
     assert json.loads(done.stdout.decode(shown).splitlines()[-1]) == {"name": "北😀"}
+
+
+def test_names_in_any_locale(shelf, nano, tmp_path):
+    "Python that reads file names as ASCII: folders and pictures with other names are read and written all the same."
+    photos = tmp_path / "北门"
+    photos.mkdir()
+    for picture, name in zip(sorted(shelf.rglob("*.png")), ("żółw", "b")):
+        shutil.copy(picture, photos / f"{name}.png")
+    own = tmp_path / "мои"
+    own.mkdir()
+    shutil.copy(photos / "żółw.png", own)
+    rows = [dict(image="żółw.png", id=0, caption="кто-то в красном", split=s) for s in ("train",)]
+    rows += [dict(rows[0], id=n, split=s) for n, s in enumerate(("val", "test"), 1)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (own / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    bare = os.environ | dict(
+        LC_ALL="C", LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", OMP_NUM_THREADS="1"
+    )
+    bare.pop("PYTHONIOENCODING", None)
+
+    def run(*words):
+        done = subprocess.run(
+            [sys.executable, "-m", "tipr_nb.cli", *map(os.fsencode, words)],
+            cwd=tmp_path,
+            env=bare,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        return done.stdout
+
+    run("index", "北门", "--gallery", "гал", "--model", nano)
+    found = run("search", "a red coat", "--gallery", "гал", "--filepath-only").decode()
+    assert sorted(os.path.basename(line) for line in found.splitlines()) == ["b.png", "żółw.png"]
+    assert b"train" in run("data", "stats", "folder", "--root", "мои")

@@ -667,6 +667,22 @@ def test_odd_rows_of_a_history(tmp_path):
     assert len(h.rows) == 2
 
 
+def test_rewinding_a_history(tmp_path):
+    "What was written after a checkpoint goes, on the disk too: losses after its step, scores after its last validation."
+    from tipr_nb.models import History
+
+    rows = [{"step": s, "loss": 1.0} for s in (2, 4, 6)] + [{"step": s, "mAP": 9.0} for s in (3, 6)]
+    for open_window, kept in ((False, [2, 4]), (True, [2])):
+        h = History(tmp_path / f"{open_window}.jsonl")
+        for row in rows:
+            h.add(row)
+        h.rewind(4, 3, open_window)
+        for _ in range(2):
+            assert [r["step"] for r in h.rows if "loss" in r] == kept
+            assert [r["step"] for r in h.rows if "mAP" in r] == [3]
+            h.load()
+
+
 def test_overlay_takes_pictures_and_arrays():
     heat = np.zeros((3, 2))
     heat[0] = 1

@@ -181,9 +181,7 @@ def test_bf16_that_onednn_may_not_use(monkeypatch, name, limit, native):
 
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setenv(name, limit)
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False
-    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     assert native_bf16("cpu") is native
 
 
@@ -870,6 +868,7 @@ class TestFormerNames:
         ("file.txt", True, "a file of that name is in the way"),
         ("folder", False, "a folder of that name is in the way"),
         ("a\0b", False, "no file can have that name"),
+        ("k\udcf6ln", True, "UTF-8"),
         ("circle/run", True, "links lead round in a circle"),
         ("nowhere/run", True, "a part of this path is a file"),
     ],
@@ -920,3 +919,63 @@ def test_an_output_on_a_disk_that_takes_nothing(tmp_path, monkeypatch, code, say
     monkeypatch.setattr(outputs.tempfile, "TemporaryFile", refuse)
     with pytest.raises(TiprError, match=says):
         check_output(tmp_path / "new" / "run", folder=True)
+
+
+# names that no file can have, where a file or folder is asked for
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a/" + "x" * 300, "a\0b"], ids=["long", "deep", "zero"]
+)
+def test_names_that_nothing_can_have_are_one_line(tmp_path, monkeypatch, name):
+    from tipr_nb.interop import (
+        convert_file,
+        import_dataset,
+        model_card,
+        open_weights,
+        read_checkpoint,
+    )
+    from tipr_nb.search import Gallery, find_photos
+    from tipr_nb.search.probabilities import hit_probabilities
+    from tipr_nb.training import RECIPES
+    from tipr_nb.training.runs import weights_hash
+
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for read in (
+        open_weights,
+        read_checkpoint,
+        model_card,
+        Gallery,
+        lambda n: import_dataset(n, tmp_path / "pictures"),
+        lambda n: convert_file("clip-synth-world", n, say=None),
+        lambda n: find_photos(tmp_path / "photos", metadata=n),
+        lambda n: find_photos(tmp_path / "photos", boxes=n),
+    ):
+        with pytest.raises(TiprError) as e:
+            read(name)
+        assert "\n" not in str(e.value)
+    # a name that stands in a file
+    assert hit_probabilities(tmp_path, dict(model=name, fingerprint="x")) is None
+    assert weights_hash(RECIPES["clip-tiny"].replace(pretrained=name)) == name
+
+
+def test_a_checksum_is_of_all_bytes(tmp_path):
+    import hashlib
+    from tipr_nb.core import file_sha256
+
+    data = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(data)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_two_people_of_one_photo_have_keys_of_their_own():
+    from tipr_nb.search.storage import person_key
+
+    box = dict(x0=1, y0=2, x1=30, y1=60)
+    whole = dict.fromkeys(box)
+    keys = [
+        person_key(dict(sha256="a" * 64, **corners))
+        for corners in (box, box | dict(x0=2), box | dict(y1=61), whole)
+    ]
+    assert len(set(keys)) == 4 and keys[0] == "a" * 24 + "-1-2-30-60"

@@ -228,6 +228,16 @@ def test_bombs_and_broken_pictures(tmp_path):
     assert open_picture(good).size == (48, 96)
 
 
+def test_the_limit_of_a_pictures_size():
+    "Ours, which is below the size that Pillow refuses by itself."
+    small = png(figure("red", "blue"))  # 48 x 96
+    assert decode_picture(small, max_pixels=48 * 96).picture.size == (48, 96)
+    with pytest.raises(PhotoError, match="48 x 96 pixels, more than"):
+        decode_picture(small, max_pixels=48 * 96 - 1)
+    with pytest.raises(PhotoError, match="12000 x 9000 pixels, more than 100 million"):
+        open_picture(png(Image.new("1", (12_000, 9_000))))
+
+
 def test_modes_orientation_and_time():
     for mode in ("1", "L", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F"):
         picture = (

@@ -1550,3 +1550,19 @@ def test_two_processes_share_a_grid(home, people, tmp_path):
         and (t.status == "done").all()
     )
     assert all("r1" in out for out, _ in said)
+
+
+def test_threads_follow_what_is_free_all_through_a_training(people, nano, tmp_path, monkeypatch):
+    "Looked at after every step and validation batch, not only at the start."
+    import psutil
+    import tipr_nb.core.machine as machine
+
+    looked = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 0.0)
+    monkeypatch.setattr(machine.FreeThreads, "use", lambda self, free: self.most)
+    monkeypatch.setattr(machine.FreeThreads, "follow", lambda self: looked.append(self.most))
+    with machine.free_threads(2):  # as the demo does
+        run = go(nano.replace(epochs=1), people, tmp_path / "a")
+    steps = int(run.history.step.max())
+    assert len(looked) > steps and set(looked) == {2}  # more: validation looks, too

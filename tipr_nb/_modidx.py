@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url': '', 'lib_path': 'tipr_nb'},
   'syms': { 'tipr_nb.cli.commands': { 'tipr_nb.cli.commands._root': ('13_cli/commands.html#_root', 'tipr_nb/cli/commands.py'),
+                                      'tipr_nb.cli.commands._speak_utf8': ('13_cli/commands.html#_speak_utf8', 'tipr_nb/cli/commands.py'),
                                       'tipr_nb.cli.commands.main': ('13_cli/commands.html#main', 'tipr_nb/cli/commands.py')},
             'tipr_nb.cli.data': { 'tipr_nb.cli.data.data_check': ('13_cli/data.html#data_check', 'tipr_nb/cli/data.py'),
                                   'tipr_nb.cli.data.data_export': ('13_cli/data.html#data_export', 'tipr_nb/cli/data.py'),
@@ -148,6 +149,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'tipr_nb.core.machine.usable_precision': ( '00_core/machine.html#usable_precision',
                                                                                  'tipr_nb/core/machine.py')},
             'tipr_nb.core.outputs': { 'tipr_nb.core.outputs._check_kind': ('00_core/outputs.html#_check_kind', 'tipr_nb/core/outputs.py'),
+                                      'tipr_nb.core.outputs._is_text': ('00_core/outputs.html#_is_text', 'tipr_nb/core/outputs.py'),
                                       'tipr_nb.core.outputs._missing_parts': ( '00_core/outputs.html#_missing_parts',
                                                                                'tipr_nb/core/outputs.py'),
                                       'tipr_nb.core.outputs.check_output': ( '00_core/outputs.html#check_output',

@@ -56,9 +56,20 @@ def _root(
         say(context.get_help())
         raise typer.Exit(2)
 
-# %% ../../nbs/13_cli/08_commands.ipynb #cell-010
+# %% ../../nbs/13_cli/08_commands.ipynb #cell-011
+def _speak_utf8():
+    "Start this command again where Python does not read file names as UTF-8."
+    if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode:
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    shown = getattr(sys.stdout, "encoding", None) or "utf-8"
+    os.environ.setdefault("PYTHONIOENCODING", shown)
+    os.execv(sys.executable, [sys.executable, "-m", "tipr_nb.cli", *sys.argv[1:]])
+
+# %% ../../nbs/13_cli/08_commands.ipynb #cell-013
 def main():
     "What the `tipr` command runs."
+    _speak_utf8()
     # before torch loads: its threads wait for each other asleep, so that a busy neighbour costs less
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):

@@ -32,6 +32,10 @@ def check_output(
 ):
     "A one-line error for a path that cannot be written, before any work is done for it; nothing is written."
     path = Path(path)
+    if not _is_text(path):
+        raise TiprError(
+            f"{ascii(str(path))}: no UTF-8 text, which names must be; choose another path"
+        )
     with os_errors(path):
         there, missing = _missing_parts(path)
         for place in missing:
@@ -53,3 +57,12 @@ def _check_kind(path: Path, folder: bool):
         raise FileExistsError(errno.EEXIST, "a file in the way")
     if not folder and path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a folder in the way")
+
+
+def _is_text(path: Path) -> bool:
+    "Whether a path is text, and not bytes of some other encoding, with which Arrow cannot write."
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

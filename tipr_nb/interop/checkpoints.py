@@ -356,8 +356,8 @@ def read_checkpoint(
 ) -> Checkpoint:
     "The tensors of a checkpoint, whatever its container."
     path = Path(source).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         return read_file(path)
-    if path.suffix in _SUFFIXES and not path.is_dir():
+    if path.suffix in _SUFFIXES and not os.path.isdir(path):
         raise TiprError(f"{source}: no such file; check the path")
     return read_folder(resolve_model(source, needs=()))

@@ -7,7 +7,7 @@ __all__ = ['saved_metrics', 'read_run', 'shown_metric', 'metric_rows', 'recipe_r
            'upload', 'push_to_hub', 'publish']
 
 # %% ../../nbs/09_interop/07_hub.ipynb #cell-002
-import json, re, shutil
+import json, os, re, shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def read_run(
 ) -> tuple[Recipe, dict, dict[str, Metrics]]:  # recipe, run.json, metrics by file name
     "What a run wrote down about itself, and every evaluation that was saved beside it."
     folder = Path(folder)
-    if not (folder / "run.json").is_file():
+    if not os.path.isfile(folder / "run.json"):
         raise TiprError(f"{folder}: no run.json in it; give the folder of a finished `tipr train`")
     best_weights(folder)
     facts = read_json(folder / "run.json")

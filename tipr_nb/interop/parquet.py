@@ -7,7 +7,7 @@ __all__ = ['column_type', 'split_features', 'image_rows', 'write_split', 'data_c
            'check_row', 'read_split', 'parquet_files', 'import_dataset']
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-002
-import hashlib, json, re
+import hashlib, json, os, re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core import (TiprError, atomic_path, cache_dir, file_sha256, fill_card, hub_snapshot,
+from ..core import (TiprError, atomic_path, cache_dir, check_output, file_sha256, fill_card, hub_snapshot,
     markdown_table, need, os_errors, progress, read_json, write_json, write_text)
 from ..data import DatasetError, PersonDataset, Split
 
@@ -171,6 +171,7 @@ def export_dataset(
     if not chosen:
         raise DatasetError(f"{dataset.name}: no split has images; load it with its files")
     out = Path(out)
+    check_output(out, folder=True)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TiprError(f"{out}: there is something in it already; choose another folder")
     with atomic_path(out, folder=True) as tmp:
@@ -298,10 +299,10 @@ def read_split(
 def _source_folder(source: str | Path) -> Path:
     "The folder on this machine, of a path or a hub id."
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     repo = str(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or Path(repo).parent.is_dir():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or os.path.isdir(Path(repo).parent):
         raise DatasetError(f"{repo}: no such folder, and not a hub id; give a folder or owner/name")
     return hub_snapshot(repo, "dataset", DatasetError)
 

@@ -6,7 +6,7 @@
 __all__ = ['split_tag', 'open_tag', 'open_weights', 'KnownWeights', 'known_weights']
 
 # %% ../../nbs/09_interop/05_weights.ipynb #cell-003
-import difflib
+import difflib, os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -42,9 +42,10 @@ def open_tag(
 ) -> PersonCLIP:
     "Published weights of an open_clip architecture, or a file of them."
     path = Path(tag).expanduser()
-    if path.is_file() and path.suffix != ".safetensors":
+    there = os.path.isfile(path)
+    if there and path.suffix != ".safetensors":
         return load_peer(path, image_size, bool(arch_config(arch).get("quick_gelu")), None)
-    model = PersonCLIP.from_open_clip(arch, path if path.is_file() else tag, _own_size(arch))
+    model = PersonCLIP.from_open_clip(arch, path if there else tag, _own_size(arch))
     if image_size is not None:
         model.resize(image_size)
     note = Origin(
@@ -96,7 +97,7 @@ def open_weights(
     own = own_weights(text, image_size)
     if own is not None:
         return own
-    here = Path(text).expanduser().exists()
+    here = os.path.exists(Path(text).expanduser())
     tagged = None if here else split_tag(text)
     if tagged is not None:
         model = open_tag(*tagged, image_size)

@@ -32,7 +32,7 @@ def file_stamp(folder: Path) -> tuple | None:
     "What changes when somebody names a new snapshot."
     try:
         s = os.stat(folder / "gallery.json")
-    except FileNotFoundError:
+    except (OSError, ValueError):  # not there, or a name that none has
         return None
     return s.st_mtime_ns, s.st_size, s.st_ino
 

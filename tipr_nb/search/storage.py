@@ -117,8 +117,8 @@ def read_manifest(folder: str | Path) -> dict:
     "The gallery's `gallery.json`; a folder that holds none, or one of a newer format, is a one-line `TiprError`."
     folder = Path(folder)
     path = folder / "gallery.json"
-    if not path.is_file():
-        if (folder / ".work").is_dir():
+    if not os.path.isfile(path):
+        if os.path.isdir(folder / ".work"):
             raise TiprError(
                 f"{folder}: its indexing was not finished; run the same `tipr index` again, it "
                 "goes on where it stopped"

@@ -9,7 +9,7 @@ __all__ = ['UTF16_MARKS', 'WHOLE', 'NUMBER', 'TRUTH', 'MOMENT', 'PATH_NAMES', 'P
            'load_table', 'read_table']
 
 # %% ../../nbs/08_search/02_tables.ipynb #cell-003
-import csv, io, json, keyword, math, re
+import csv, io, json, keyword, math, os, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -394,9 +394,9 @@ def load_table(
     if hasattr(source, "iloc"):  # a DataFrame
         return Table(_checked(pa.Table.from_pandas(source, preserve_index=False), "the table"), [])
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TiprError(
-            f"{path}: {'a folder; name the table in it' if path.is_dir() else 'no such file'}"
+            f"{path}: {'a folder; name the table in it' if os.path.isdir(path) else 'no such file'}"
         )
     try:
         table, notes = _read_by_suffix(pa, path)

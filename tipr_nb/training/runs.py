@@ -90,8 +90,8 @@ def weights_hash(r: Recipe) -> str:
         return "random"
     known = shipped_weights()
     place = known.get(r.pretrained, Path(r.pretrained))
-    file = place / "model.safetensors" if place.is_dir() else place
-    return file_sha256(file)[:12] if file.is_file() else r.pretrained
+    file = place / "model.safetensors" if os.path.isdir(place) else place
+    return file_sha256(file)[:12] if os.path.isfile(file) else r.pretrained
 
 # %% ../../nbs/07_training/02_runs.ipynb #cell-024
 def read_run_file(
