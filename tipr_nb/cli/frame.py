@@ -91,7 +91,7 @@ def register_command(group: typer.Typer, name: str | None = None) -> Callable:
 # %% ../../nbs/13_cli/01_frame.ipynb #cell-017
 def command_group(
     text: str,  # the group's help
-    commands: Mapping[str, Callable] | None = None,  # name -> function, in the order of the help
+    commands: Mapping[str, Any] | None = None,  # name -> function, in the order of the help
 ) -> typer.Typer:
     "Commands under one name."
     group = typer.Typer(
