@@ -65,7 +65,7 @@ def learn_to_generate(
     updates: int | None,
     seed: int,
     max_seconds: float | None,
-):
+) -> None:
     "Train the small generator, or fine-tune a pipeline on a dataset's split."
     if text:
         raise TiprError("--train takes no sentences; leave them out, or leave out --train")

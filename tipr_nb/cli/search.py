@@ -553,7 +553,9 @@ def tipr_search(
 
     Example: tipr search "a woman in a red coat" --gallery my-gallery -k 10 --where "camera == 'c2'"
     """
-    local_only = dict(rerank=rerank, engine=engine, imagine=imagine or generator, predict=predict)
+    local_only: dict[str, Any] = dict(
+        rerank=rerank, engine=engine, imagine=imagine or generator, predict=predict
+    )
     local_only["min-probability"] = min_probability
     if milvus_uri is not None:
         check_served(gallery, local_only)

@@ -259,7 +259,9 @@ def build_faiss(
         else:
             add_rows(index, features, 0, n, block)
             faiss.write_index(index, os.fspath(path))
-    options = dict(kind=kind, quantise=quantise, recipe=recipe, n_bytes=os.path.getsize(path))
+    options: dict[str, Any] = dict(
+        kind=kind, quantise=quantise, recipe=recipe, n_bytes=os.path.getsize(path)
+    )
     options |= lists
     return options | calibrate(index, features, recall, seed)
 

@@ -527,7 +527,7 @@ def write_features(
 
 # %% ../../nbs/08_search/12_indexing.ipynb #cell-041
 def user_columns(
-    choice: Choice,
+    choice: "Choice | _SameRows",
     rows: "pa.Table",
     in_turn: Sequence[Photo],  # that the choice counts
     photos: Photos,
@@ -799,7 +799,7 @@ class Indexer:
 
     def made_alike(self) -> bool:
         "Whether the settings are those of the last snapshot."
-        return made_alike(self.old, self.settings, self.model)
+        return self.old is not None and made_alike(self.old, self.settings, self.model)
 
     def held(self) -> Held | None:
         "What the gallery holds of this run, if that is everything and nothing else."
@@ -807,9 +807,9 @@ class Indexer:
             return None
         tables = self.photos.metadata is not None or self.photos.listing is not None
         held = held_photos(self.photos, self.old, self.detector, places=tables)
-        if held is not None and tables and not same_columns(self.photos, self.old, held.places):
-            return None
-        return held
+        if held is None or held.places is None:
+            return held
+        return held if same_columns(self.photos, self.old, held.places) else None
 
     def nothing_new(self, held: Held) -> bool:
         "Whether the files that were tried again are as unusable as they were."

@@ -165,7 +165,9 @@ class Sending:
         "Send, and switch the name; `Overtaken` if somebody else switched it meanwhile."
         before = active_store(self.uri, self.name, self.trusted)
         facts = self.facts(before)
-        more = dict(trusted=self.trusted, index_params=self.params, rebuild=self.rebuild)
+        more: dict[str, Any] = dict(
+            trusted=self.trusted, index_params=self.params, rebuild=self.rebuild
+        )
         try:
             store = create_store(self.uri, self.name, facts, **more)
             copy_others(store, before, self.manifest["id"])

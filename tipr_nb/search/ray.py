@@ -10,7 +10,7 @@ __all__ = ['MOST_BATCHES', 'ADDRESSES', 'GOES_ON', 'TOO_BUSY', 'photo_chunks', '
 # %% ../../nbs/08_search/24_ray.ipynb #cell-003
 import contextlib, logging, math, os, pickle, re, socket, sys, time, warnings
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Generator, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 import numpy as np
 from ..core import TiprError, need, progress
@@ -325,7 +325,7 @@ class ChunkStream:
     def next(self) -> dict | None:
         "The next chunk that is ready; None after the last."
         while not self._rows:
-            batch = next(self._batches, None)
+            batch: Any = next(self._batches, None)
             if batch is None:
                 return None
             self._rows = batch.to_pylist()
@@ -462,7 +462,7 @@ class RayCluster:
             )
         return writer.encoded
 
-    def _arrivals(self, ray, todo, indexer, writer) -> Iterator[int]:
+    def _arrivals(self, ray, todo, indexer, writer) -> Generator[int, None, None]:
         "Once per photo, after its chunk is with the writer."
         workers = min(self.workers or self.room(ray), max(1, self.room(ray)))
         chunks = photo_chunks(todo, indexer.settings.batch_size, workers)
