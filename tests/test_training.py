@@ -1375,6 +1375,7 @@ def two_machines():
             run("link", "set", cable, "netns", name)
             run("-n", name, "addr", "add", f"{address}/24", "dev", cable)
             run("-n", name, "link", "set", cable, "up")
+            run("-n", name, "link", "set", "lo", "up")  # the main process speaks to itself too
         prefixes = [["ip", "netns", "exec", name] for name in names]
         yield [Machine(*facts) for facts in zip(prefixes, addresses, cables)]
     except (OSError, subprocess.CalledProcessError):
