@@ -1244,9 +1244,12 @@ def test_names_in_any_locale(shelf, nano, tmp_path):
         shutil.copy(picture, photos / f"{name}.png")
     own = tmp_path / "мои"
     own.mkdir()
-    shutil.copy(photos / "żółw.png", own)
-    rows = [dict(image="żółw.png", id=0, caption="кто-то в красном", split=s) for s in ("train",)]
-    rows += [dict(rows[0], id=n, split=s) for n, s in enumerate(("val", "test"), 1)]
+    rows = []
+    for n, (split, picture) in enumerate(
+        zip(("train", "train", "val", "test"), sorted(shelf.rglob("*.png")))
+    ):
+        shutil.copy(picture, own / f"ż{n}.png")
+        rows.append(dict(image=f"ż{n}.png", id=n, caption="кто-то в красном", split=split))
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (own / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
     bare = os.environ | dict(
