@@ -979,3 +979,20 @@ def test_two_people_of_one_photo_have_keys_of_their_own():
         for corners in (box, box | dict(x0=2), box | dict(y1=61), whole)
     ]
     assert len(set(keys)) == 4 and keys[0] == "a" * 24 + "-1-2-30-60"
+
+
+@pytest.mark.parametrize("spoiled", ["camera", "north"], ids=["name", "value"])
+def test_text_of_parquet_that_is_no_utf8(tmp_path, spoiled):
+    import pyarrow, pyarrow.parquet
+    from tipr_nb.core import read_parquet
+
+    path = tmp_path / "facts.parquet"
+    table = pyarrow.table({"file": ["a.jpg"], "camera": ["north"]})
+    pyarrow.parquet.write_table(
+        table, path, compression="none", use_dictionary=False, store_schema=False
+    )
+    assert read_parquet(path).to_pylist() == [{"file": "a.jpg", "camera": "north"}]
+    broken = b"\xff" + spoiled.encode()[1:]
+    path.write_bytes(path.read_bytes().replace(spoiled.encode(), broken))
+    with pytest.raises(TiprError, match="not a Parquet file that can be read"):
+        read_parquet(path)

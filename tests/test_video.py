@@ -240,3 +240,12 @@ def test_detectors_without_confidence_are_not_asked_twice():
     assert is_frame({"t": 0.0, "people": [[1, 2, 3, 4, None], [1, 2, 3, 4, 0.5]]})
     assert not is_frame({"t": 0.0, "people": [[1, 2, None, 4, 0.5]]})
     assert not is_frame({"t": 0.0, "people": [[1, 2, 3, 4, "high"]]})
+
+
+def test_a_log_of_detections_nested_too_deeply_is_made_anew(tmp_path):
+    head = dict(film="x", every=1.0)
+    lines = [json.dumps(head), '{"t": 0.0, "people": []}', '{"t": ' + "[" * 100_000]
+    (tmp_path / "f.jsonl").write_text("\n".join(lines) + "\n")
+    log = DetectionLog(tmp_path / "f.jsonl", head)
+    assert (tmp_path / "f.jsonl").read_text() == "\n".join(lines[:2]) + "\n"
+    assert log.people() is not None

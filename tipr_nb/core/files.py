@@ -423,7 +423,10 @@ def read_parquet(
     "A Parquet file as an Arrow table."
     parquet = need("pyarrow.parquet", "search", "reading Parquet files")
     with reading(path, "a Parquet file", remedy, error):
-        return parquet.read_table(path, columns=columns)
+        table = parquet.read_table(path, columns=columns)
+        table.validate(full=True)  # texts in UTF-8, lists within their bounds
+        table.column_names  # names in UTF-8
+    return table
 
 # %% ../../nbs/00_core/02_files.ipynb #2f6e4133
 def read_npy(

@@ -282,7 +282,7 @@ class StoreFacts:
         "From a collection's property."
         try:
             facts = cls(**json.loads(text))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             raise TiprError(
                 f"{where}: not a collection of this package; choose another name"
             ) from None

@@ -217,11 +217,12 @@ class Items:
         try:
             self._map = pa.memory_map(os.fspath(self.path))
             self.file = self._pq.ParquetFile(self._map)
+            names = self.file.schema_arrow.names
         except FileNotFoundError:
             raise Damaged(f"{self.path}: missing; {_AGAIN}") from None
-        except (pa.ArrowException, OSError) as e:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
             raise _damaged(self.path, e) from None
-        missing = set(ITEM_TYPES) - set(self.file.schema_arrow.names)
+        missing = set(ITEM_TYPES) - set(names)
         if missing:
             raise Damaged(f"{self.path}: has no column {min(missing)}; {_AGAIN}")
         groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
@@ -249,7 +250,11 @@ class Items:
     def _row(self, row):
         group = int(np.searchsorted(self.starts, row, "right")) - 1
         one = self._group(group).slice(row - int(self.starts[group]), 1)
-        return {name: values[0] for name, values in one.to_pydict().items()}
+        try:
+            found = one.to_pydict()
+        except UnicodeDecodeError as e:
+            raise _damaged(self.path, e) from None
+        return {name: values[0] for name, values in found.items()}
 
     def _read_group(self, group):
         try:

@@ -298,7 +298,7 @@ class DetectionLog:
         for i, line in enumerate(data.splitlines(keepends=True)):
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict) or (i == 0 and record != self.head):
                 break
