@@ -1042,3 +1042,12 @@ def test_an_update_with_nothing_to_do_loads_no_model(tmp_path, monkeypatch):
     os.utime(weights / "model.safetensors", (1, 1))
     build()
     assert len(loaded) == 3  # these files may hold something else
+
+
+def test_tables_with_odd_first_lines():
+    from tipr_nb.search.tables import parse_csv
+
+    old_mac = parse_csv("path,camera\ra.png,c1\rb.png,c2\r")
+    assert old_mac.column_names == ["path", "camera"] and old_mac.num_rows == 2
+    with pytest.raises(TiprError, match="first line"):
+        parse_csv("path," + "x" * 200_000 + "\na.png,1\n", "t.csv")

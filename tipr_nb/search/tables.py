@@ -75,9 +75,12 @@ def parse_csv(
     "A table with a first line of names, all columns typed."
     pa = need("pyarrow", "search", "reading tables")
     reader = need("pyarrow.csv", "search", "reading tables")
-    first = text.partition("\n")[0].rstrip("\r")
+    first = re.split(r"[\r\n]", text, maxsplit=1)[0]
     separator = max(",;\t", key=first.count)
-    names = next(csv.reader([first], delimiter=separator), [])
+    try:
+        names = next(csv.reader([first], delimiter=separator), [])
+    except csv.Error as e:
+        raise TiprError(f"{path}: its first line is no line of CSV ({e}); save it again") from None
     parse = reader.ParseOptions(delimiter=separator, newlines_in_values=True)
     convert = reader.ConvertOptions(
         column_types={n: pa.string() for n in names},
