@@ -996,3 +996,19 @@ def test_text_of_parquet_that_is_no_utf8(tmp_path, spoiled):
     path.write_bytes(path.read_bytes().replace(spoiled.encode(), broken))
     with pytest.raises(TiprError, match="not a Parquet file that can be read"):
         read_parquet(path)
+
+
+def test_what_killed_writes_left_is_swept(tmp_path):
+    from tipr_nb.core import sweep_leftovers
+    from tipr_nb.core.files import _own_folder
+
+    path = tmp_path / "t.csv"
+    path.write_text("a\n")
+    dead, handle = _own_folder(path)
+    if handle is None:
+        pytest.skip("no locks of files on this system")
+    sweep_leftovers(path)
+    assert dead.is_dir()  # its writer lives
+    os.close(handle)
+    sweep_leftovers(path)
+    assert not dead.exists() and path.read_text() == "a\n"

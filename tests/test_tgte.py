@@ -311,7 +311,7 @@ def test_hook_of_the_grid(few, tmp_path, monkeypatch):
     asked = []
 
     class Drawn(Colours):
-        def field(self, split, size, shuffle=None):
+        def field(self, split, size, shuffle=None, choose="random"):
             asked.append(("field", split.name, shuffle))
             return lambda index: torch.zeros(len(index), 3, *size, dtype=torch.uint8)
 

@@ -25,6 +25,7 @@ from .files import read_rows as read_rows
 from .files import read_text as read_text
 from .files import read_toml as read_toml
 from .files import reading as reading
+from .files import sweep_leftovers as sweep_leftovers
 from .files import sync as sync
 from .files import sync_tree as sync_tree
 from .files import user_path as user_path

@@ -18,7 +18,7 @@ import numpy as np, pandas as pd, torch
 # %% ../../nbs/07_training/06_grid.ipynb #cell-004
 from ..core import (TiprError, atomic_path, check_output, current_name, known_name,
     load_object, locked, one_line, os_errors, read_json, read_text, read_toml, reading,
-    recorded_name)
+    recorded_name, sweep_leftovers)
 from ..data import PersonDataset, load_dataset
 from ..evaluation import Metrics, evaluate, save_metrics
 from ..models import PersonCLIP
@@ -413,6 +413,9 @@ def run_grid(
     check_output(out)
     check_output(folder, folder=True)
     runner = GridRunner(out, folder, dataset, device)
+    for table in (runner.table, runner.breakdowns):
+        if table.path.parent.is_dir():
+            sweep_leftovers(table.path)
     keys = [runner.key(job) for job in jobs]
     waiting = []
     for n, (job, key) in enumerate(zip(jobs, keys), 1):
