@@ -738,7 +738,7 @@ def test_search_by_everything(people, shelf, tmp_path):
         (["index", "nowhere", "--gallery", "g"], ["nowhere: no such file or folder"]),
         (["index", "*.none", "--gallery", "g"], ["*.none: nothing matches"]),
         (["index", "EMPTY", "--gallery", "g"], ["no pictures there"]),
-        (["index", "SHELF", "--gallery", "FILE"], ["a file, not a folder"]),
+        (["index", "SHELF", "--gallery", "FILE"], ["a file of that name is in the way"]),
         (["index", "SHELF", "--gallery", "SHELF"], ["holds other files", "choose a new folder"]),
         (["index", "SHELF", "--gallery", "g", "--model", "no-such-weights"], ["no-such-weights"]),
         (["index", "SHELF", "--gallery", "g", "--engine", "ivff"], ["did you mean 'ivf'"]),

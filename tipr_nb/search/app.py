@@ -597,7 +597,7 @@ _SCRIPT = """() => {
   const shown = e => e && e.offsetParent !== null;
   const close = () => document.querySelector('#close');
   const tiles = () => [...document.querySelectorAll('#people .thumbnail-item')];
-  window.tiprPage = {tile: null, keys: false};
+  window.tiprPage = {tile: null, keys: false, closing: false};
   const words = {person: 'the person', heat: 'what matched', near: 'surroundings', whole: 'whole photo',
     liked: 'the person that others resemble', imagined: 'imagined from the sentence'};
   new MutationObserver(() => document.querySelectorAll('.image-frame img[alt=""]').forEach(img => {
@@ -607,8 +607,10 @@ _SCRIPT = """() => {
   document.addEventListener('pointerdown', () => tiprPage.keys = false, true);
   document.addEventListener('click', e => {
     const tile = e.target.closest('#people .thumbnail-item');
-    if (tile) tiprPage.tile = tiles().indexOf(tile);
-    if (e.target.closest('#close') && tiles()[tiprPage.tile]) tiles()[tiprPage.tile].focus();
+    if (tile) { tiprPage.tile = tiles().indexOf(tile); tiprPage.closing = false; }
+    if (!e.target.closest('#close')) return;
+    tiprPage.closing = true;  // an answer still under way does not take the focus back
+    if (tiles()[tiprPage.tile]) tiles()[tiprPage.tile].focus();
   }, true);
   document.addEventListener('keydown', e => {
     tiprPage.keys = true;
@@ -622,7 +624,7 @@ _SCRIPT = """() => {
 }"""
 _OPENED = """() => {
   const close = document.querySelector('#close');
-  if (window.tiprPage && tiprPage.keys && close) close.focus();
+  if (window.tiprPage && tiprPage.keys && !tiprPage.closing && close) close.focus();
 }"""
 _MARK = """() => {
   const holder = document.querySelector('#selection [data-marked]');
