@@ -82,7 +82,7 @@ class Walk:
             viewport=dict(width=width, height=height), color_scheme=theme
         )
         self.page = self.context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(60_000)
         self.height = height
         self.outside, self.errors = [], []
         own = (address, "data:", "blob:", address.replace("http", "ws"))
