@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-from tipr_nb.core import read_json, write_json
+from tipr_nb.core import TiprError, read_json, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -145,3 +145,11 @@ def write_result(
 def _shown(args: list[str]) -> list[str]:
     "Arguments without the folders of this machine."
     return [Path(a).name if os.path.isabs(a) else a for a in args]
+
+
+def run(main: Callable[[], object]):
+    "What a benchmark's command does: an error that its user can mend is one line."
+    try:
+        main()
+    except TiprError as e:
+        raise SystemExit(str(e)) from None

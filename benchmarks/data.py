@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from benchmarks.common import interleave, machine, medians, set_threads, show, write_result
+from benchmarks.common import interleave, machine, medians, run, set_threads, show, write_result
 from tipr_nb.core import ensure_torchvision
 from tipr_nb.data import (
     CLIP_MEAN,
@@ -156,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

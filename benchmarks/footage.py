@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.common import set_threads, show, write_result
+from benchmarks.common import run, set_threads, show, write_result
 from tipr_nb.search import DEFAULT_MODEL, find_detector, find_media, open_ahead
 from tipr_nb.search.detectors import Found, detected_people
 from tipr_nb.search.photos import Photo
@@ -272,4 +272,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.common import show, write_result
+from benchmarks.common import run, show, write_result
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = """
@@ -217,4 +217,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,8 +12,7 @@ import argparse, tempfile, time
 from collections.abc import Callable
 from functools import partial
 
-from benchmarks.common import interleave, medians, set_threads, show, write_result
-from tipr_nb.core import TiprError
+from benchmarks.common import interleave, medians, run, set_threads, show, write_result
 from tipr_nb.data import PairLoader, PersonDataset, load_dataset
 from tipr_nb.methods import FLAVOURS
 from tipr_nb.synth import make_synth_pedes
@@ -127,7 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TiprError as e:
-        raise SystemExit(str(e)) from None
+    run(main)

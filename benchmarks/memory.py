@@ -13,7 +13,7 @@ import argparse, re, time
 
 import torch
 
-from benchmarks.common import set_threads, show, write_result
+from benchmarks.common import run, set_threads, show, write_result
 from benchmarks.sen import captions
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch
@@ -134,7 +134,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TiprError as e:
-        raise SystemExit(str(e)) from None
+    run(main)

@@ -23,7 +23,7 @@ from unittest import mock
 import numpy as np, torch
 from torch import Tensor, nn
 
-from benchmarks.common import set_threads, show, write_result
+from benchmarks.common import run, set_threads, show, write_result
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch, IGNORED, PersonDataset, Split, TrainTransform, load_dataset
 from tipr_nb.evaluation import evaluate
@@ -1199,7 +1199,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TiprError as e:
-        raise SystemExit(str(e)) from None
+    run(main)

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from statistics import median
 
-from tipr_nb.core import TiprError
 
-from .common import set_threads, show, write_result
+from benchmarks.common import run, set_threads, show, write_result
+from tipr_nb.core import TiprError
 
 COMMAND = "import sys; from tipr_nb.cli import main; sys.exit(main())"
 
@@ -35,7 +35,7 @@ def ray_rates(n: int, batch_size: int, arch: str, repeats: int, workers: int) ->
     "Pictures a second: without Ray, with one worker, with several; in turns."
     import torch
     from tipr_nb.models import PersonCLIP
-    from tipr_nb.search import Gallery, RayCluster
+    from tipr_nb.search import RayCluster
 
     class Timed(RayCluster):
         "Notes when each picture comes back."
@@ -48,7 +48,15 @@ def ray_rates(n: int, batch_size: int, arch: str, repeats: int, workers: int) ->
 
     torch.manual_seed(0)
     model = PersonCLIP(arch).eval()
-    home = Path(tempfile.mkdtemp())
+    if n <= 2 * batch_size * workers:
+        raise TiprError(f"--photos {n}: give more than two batches for each worker")
+    with tempfile.TemporaryDirectory() as home:
+        return _rates(Path(home), n, model, batch_size, repeats, workers, Timed)
+
+
+def _rates(home, n, model, batch_size, repeats, workers, timed) -> list[dict]:
+    from tipr_nb.search import Gallery, RayCluster
+
     photos = drawn_photos(home / "photos", n)
     more = dict(batch_size=batch_size, text_tower=False)
     rates: dict[str, list[float]] = {"without Ray": []}
@@ -60,8 +68,8 @@ def ray_rates(n: int, batch_size: int, arch: str, repeats: int, workers: int) ->
             alone = Gallery.build(photos, model, home / f"alone{i}", workers=1, **more)
             totals["without Ray"].append(time.perf_counter() - started)
             rates["without Ray"].append(n / totals["without Ray"][-1])
-            for count in (1, workers):
-                cluster = Timed("local", workers=count)
+            for count in dict.fromkeys((1, workers)):
+                cluster = timed("local", workers=count)
                 started = time.perf_counter()
                 folder = home / f"ray{count}-{i}"
                 made = Gallery.build(photos, model, folder, cluster=cluster, **more)
@@ -131,7 +139,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TiprError as e:
-        raise SystemExit(str(e)) from None
+    run(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import show, write_result
+from benchmarks.common import run, show, write_result
 from tipr_nb.core import read_json, write_json
 from tipr_nb.search import find_photos, import_features, index_photos
 
@@ -119,10 +119,14 @@ def update(home: Path, dims: int):
     "One update in this process; a line of JSON."
     model = Still(dims)
     (home / "few").mkdir(exist_ok=True)
-    if not (home / "few" / "gallery").exists():  # imports and thread pools are no part of the figures
+    if not (
+        home / "few" / "gallery"
+    ).exists():  # imports and thread pools are no part of the figures
         make_files(home / "few" / "photos", 10)
         make_gallery(home / "few", 10, dims)
-    index_photos(home / "few" / "gallery", find_photos(home / "few" / "photos"), model, text_tower=False)
+    index_photos(
+        home / "few" / "gallery", find_photos(home / "few" / "photos"), model, text_tower=False
+    )
     before = read_json(home / "gallery" / "gallery.json")
     with Watch() as listing:
         photos = find_photos(home / "photos")
@@ -209,4 +213,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ from benchmarks.common import (
     interleave,
     medians,
     peak_memory,
+    run,
     seconds,
     set_threads,
     show,
@@ -401,4 +402,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,8 +11,7 @@ from statistics import median
 
 import numpy as np, torch
 
-from benchmarks.common import interleave, medians, seconds, set_threads, show, write_result
-from tipr_nb.core import TiprError
+from benchmarks.common import interleave, medians, run, seconds, set_threads, show, write_result
 from tipr_nb.data import Batch
 from tipr_nb.methods import CaptionPruner
 from tipr_nb.methods.pruning import _pruned
@@ -162,7 +161,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TiprError as e:
-        raise SystemExit(str(e)) from None
+    run(main)

@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.common import interleave, medians, set_threads, show, write_result
+from benchmarks.common import interleave, medians, run, set_threads, show, write_result
 from benchmarks.sen import captions
 from tipr_nb.core import TiprError
 from tipr_nb.data import Batch
@@ -352,7 +352,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except TiprError as e:
-        raise SystemExit(str(e)) from None
+    run(main)

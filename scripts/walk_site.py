@@ -241,7 +241,7 @@ def answers(context, address: str, words: str) -> list[str]:
     page.evaluate("document.querySelector('#quarto-search button').click()")
     page.wait_for_selector(".aa-Input")
     page.fill(".aa-Input", words)
-    page.wait_for_selector(".aa-List a[href]")
+    page.wait_for_selector(".aa-List a[href], .aa-SourceNoResults", state="attached")
     page.wait_for_timeout(1000)
     links = page.evaluate(
         "() => [...document.querySelectorAll('.aa-List a[href]')].map(a => a.href.replace(/[?]q=[^#]*/, ''))"

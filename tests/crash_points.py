@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 CHANGES = {
     "os.rename",
@@ -101,6 +102,19 @@ def wait_for_group(leader: int, seconds: float = 2.0):
         time.sleep(0.002)
 
 
+def end_with(job: Callable[[], object]) -> NoReturn:
+    "All that a child does: `job`, in a group of its own, and the end."
+    code = 1
+    try:
+        os.setsid()
+        job()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
 def run_until(job: Callable[[], object], folder: Path, n: int | None) -> int | None:
     "Run `job` in a child that is killed before change number `n` (None: never); how many changes it made if it came to its end."
     shared = mmap.mmap(-1, 8)
@@ -111,9 +125,8 @@ def run_until(job: Callable[[], object], folder: Path, n: int | None) -> int | N
             return None
         assert status == 0, f"the job failed by itself before change {n} (its traceback is above)"
         return struct.unpack("q", shared[:8])[0]
-    code = 1
-    try:
-        os.setsid()
+
+    def watched():
         for name in UNSEEN:
             announce(name)
 
@@ -127,11 +140,8 @@ def run_until(job: Callable[[], object], folder: Path, n: int | None) -> int | N
 
         sys.addaudithook(watch)
         job()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+
+    end_with(watched)
 
 
 def count_changes(job: Callable[[], object], folder: Path) -> int:
@@ -174,12 +184,4 @@ def kill_after(job: Callable[[], object], seconds: float) -> bool:
         os.waitpid(child, 0)
         wait_for_group(child)
         return False
-    code = 1
-    try:
-        os.setsid()
-        job()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+    end_with(job)

@@ -1271,3 +1271,17 @@ def test_names_in_any_locale(shelf, nano, tmp_path):
     found = run("search", "a red coat", "--gallery", "гал", "--filepath-only").decode()
     assert sorted(os.path.basename(line) for line in found.splitlines()) == ["b.png", "żółw.png"]
     assert b"train" in run("data", "stats", "folder", "--root", "мои")
+
+
+def test_training_a_generator_on_a_split_that_is_not_there(few, tmp_path):
+    words = ("generate", "--train", "--generator", "nowhere", "--root", few, "--out", tmp_path / "g")
+    refused(tipr(*words, "--split", "tset"), "tset", "test")
+
+
+def test_a_part_of_a_name_is_no_name_of_a_dataset(monkeypatch):
+    from tipr_nb.cli import options
+
+    monkeypatch.setattr(options, "offered_names", lambda what: {"my-pedes": None})
+    with pytest.raises(TiprError, match="pedes"):
+        options.check_place("pedes", None)
+    options.check_place("my-pedes", None)

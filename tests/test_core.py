@@ -1012,3 +1012,25 @@ def test_what_killed_writes_left_is_swept(tmp_path):
     os.close(handle)
     sweep_leftovers(path)
     assert not dead.exists() and path.read_text() == "a\n"
+
+
+def test_folders_that_appear_in_one_step_are_empty_before(tmp_path):
+    from tipr_nb.core import check_output
+
+    check_output(tmp_path / "new", empty=True)
+    (tmp_path / "old").mkdir()
+    check_output(tmp_path / "old", empty=True)
+    (tmp_path / "old" / "a").write_text("")
+    check_output(tmp_path / "old", folder=True)
+    with pytest.raises(TiprError, match="something in it already"):
+        check_output(tmp_path / "old", empty=True)
+    with pytest.raises(TiprError, match="in the way"):
+        check_output(tmp_path / "old" / "a", empty=True)
+
+
+def test_the_home_of_nobody_is_one_line():
+    from tipr_nb.interop import open_weights, read_checkpoint
+
+    for read in (open_weights, read_checkpoint):
+        with pytest.raises(TiprError):
+            read("~nobody-of-that-name/weights.pt")

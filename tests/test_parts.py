@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from galleries import grown_archive, same_gallery
 from typer.testing import CliRunner
 
 from tipr_nb.core import TiprError
@@ -31,15 +32,6 @@ def join(photos, folder):
     return Gallery.build(photos, ColourModel(), folder, join=True)
 
 
-def same(a, b):
-    assert (a.features[:] == b.features[:]).all() and a.features.shape == b.features.shape
-    for column in ("path", "sha256", "at"):
-        assert (
-            a.items.table([column])[column].to_pylist()
-            == b.items.table([column])[column].to_pylist()
-        )
-
-
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_joined_parts_are_the_gallery_of_one_process(photos, whole, tmp_path, n):
     reports = encode(photos, tmp_path / "g", [f"{i}/{n}" for i in range(1, n + 1)])
@@ -47,20 +39,12 @@ def test_joined_parts_are_the_gallery_of_one_process(photos, whole, tmp_path, n)
         Gallery(tmp_path / "g")
     joined = join(photos, tmp_path / "g")
     assert joined.report.encoded == 0 and sum(r.photos for r in reports) == joined.report.photos
-    same(joined, whole)
+    same_gallery(joined, whole)
     assert not (tmp_path / "g" / "parts").exists()
 
 
 def test_a_killed_part_goes_on_and_an_existing_gallery_is_extended(photos, tmp_path, monkeypatch):
-    few = tmp_path / "few"
-    shutil.copytree(photos, few)
-    late = sorted(few.rglob("*.png"))[::3]
-    kept = {p: p.read_bytes() for p in late}
-    for p in late:
-        p.unlink()
-    first = Gallery.build(few, ColourModel(), tmp_path / "g")
-    for p, data in kept.items():
-        p.write_bytes(data)
+    few, first, _ = grown_archive(photos, tmp_path)
     add = BatchEncoder.add
     calls = []
 
@@ -82,7 +66,7 @@ def test_a_killed_part_goes_on_and_an_existing_gallery_is_extended(photos, tmp_p
     assert again.encoded == 0
     joined = join(few, tmp_path / "g")
     assert joined.report.encoded == 0
-    same(joined, Gallery.build(few, ColourModel(), tmp_path / "anew"))
+    same_gallery(joined, Gallery.build(few, ColourModel(), tmp_path / "anew"))
 
 
 def test_photos_that_came_after_the_parts_are_encoded_at_the_join(photos, tmp_path):
@@ -90,7 +74,7 @@ def test_photos_that_came_after_the_parts_are_encoded_at_the_join(photos, tmp_pa
     shutil.copytree(photos, more)
     encode(more, tmp_path / "g", ["1/2", "2/2"])
     shutil.copy(sorted(more.rglob("*.png"))[0], more / "zz.png")
-    same(join(more, tmp_path / "g"), Gallery.build(more, ColourModel(), tmp_path / "anew"))
+    same_gallery(join(more, tmp_path / "g"), Gallery.build(more, ColourModel(), tmp_path / "anew"))
 
 
 def test_mistakes_at_the_join_are_one_line(photos, tmp_path):

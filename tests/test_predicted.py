@@ -14,6 +14,7 @@ from tipr_nb.methods import (
     enhance,
     fit_predictor,
     load_predictor,
+    predictor_of,
     save_predictor,
 )
 from tipr_nb.models import PersonCLIP, fingerprint, unit
@@ -169,3 +170,14 @@ def test_the_name_says_it():
         PredictedQuery.from_pretrained("clip-synth-pedes" + PREDICTED_SUFFIX).source
         == "clip-synth-pedes+predicted"
     )
+
+
+def test_a_predictor_trained_along_is_asked_from_its_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    model = PersonCLIP("tipr-nano")
+    own = predictor_of(model, hidden=16)
+    model.save_pretrained(tmp_path / "run")
+    query = PredictedQuery.from_pretrained(tmp_path / "run")
+    text = unit(torch.randn(4, model.dim))
+    assert torch.allclose(query.predictor(text), own(text), atol=1e-6)
+    assert not query.training and query.predictor.hidden == 16

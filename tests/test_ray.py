@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+from galleries import grown_archive, same_gallery
 from typer.testing import CliRunner
 
 from tipr_nb.core import TiprError
@@ -39,13 +40,6 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(photos, tmp_path_factory):
     return Gallery.build(photos, ColourModel(), tmp_path_factory.mktemp("alone") / "g")
-
-
-def same(a, b):
-    assert a.features.shape == b.features.shape and (a.features[:] == b.features[:]).all()
-    for column in ("path", "sha256", "at", "x0", "same_as"):
-        assert a.items.table([column]).equals(b.items.table([column]))
-    assert a.skipped == b.skipped
 
 
 class EndsOnce(ColourModel):
@@ -82,21 +76,13 @@ def test_two_workers_make_the_gallery_of_one_process(photos, alone, tmp_path):
     shared = Gallery.build(
         photos, ColourModel(), tmp_path / "g", cluster=RayCluster(workers=2), batch_size=16
     )
-    same(shared, alone)
+    same_gallery(shared, alone)
     assert shared.report.encoded == alone.report.encoded
     assert not (tmp_path / "g" / ".work").exists()
 
 
 def test_what_the_gallery_or_the_journal_holds_goes_to_no_worker(photos, tmp_path, monkeypatch):
-    some = tmp_path / "some"
-    shutil.copytree(photos, some)
-    late = sorted(some.rglob("*.png"))[::3]
-    kept = {p: p.read_bytes() for p in late}
-    for p in late:
-        p.unlink()
-    first = Gallery.build(some, ColourModel(), tmp_path / "g")
-    for p, data in kept.items():
-        p.write_bytes(data)
+    some, first, late = grown_archive(photos, tmp_path)
     sent = []
     chunks = RayCluster._arrivals
 
@@ -113,9 +99,9 @@ def test_what_the_gallery_or_the_journal_holds_goes_to_no_worker(photos, tmp_pat
         Gallery.build(some, ColourModel(), tmp_path / "g", **build)
     assert len(Gallery(tmp_path / "g")) == len(first)
     second = Gallery.build(some, ColourModel(), tmp_path / "g", **build)
-    assert sent[0] <= len(late) + 1 and 16 <= second.report.resumed <= 32
+    assert sent[0] <= late + 1 and 16 <= second.report.resumed <= 32
     assert sent[1] == sent[0] - second.report.resumed
-    same(second, Gallery.build(some, ColourModel(), tmp_path / "anew"))
+    same_gallery(second, Gallery.build(some, ColourModel(), tmp_path / "anew"))
     Gallery.build(some, ColourModel(), tmp_path / "g", **build)
     assert len(sent) == 2 or sent[2] == 1  # the torn file is tried again
 
@@ -124,7 +110,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_is_there_twice(photos, alone,
     model = EndsOnce(str(tmp_path))
     done = Gallery.build(photos, model, tmp_path / "g", cluster=RayCluster(workers=2), batch_size=8)
     assert (tmp_path / "0").exists()
-    same(done, alone)
+    same_gallery(done, alone)
     # whether a note says so depends on who returned a chunk before the kill: a lost worker is known by its chunks
 
 
@@ -138,7 +124,7 @@ def test_a_worker_that_dies_each_time_is_one_line_and_the_next_run_goes_on(photo
         Gallery(tmp_path / "g")
     for i in range(3):
         (tmp_path / str(i)).touch()
-    same(Gallery.build(photos, model, tmp_path / "g", cluster=cluster), alone)
+    same_gallery(Gallery.build(photos, model, tmp_path / "g", cluster=cluster), alone)
 
 
 def test_an_error_of_a_worker_is_its_own_line(photos, tmp_path):
@@ -163,7 +149,7 @@ def test_detection_and_boxes_in_workers(photos, tmp_path):
             if cut.get("detector") != "hog"
         ]
         if made:
-            same(*made)
+            same_gallery(*made)
     from tipr_nb.search import find_detector
 
     hog = find_detector("hog", score=0.7)
@@ -255,7 +241,7 @@ def test_the_command_line(photos, alone, tmp_path, monkeypatch):
     out = CliRunner().invoke(cli.app, [*base, "--ray", "local", "--ray-workers", "2", "--json"])
     assert out.exit_code == 0, out.output
     assert json.loads(out.output)["encoded"] == alone.report.encoded
-    same(Gallery(tmp_path / "g", ColourModel()), alone)
+    same_gallery(Gallery(tmp_path / "g", ColourModel()), alone)
     for more, why in (
         (["--ray", "nowhere"], "give local, auto"),
         (["--ray-workers", "2"], "goes with --ray"),

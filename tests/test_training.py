@@ -278,6 +278,14 @@ class TestRecipe:
         (old,), (new,) = map(read_grid, rows)
         assert old.setup == new.setup
 
+    def test_a_grid_row_with_the_former_name_of_weights_is_the_same_row(self):
+        rows = [
+            dict(rows=[dict(name="TAL", recipe="tal-tiny", set=dict(pretrained=name))])
+            for name in ("synth-world", "clip-synth-world")
+        ]
+        (old,), (new,) = map(read_grid, rows)
+        assert old.recipe == new.recipe and old.setup == new.setup
+
     def test_shipped_weights_say_how_they_were_made(self):
         made = Recipe.load(shipped_weights()["clip-synth-world"] / "recipe.json")
         assert (
@@ -1329,6 +1337,21 @@ METHODS = {
 }
 
 
+def losses_of(run):
+    return json.loads((run / "losses.json").read_text())
+
+
+def nearly_same(one, two, shared):
+    "Two runs, of one process and of two, say: the losses named in `shared` step by step, and the last weights."
+    for a, b in zip(losses_of(one), losses_of(two)):
+        assert {k: b[k] for k in shared} == {
+            k: pytest.approx(a[k], rel=1e-5, abs=1e-6) for k in shared
+        }
+    a, b = last_weights(one), last_weights(two)
+    for f in ("model.safetensors", "objectives.safetensors"):
+        assert not a[f] or max((a[f][k] - b[f][k]).abs().max() for k in a[f]) < 1e-5
+
+
 @pytest.mark.parametrize(
     "method, epochs", [("clip", 4), ("sen", 1), pytest.param("gea", 1, marks=pytest.mark.full)]
 )
@@ -1338,18 +1361,12 @@ def test_two_processes_equal_one(home, people, method, epochs, tmp_path):
         launch(home, tmp_path / "one", losses, epochs, settings=settings)
         + launch(home, tmp_path / "two", losses, epochs, 2, port=free_port(), settings=settings)
     )
-    one, two = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("one", "two"))
+    one, two = (losses_of(tmp_path / n) for n in ("one", "two"))
     shared = [
         k for k in one[0] if k.startswith("loss/") and k != "loss/TIR"
     ]  # each process restores its own pairs: only the mean over processes is one process's
     assert len(one) == len(two) >= 5 * epochs and shared
-    for a, b in zip(one, two):
-        assert {k: b[k] for k in shared} == {
-            k: pytest.approx(a[k], rel=1e-5, abs=1e-6) for k in shared
-        }
-    a, b = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
-    for f in ("model.safetensors", "objectives.safetensors"):
-        assert not a[f] or max((a[f][k] - b[f][k]).abs().max() for k in a[f]) < 1e-5
+    nearly_same(tmp_path / "one", tmp_path / "two", shared)
 
 
 class Machine(NamedTuple):
@@ -1429,16 +1446,10 @@ def test_two_machines_equal_one(home, people, two_machines, tmp_path):
         launch(home, tmp_path / "one", losses, 1, 2, port=free_port(), settings=odd)
         + launch_on(two_machines, home, tmp_path / "two", losses, 1, free_port(), more)
     )
-    one, two = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("one", "two"))
+    one, two = (losses_of(tmp_path / n) for n in ("one", "two"))
     assert len(one) == len(two) == len(people.train) // odd["batch_size"]
     shared = [k for k in one[0] if k.startswith("loss/")]
-    for a, b in zip(one, two):
-        assert {k: b[k] for k in shared} == {
-            k: pytest.approx(a[k], rel=1e-5, abs=1e-6) for k in shared
-        }
-    a, b = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
-    for f in ("model.safetensors", "objectives.safetensors"):
-        assert not a[f] or max((a[f][k] - b[f][k]).abs().max() for k in a[f]) < 1e-5
+    nearly_same(tmp_path / "one", tmp_path / "two", shared)
 
 
 def kill_and_go_on(home, folder, method, world, epochs, kills, rng):

@@ -182,7 +182,7 @@ def data_export(
     """
     from tipr_nb.interop import export_dataset
 
-    check_output(out, folder=True)
+    check_output(out, empty=True)
     folder = export_dataset(open_dataset(name, root, need=()), out, split or None)
     say(f"written: {folder} ({', '.join(sorted(p.name for p in folder.rglob('*.parquet')))})")
 

@@ -16,7 +16,7 @@ import typer
 from .frame import say
 from tipr_nb.cli.options import (DatasetName, Device, GeneratorName, Root, Seed, open_dataset,
     parse_size)
-from ..core import TiprError, check_output
+from ..core import TiprError, check_output, known_name
 
 # %% ../../nbs/13_cli/05_generation.ipynb #cell-005
 def generate_sentences(sentences: list[str], generator: Any, out: Path, per_caption: int):
@@ -79,7 +79,9 @@ def learn_to_generate(
         made = out / "pipeline"
         use = f"--generator {made}"
     else:
-        part = open_dataset(data, root, need=()).splits[split]
+        found = open_dataset(data, root, need=()).splits
+        there = [name for name, s in found.items() if s is not None and len(s)]
+        part = found[known_name(split, there, f"split of {data}")]
         run, made = training.tune_pipeline(
             generator, part, out, rank, size, updates or 2000, seed, max_seconds=max_seconds
         )

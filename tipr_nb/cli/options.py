@@ -8,13 +8,12 @@ __all__ = ['AsJson', 'Seed', 'Device', 'DatasetName', 'DatasetArgument', 'Root',
            'check_place', 'open_dataset', 'predicted_name', 'open_predicted', 'open_model']
 
 # %% ../../nbs/13_cli/02_options.ipynb #cell-002
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from ..core import TiprError, known_name
+from ..core import TiprError, known_name, offered_names
 
 # %% ../../nbs/13_cli/02_options.ipynb #cell-005
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
@@ -81,7 +80,7 @@ def check_place(name: str, root: Path | None):
     "A `TiprError` for an unknown dataset, or one whose folder is not given or not there."
     from tipr_nb.data import DATASETS
 
-    named = ":" in name or any(name in e.name for e in entry_points(group="tipr_nb.datasets"))
+    named = ":" in name or name in offered_names("dataset")
     if not named:
         known_name(name, [*DATASETS, "synth-world"], "dataset")
     if root is None and not named and not name.startswith("synth-pedes"):

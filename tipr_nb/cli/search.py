@@ -281,6 +281,11 @@ def tipr_index(
     given = dict(dtype=dtype, workers=workers, max_pixels=max_pixels)
     given["cluster"] = ray_cluster(ray, workers=ray_workers, cpus=ray_cpus, gpus=ray_gpus)
     more: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    more |= dict(add=add, recut=recut, batch_size=batch_size)
+    cut: dict[str, Any] = dict(
+        metadata=metadata, pattern=pattern, boxes=boxes, box_format=box_format, exclude=exclude
+    )
+    cut |= dict(detector=named_detector(detect), every=every, start=start)
     if part is not None:
         if ray is not None:
             raise TiprError("--ray divides the photos itself: leave --part out")
@@ -290,10 +295,6 @@ def tipr_index(
             )
         from tipr_nb.search import index_part
 
-        cut: dict[str, Any] = dict(
-            metadata=metadata, pattern=pattern, boxes=boxes, box_format=box_format, exclude=exclude
-        )
-        cut |= dict(detector=named_detector(detect), every=every, start=start)
         with contextlib.ExitStack() as stack:
             loader = threaded_loader(stack)
             done = index_part(
@@ -302,10 +303,7 @@ def tipr_index(
                 part,
                 model,
                 loader=loader,
-                add=add,
-                recut=recut,
                 given=cut,
-                batch_size=batch_size,
                 **more,
             )
         return say_json(vars(done)) if as_json else say("\n".join(done.lines()))
@@ -314,23 +312,13 @@ def tipr_index(
             photos,
             model,
             gallery,
-            metadata=metadata,
-            pattern=pattern,
-            boxes=boxes,
-            box_format=box_format,
-            detector=named_detector(detect),
-            every=every,
-            start=start,
-            exclude=exclude,
             engine=engine,
             engine_options=options,
-            add=add,
-            recut=recut,
             rebuild=rebuild,
-            batch_size=batch_size,
             wait=wait,
             join=join,
             loader=threaded_loader(stack),
+            **cut,
             **more,
         )
         built.close()

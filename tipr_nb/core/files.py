@@ -147,6 +147,8 @@ def sweep_leftovers(
 ):
     "Remove what killed writes of `path` left beside it; a living process's write stays."
     prefix = _hidden_name(path.name) + "."
+    if not path.parent.is_dir():
+        return
     for name in _hidden_names(str(path.parent)):
         left = path.with_name(name)
         if not name.startswith(prefix) or left == own or not left.is_dir():

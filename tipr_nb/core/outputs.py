@@ -29,6 +29,7 @@ def _missing_parts(
 def check_output(
     path: str | Path,  # what a long piece of work is going to write
     folder: bool = False,  # it is a folder, not a file
+    empty: bool = False,  # a folder that appears in one step: what is there already must be empty
 ):
     "A one-line error for a path that cannot be written, before any work is done for it; nothing is written."
     path = Path(path)
@@ -44,11 +45,14 @@ def check_output(
                 with contextlib.suppress(FileNotFoundError):
                     os.lstat(asked)
         if not missing:
-            _check_kind(path, folder)
-        home = path.parent if not missing and not folder else there
+            _check_kind(path, folder or empty)
+        beside = not missing and (empty or not folder)
+        home = path.parent if beside else there
         if not home.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "not a folder")
         tempfile.TemporaryFile(dir=home).close()
+        if empty and not missing and any(path.iterdir()):
+            raise TiprError(f"{path}: there is something in it already; choose another folder")
 
 
 def _check_kind(path: Path, folder: bool):

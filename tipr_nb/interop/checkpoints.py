@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import TiprError, read_json, resolve_model
+from ..core import TiprError, read_json, resolve_model, user_path
 from .pickles import (ArrayNote, CountingFile, DataReader, Placeholder,
     StorageNote, all_notes, walk_notes)
 from ..models import read_safetensors
@@ -355,7 +355,7 @@ def read_checkpoint(
     source: str | Path,  # a file, a folder, or a hub id
 ) -> Checkpoint:
     "The tensors of a checkpoint, whatever its container."
-    path = Path(source).expanduser()
+    path = user_path(source)
     if os.path.isfile(path):
         return read_file(path)
     if path.suffix in _SUFFIXES and not os.path.isdir(path):

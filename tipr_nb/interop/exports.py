@@ -212,9 +212,7 @@ def convert_file(
     if to not in TARGETS:
         raise TiprError(f"to {to!r}: unknown layout; choose {', '.join(TARGETS)}")
     out = Path(out)
-    check_output(out, folder=True)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TiprError(f"{out}: there is something in it already; choose another folder")
+    check_output(out, empty=True)
     model = open_weights(source, image_size, quick_gelu, say)
     if say is not None and model.readout is not None and to in ("open_clip", "hf"):
         say(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import TiprError, shipped_weights
+from ..core import TiprError, shipped_weights, user_path
 from .checkpoints import Checkpoint, read_checkpoint
 from .peers import (IMAGENET, Peer, from_hf_siglip, guess_grid, model_config,
     name_arch, name_heads, recognise, siglip_config, token_selection)
@@ -325,7 +325,7 @@ def own_weights(path: str | Path, image_size: Sequence[int] | None = None) -> Pe
     name = str(path)
     if name in shipped_weights():
         return PersonCLIP.from_pretrained(name, image_size=image_size)
-    run = Path(name).expanduser()
+    run = user_path(name)
     if has_best_weights(run):
         return PersonCLIP.from_pretrained(best_weights(run), image_size=image_size)
     return None

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from ..core import (TiprError, atomic_path, cache_dir, check_output, file_sha256, fill_card, hub_snapshot,
-    markdown_table, need, os_errors, progress, read_json, write_json, write_text)
+from tipr_nb.core import (TiprError, atomic_path, cache_dir, check_output, file_sha256, fill_card,
+    hub_snapshot, markdown_table, need, os_errors, progress, read_json, user_path, write_json,
+    write_text)
 from ..data import DatasetError, PersonDataset, Split
 
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-006
@@ -171,9 +172,7 @@ def export_dataset(
     if not chosen:
         raise DatasetError(f"{dataset.name}: no split has images; load it with its files")
     out = Path(out)
-    check_output(out, folder=True)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TiprError(f"{out}: there is something in it already; choose another folder")
+    check_output(out, empty=True)
     with atomic_path(out, folder=True) as tmp:
         for split in chosen.values():
             write_split(split, tmp, **kwargs)
@@ -298,7 +297,7 @@ def read_split(
 # %% ../../nbs/09_interop/08_parquet.ipynb #cell-045
 def _source_folder(source: str | Path) -> Path:
     "The folder on this machine, of a path or a hub id."
-    path = Path(source).expanduser()
+    path = user_path(source)
     if os.path.isdir(path):
         return path
     repo = str(source)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from ..core import TiprError, read_json, shipped_weights
+from ..core import TiprError, read_json, shipped_weights, user_path
 from .loading import Origin, load_peer, own_weights
 from ..models import PersonCLIP, arch_config
 
@@ -41,7 +41,7 @@ def open_tag(
     image_size: Sequence[int] | None = None,  # (h, w); the published one when None
 ) -> PersonCLIP:
     "Published weights of an open_clip architecture, or a file of them."
-    path = Path(tag).expanduser()
+    path = user_path(tag)
     there = os.path.isfile(path)
     if there and path.suffix != ".safetensors":
         return load_peer(path, image_size, bool(arch_config(arch).get("quick_gelu")), None)
@@ -97,7 +97,7 @@ def open_weights(
     own = own_weights(text, image_size)
     if own is not None:
         return own
-    here = os.path.exists(Path(text).expanduser())
+    here = os.path.exists(user_path(text))
     tagged = None if here else split_tag(text)
     if tagged is not None:
         model = open_tag(*tagged, image_size)

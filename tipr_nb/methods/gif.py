@@ -97,9 +97,8 @@ def fusion_of(
     **kwargs,  # of `Fusion`
 ) -> Fusion:
     "The fusion add-on of a model: the one it has, the one from its checkpoint, or a new one."
-    if _FUSION in encoder.addons:
-        return encoder.addons[_FUSION]  # type: ignore[return-value]
-    return encoder.attach(_FUSION, Fusion(encoder.dim, **kwargs))  # type: ignore[return-value]
+    found: Any = encoder.addon(_FUSION, lambda brought: Fusion(encoder.dim, **kwargs))
+    return found
 
 # %% ../../nbs/05_methods/06_gif.ipynb #cell-026
 @register_objective("GIF")

@@ -209,7 +209,10 @@ class PredictedQuery(nn.Module):
         name = str(source).removesuffix(PREDICTED_SUFFIX)
         model = PersonCLIP.from_pretrained(name)
         folder = resolve_model(name)
-        predictor, usual = load_predictor(folder, model)
+        if model.brought(_PREDICTOR):  # trained along with it
+            predictor, usual = predictor_of(model), PREDICTED_WEIGHT
+        else:
+            predictor, usual = load_predictor(folder, model)
         found = cls(model, predictor, usual if weight is None else weight)
         if weight is None:
             place = Path(name)
@@ -264,10 +267,15 @@ def predictor_of(
     hidden: int = 256,  # of a new one, see `PicturePredictor`
 ) -> PicturePredictor:
     "The predictor add-on of a model: the one it has, the one from its checkpoint, or a new one."
-    if _PREDICTOR in encoder.addons:
-        return encoder.addons[_PREDICTOR]  # type: ignore[return-value]
-    made = PicturePredictor(encoder.dim, hidden)
-    return encoder.attach(_PREDICTOR, made)  # type: ignore[return-value]
+
+    def make(brought: dict[str, Tensor]) -> PicturePredictor:
+        if "net.weight" in brought:
+            return PicturePredictor(encoder.dim, 0)
+        first = brought.get("net.0.weight")
+        return PicturePredictor(encoder.dim, hidden if first is None else len(first))
+
+    found: Any = encoder.addon(_PREDICTOR, make)
+    return found
 
 # %% ../../nbs/05_methods/12_predicted.ipynb #cell-037
 @register_objective("PredictedTGTE")

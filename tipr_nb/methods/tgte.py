@@ -95,21 +95,13 @@ _GATE = "tgte_gate"
 
 def attach_gate(encoder: PersonCLIP, start: float = PICTURE_WEIGHT) -> nn.Module:
     "The encoder's gate: the one it has, the one its checkpoint brought, or a new one."
-    return (
-        encoder.addons[_GATE]
-        if _GATE in encoder.addons
-        else encoder.attach(_GATE, Gate(encoder.dim, start=start))
-    )
+    return encoder.addon(_GATE, lambda brought: Gate(encoder.dim, start=start))
 
 
 def gate_of(encoder: PersonCLIP) -> nn.Module | None:
     "The gate of a model that has one, else None."
-    return (
-        attach_gate(encoder)
-        if _GATE in encoder.addons
-        or any(k.startswith(f"{_GATE}.") for k in encoder.unclaimed_addons)
-        else None
-    )
+    known = _GATE in encoder.addons or encoder.brought(_GATE)
+    return attach_gate(encoder) if known else None
 
 # %% ../../nbs/05_methods/04_tgte.ipynb #cell-030
 def picture_feature(

@@ -321,9 +321,10 @@ def attach_selection(
     **kwargs,  # of `TokenSelection`
 ) -> TokenSelection:
     "The model's token selection: the one it has, the one its checkpoint brought, or a new one."
-    if _TSE in encoder.addons:
-        return encoder.addons[_TSE]  # type: ignore[return-value]
-    brought = encoder.unclaimed_addons.get(f"{_TSE}.image.linear.weight")
-    if brought is not None:
-        kwargs = dict(width=len(brought))
-    return encoder.attach(_TSE, TokenSelection(encoder.dim, **kwargs))  # type: ignore[return-value]
+
+    def make(brought: dict[str, Tensor]) -> TokenSelection:
+        width = brought.get("image.linear.weight")
+        return TokenSelection(encoder.dim, **kwargs if width is None else dict(width=len(width)))
+
+    found: Any = encoder.addon(_TSE, make)
+    return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..core import (TiprError, atomic_path, load_object, read_json, resolve_model,
-    write_json, write_text)
+    user_path, write_json, write_text)
 from ..data import CLIP_MEAN, CLIP_STD, EvalTransform
 
 # %% ../../nbs/03_models/09_clip.ipynb #cell-003
@@ -199,7 +199,7 @@ class PersonCLIP(
         model = cls(cfg["arch"], cfg["image_size"], cfg.get("model_cfg"), mean, std, tokenizer)
         model.load_weights(folder / "model.safetensors")
         for name, attach in READOUTS.items():
-            if any(k.startswith(f"{name}.") for k in model.unclaimed_addons):
+            if model.brought(name):
                 load_object(attach, "add-on")(model)
         if image_size is not None:
             model.resize(image_size, positions)
@@ -232,8 +232,8 @@ class PersonCLIP(
             )
         elif pretrained is None:
             model = cls(arch, image_size)
-        elif os.path.isfile(pretrained):
-            file = Path(pretrained)
+        elif os.path.isfile(user_path(pretrained)):
+            file = user_path(pretrained)
             model = cls(arch, image_size)
         else:
             arch, tag = match_activation(arch, str(pretrained))
@@ -501,16 +501,31 @@ class PersonCLIP(
         self.tokenizer.context_length = length
         return self
 
-    def attach(self, name: str, module: nn.Module) -> nn.Module:
-        "Keep `module` as the add-on `name`: saved with the model, and filled with what the checkpoint brought."
+    def brought(self, name: str) -> dict[str, Tensor]:
+        "What the checkpoint brought of the add-on `name`, while nobody has claimed it."
         prefix = f"{name}."
         mine = {k: v for k, v in self.unclaimed_addons.items() if k.startswith(prefix)}
-        if mine:
-            state = {k.removeprefix(prefix): v for k, v in mine.items()}
+        return {k.removeprefix(prefix): v for k, v in mine.items()}
+
+    def attach(self, name: str, module: nn.Module) -> nn.Module:
+        "Keep `module` as the add-on `name`: saved with the model, and filled with what the checkpoint brought."
+        state = self.brought(name)
+        if state:
             load_strict(module, state, "checkpoint", f"the add-on {name!r}")
-        self.unclaimed_addons = {k: v for k, v in self.unclaimed_addons.items() if k not in mine}
+        others = self.unclaimed_addons.items()
+        self.unclaimed_addons = {k: v for k, v in others if not k.startswith(f"{name}.")}
         self.addons[name] = module.to(self.device)
         return self.addons[name]
+
+    def addon(
+        self,
+        name: str,
+        make: Callable[[dict[str, Tensor]], nn.Module],  # from what the checkpoint brought of it
+    ) -> nn.Module:
+        "The add-on `name`: the one the model has, or a new one."
+        if name in self.addons:
+            return self.addons[name]
+        return self.attach(name, make(self.brought(name)))
 
     def config(self) -> dict:
         "What `config.json` says: how to build the model again and how to prepare its input."

@@ -106,6 +106,9 @@ def read_grid(
         settings = defaults | row | {"set": grid.get("set", {}) | row.get("set", {})}
         if "recipe" not in settings:
             raise TiprError(f"{where}, row {number}: no recipe; name one of {', '.join(RECIPES)}")
+        changes = settings["set"]
+        if isinstance(changes.get("pretrained"), str):
+            changes["pretrained"] = current_name("weights", changes["pretrained"])
         name = row.get("name", settings["recipe"])
         if name in names:
             raise TiprError(
@@ -414,8 +417,7 @@ def run_grid(
     check_output(folder, folder=True)
     runner = GridRunner(out, folder, dataset, device)
     for table in (runner.table, runner.breakdowns):
-        if table.path.parent.is_dir():
-            sweep_leftovers(table.path)
+        sweep_leftovers(table.path)
     keys = [runner.key(job) for job in jobs]
     waiting = []
     for n, (job, key) in enumerate(zip(jobs, keys), 1):

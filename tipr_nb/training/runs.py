@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 # %% ../../nbs/07_training/02_runs.ipynb #cell-004
-from ..core import TiprError, file_sha256, read_json, shipped_weights
+from ..core import TiprError, file_sha256, read_json, shipped_weights, user_path
 from ..data import PersonDataset
 from ..models import Checkpoints
 from .recipes import Recipe, recipe_settings
@@ -89,7 +89,7 @@ def weights_hash(r: Recipe) -> str:
     if r.pretrained is None:
         return "random"
     known = shipped_weights()
-    place = known.get(r.pretrained, Path(r.pretrained))
+    place = known.get(r.pretrained, user_path(r.pretrained))
     file = place / "model.safetensors" if os.path.isdir(place) else place
     return file_sha256(file)[:12] if os.path.isfile(file) else r.pretrained
 
